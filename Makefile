@@ -1,0 +1,25 @@
+# make demo: set up and watch a prior being made and two new prompts resumed from it (CPU, embedded model)
+# make test: set up and run the tests
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test lint
+demo: $(VENV)/installed
+	$(BIN)/python demo.py
+
+test: $(VENV)/installed-tests lint
+	$(BIN)/python -m pytest tests
+
+lint: $(VENV)/installed-tests
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+$(VENV)/installed: requirements.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -r requirements.txt
+	touch $@
+
+$(VENV)/installed-tests: tests/requirements.txt $(VENV)/installed
+	$(BIN)/python -m pip install --quiet -r tests/requirements.txt
+	touch $@

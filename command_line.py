@@ -1,0 +1,271 @@
+"""What both scripts share: flags, exit codes, and who may write to stdout.
+
+Results go to stdout, everything else to stderr, DiffSynth's own prints included.
+Exit codes: 0 done; 1 the run failed (network, memory, NaN); 2 bad input; 130 interrupted.
+Importing this module is cheap; what needs torch is imported inside functions.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import errno
+import math
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from prior_utils import DTYPES, InputError, RunError, replacing
+from wan_models import MODEL_NAMES, LoadOptions
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+MIN_IMAGE_SIDE = 16  # pixels; anything smaller is no picture
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Keeps the docstring's lines and adds "(default: ...)" where there is one to show."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.default in (None, False, "", argparse.SUPPRESS):
+            return action.help
+        return super()._get_help_string(action)
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are one line."""
+
+    def __init__(self, description: str):
+        super().__init__(description=description, formatter_class=HelpFormatter, allow_abbrev=False)
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message} (--help explains every flag)\n")
+
+
+def add_model_arguments(parser: argparse.ArgumentParser, *, model: str | None, dtype_help: str) -> None:
+    """Add --model, --model_dir, --device, --dtype and --vram."""
+    group = parser.add_argument_group("model and device")
+    group.add_argument(
+        "--model", choices=MODEL_NAMES, default=model, help="tiny runs on a CPU, the others need CUDA"
+    )
+    group.add_argument(
+        "--model_dir",
+        type=Path,
+        metavar="DIR",
+        help="folder of downloaded weights, laid out flat or as ModelScope does; without it DiffSynth "
+        "fetches them (DIFFSYNTH_MODEL_BASE_PATH, DIFFSYNTH_SKIP_DOWNLOAD and the like keep working)",
+    )
+    group.add_argument(
+        "--device", help="cpu, cuda, cuda:1 ...; without it CUDA where there is one, else the CPU"
+    )
+    group.add_argument("--dtype", choices=DTYPES, help=dtype_help)
+    group.add_argument(
+        "--vram",
+        choices=("auto", "plain", "low"),
+        default="auto",
+        help="plain: all weights on the GPU; low: offloaded to disk, from 8 GB; auto: plain from 64 GiB free",
+    )
+
+
+def load_options(args: argparse.Namespace) -> LoadOptions:
+    """The flags of `add_model_arguments`, once every default is filled in."""
+    return LoadOptions(args.model, args.device, args.dtype, args.vram, args.model_dir)
+
+
+def positive_int(text: str) -> int:
+    """An argparse type: 1, 2, 3 ..."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not a whole number above 0")
+    return value
+
+
+def non_negative_int(text: str) -> int:
+    """An argparse type: 0, 1, 2 ..."""
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{value} is below 0")
+    return value
+
+
+def positive_float(text: str) -> float:
+    """An argparse type: a finite number above 0."""
+    value = float(text)
+    if not (math.isfinite(value) and value > 0):
+        raise argparse.ArgumentTypeError(f"{text} is not a number above 0")
+    return value
+
+
+def strength(text: str) -> float:
+    """An argparse type: a number above 0, at most 1."""
+    value = positive_float(text)
+    if value > 1:
+        raise argparse.ArgumentTypeError(f"{text} is above 1")
+    return value
+
+
+def utf8_text(text: str) -> str:
+    """An argparse type: text that can be written as UTF-8 (a shell may pass any bytes)."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise argparse.ArgumentTypeError("the text is not valid UTF-8") from None
+    return text
+
+
+def run_script(main: Callable[[], Path]) -> NoReturn:
+    """Run a script's main, print the path it made as the last line of stdout, exit with its code."""
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            path = main()
+        print(path)
+        sys.exit(0)
+    except InputError as error:
+        _exit(2, str(error))
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM):
+            raise
+        _exit(
+            2,
+            f"cannot write {error.filename or 'the output'}: {error.strerror}; use another disk or folder",
+        )
+    except RunError as error:
+        _exit(1, str(error))
+    except KeyboardInterrupt:
+        _exit(130, "interrupted")
+    except RuntimeError as error:
+        if "out of memory" not in str(error) and "can't allocate memory" not in str(error):
+            raise
+        _exit(1, "the device is out of memory; try --vram low, fewer --num_frames or a smaller size")
+
+
+def _exit(code: int, message: str) -> NoReturn:
+    program = Path(sys.argv[0]).name
+    print(f"{program}: error: {' '.join(message.splitlines())}", file=sys.stderr)
+    sys.exit(code)
+
+
+def say(message: str) -> None:
+    """Tell the user something, on stderr."""
+    print(message, file=sys.stderr)
+
+
+def warn(message: str) -> None:
+    """Warn the user, on stderr."""
+    say(f"warning: {message}")
+
+
+class Stopwatch:
+    """Splits time into laps."""
+
+    def __init__(self):
+        self.mark = time.perf_counter()
+
+    def lap(self) -> float:
+        """Seconds since the last lap, or since the start."""
+        now = time.perf_counter()
+        elapsed, self.mark = now - self.mark, now
+        return elapsed
+
+
+# --- files the user names -----------------------------------------------------------------------------------
+
+
+def read_image(path: Path, *, width: int, height: int) -> Image:
+    """Read an image as the model will see it: upright, RGB, stretched to width x height pixels.
+
+    Raises:
+        InputError: no file, not an image, or too small or too large to be one.
+    """
+    from PIL import Image, ImageOps, UnidentifiedImageError
+
+    if not path.is_file():
+        raise InputError(f"--image {path}: no such file")
+    try:
+        with Image.open(path) as opened:
+            image = ImageOps.exif_transpose(opened).convert("RGB")
+    except UnidentifiedImageError:
+        raise InputError(f"--image {path} is not an image that can be read; use PNG, JPEG or WebP") from None
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise InputError(f"--image {path} cannot be read ({error}); save it again as PNG or JPEG") from error
+    if min(image.size) < MIN_IMAGE_SIDE:
+        raise InputError(
+            f"--image {path} is {image.width} x {image.height} pixels, expected {MIN_IMAGE_SIDE} or more a side"
+        )
+    if abs(math.log(image.width * height / (image.height * width))) > math.log(1.1):
+        warn(f"{path} ({image.width} x {image.height}) is stretched to {width} x {height}; crop it first")
+    return image.resize((width, height))
+
+
+def read_video(path: Path, *, width: int, height: int, num_frames: int) -> list[Image]:
+    """Read the first `num_frames` frames of a video, cropped and scaled to width x height pixels.
+
+    Raises:
+        InputError: no file, not a video, or too few frames.
+    """
+    if not path.is_file():
+        raise InputError(f"--input_video {path}: no such file")
+    from diffsynth.utils.data import VideoData
+
+    try:
+        video = VideoData(str(path), height=height, width=width)
+        found = len(video)
+        frames = [video[i] for i in range(min(found, num_frames))]
+    except Exception as error:  # imageio and ffmpeg raise whatever they like for a broken file
+        raise InputError(
+            f"--input_video {path} is not a video that can be read ({type(error).__name__})"
+        ) from error
+    if found < num_frames:
+        raise InputError(
+            f"--input_video {path} has {found} frames, expected {num_frames}; lower --num_frames"
+        )
+    return frames
+
+
+def write_video(frames: list[Image], path: Path, *, fps: float) -> None:
+    """Write frames as an .mp4 (H.264), whole or not at all."""
+    import imageio
+    import numpy as np
+
+    with replacing(path) as temporary, imageio.get_writer(temporary, fps=fps, quality=8) as writer:
+        for frame in frames:
+            writer.append_data(np.asarray(frame))
+
+
+def check_free_space(folder: Path, needed: int) -> None:
+    """Refuse to start what the disk cannot hold.
+
+    Args:
+        folder: a folder on that disk, or one that will be made there.
+        needed: bytes.
+
+    Raises:
+        InputError: less is free.
+    """
+    there = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
+    free = shutil.disk_usage(there).free
+    if free < needed:
+        raise InputError(
+            f"{there} has {free / 2**20:.0f} MiB free, and this needs {needed / 2**20:.0f}; "
+            "free some space or write to another disk"
+        )
+
+
+def versions() -> dict[str, Any]:
+    """Versions of what decides a run's numbers."""
+    import platform
+    from importlib.metadata import version
+
+    import torch
+
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "diffsynth": version("diffsynth"),
+        "numpy": version("numpy"),
+        "pillow": version("pillow"),
+    }

@@ -1,0 +1,325 @@
+"""Make a prior: one full run for an identity, with the latents of every step kept.
+
+    python generate_prior.py --model tiny --image data/tiny_wan_i2v/inputs/mia.png
+    python generate_prior.py --download_example --prompt "A small boat sails bravely through the waves."
+
+infer_from_prior.py then makes new videos of the same identity from it, in a fraction of the steps.
+The last line on stdout is the prior's folder.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import math
+import re
+import shlex
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import command_line as cli
+import prior_utils
+import wan_models
+from prior_utils import InputError, RunError, RunSettings
+
+if TYPE_CHECKING:
+    from diffsynth.pipelines.wan_video import WanVideoPipeline
+    from PIL.Image import Image
+
+    from wan_pipeline import Conditioning, RunResult, Step
+
+EXAMPLE_IMAGE = wan_models.ROOT / "data" / "examples" / "wan" / "input_image.jpg"
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """Parse the command line and fill in the model's own defaults."""
+    parser = cli.Parser(__doc__)
+    identity = parser.add_argument_group("identity")
+    source = identity.add_mutually_exclusive_group(required=True)
+    source.add_argument("--image", type=Path, help="the first frame: who and where")
+    source.add_argument(
+        "--download_example", action="store_true", help="fetch DiffSynth's example image and use it"
+    )
+    identity.add_argument("--prompt", type=cli.utf8_text, default="", help="without one the prior is neutral")
+    identity.add_argument("--negative_prompt", type=cli.utf8_text, help="without one the model's usual")
+    identity.add_argument(
+        "--input_video", type=Path, help="with --denoising_strength below 1: start from this video"
+    )
+
+    run = parser.add_argument_group("run")
+    run.add_argument("--num_inference_steps", type=cli.positive_int, default=10, help="steps of the full run")
+    run.add_argument(
+        "--sigma_shift", type=cli.positive_float, help="shift of the sigmas; without it the model's (5)"
+    )
+    run.add_argument(
+        "--denoising_strength", type=cli.strength, default=1.0, help="below 1 needs --input_video"
+    )
+    run.add_argument(
+        "--cfg_scale", type=cli.positive_float, help="guidance; 1 halves the cost; without it the model's (5)"
+    )
+    run.add_argument("--seed", type=cli.non_negative_int, default=0, help="of the initial noise")
+    for name in ("height", "width", "num_frames"):
+        run.add_argument(
+            f"--{name}", type=cli.positive_int, help="without it the model's; rounded up as the model needs"
+        )
+    run.add_argument("--fps", type=cli.positive_float, help="of the videos; without it the model's (16)")
+
+    output = parser.add_argument_group("output")
+    output.add_argument(
+        "--output_dir", type=Path, default=Path("prior_output"), help="the prior is run_<id> in there"
+    )
+    output.add_argument("--run_id", help="letters, digits, . _ and -; without one, the date and time")
+    output.add_argument(
+        "--start_step", type=cli.non_negative_int, help="step to recommend for resuming; 6 of 10 if unset"
+    )
+    output.add_argument(
+        "--save_decoded_videos", action="store_true", help="also a video of each step's denoised estimate"
+    )
+    cli.add_model_arguments(
+        parser, model="I2V-480P", dtype_help="without it the model's (bfloat16; tiny: float32)"
+    )
+
+    args = parser.parse_args(argv)
+    for field in dataclasses.fields(wan_models.Defaults):
+        if getattr(args, field.name) is None:
+            setattr(args, field.name, getattr(wan_models.model_defaults(args.model), field.name))
+    if args.start_step is None:
+        args.start_step = prior_utils.recommended_start_step(args.num_inference_steps)
+    return args
+
+
+def check_args(args: argparse.Namespace) -> None:
+    """Refuse what no run could use, before anything heavy is imported.
+
+    Raises:
+        InputError: with the flag that is wrong.
+    """
+    if args.num_inference_steps > prior_utils.MAX_STEPS:
+        raise InputError(f"--num_inference_steps {args.num_inference_steps}: at most {prior_utils.MAX_STEPS}")
+    if args.start_step >= args.num_inference_steps:
+        last = args.num_inference_steps - 1
+        raise InputError(f"--start_step {args.start_step}: this schedule has steps 0 to {last}")
+    if args.denoising_strength < 1 and args.input_video is None:
+        raise InputError(
+            f"--denoising_strength {args.denoising_strength} starts from a video: give --input_video"
+        )
+    if args.input_video is not None and args.denoising_strength == 1:
+        raise InputError(
+            "--input_video is not used at --denoising_strength 1: give a strength below 1, 0.7 say"
+        )
+    if args.run_id is not None and not re.fullmatch(r"[\w.-]+", args.run_id, flags=re.ASCII):
+        raise InputError(f"--run_id {args.run_id!r}: use letters, digits, . _ and - only")
+
+
+def download_example() -> Path:
+    """Fetch DiffSynth's example image into data/examples/wan, once.
+
+    Raises:
+        RunError: it could not be fetched.
+    """
+    if EXAMPLE_IMAGE.is_file():
+        return EXAMPLE_IMAGE
+    from modelscope import dataset_snapshot_download
+
+    try:
+        dataset_snapshot_download(
+            "DiffSynth-Studio/examples_in_diffsynth",
+            local_dir=str(wan_models.ROOT),
+            allow_file_pattern=str(EXAMPLE_IMAGE.relative_to(wan_models.ROOT)),
+        )
+    except Exception as error:  # modelscope, requests and urllib3 each raise their own
+        raise RunError(
+            f"cannot fetch the example image from ModelScope ({type(error).__name__}): connect to the "
+            "network, or give an image of your own with --image"
+        ) from error
+    return EXAMPLE_IMAGE
+
+
+def describe(args: argparse.Namespace, settings: RunSettings, run_id: str) -> dict[str, Any]:
+    """The metadata that is known before the run."""
+    import torch
+
+    from wan_pipeline import TILING, compute_schedule
+
+    timesteps, sigmas = compute_schedule(
+        num_inference_steps=settings.num_inference_steps,
+        denoising_strength=settings.denoising_strength,
+        sigma_shift=settings.sigma_shift,
+    )
+    on_cuda = torch.device(args.device).type == "cuda"
+    return {
+        "run_id": run_id,
+        **dataclasses.asdict(settings),
+        "scheduler_timesteps": timesteps,
+        "scheduler_sigmas": sigmas,
+        "prompt": args.prompt,
+        "negative_prompt": args.negative_prompt,
+        "start_step": args.start_step,
+        "fps": args.fps,
+        "model": args.model,
+        "lora": [],
+        "dtype": args.dtype,
+        **TILING,
+        "device": torch.cuda.get_device_name(args.device) if on_cuda else "cpu",
+        "versions": cli.versions(),
+        "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }
+
+
+def run_settings(args: argparse.Namespace) -> RunSettings:
+    """The settings of the run, with the sizes rounded as the pipeline would."""
+    wanted = {"height": args.height, "width": args.width, "num_frames": args.num_frames}
+    sizes = prior_utils.round_sizes(**wanted)
+    if sizes != wanted:
+        cli.say(
+            "size rounded up to {width} x {height} pixels, {num_frames} frames, as the model needs".format(
+                **sizes
+            )
+        )
+    return RunSettings(
+        num_inference_steps=args.num_inference_steps,
+        denoising_strength=args.denoising_strength,
+        sigma_shift=args.sigma_shift,
+        cfg_scale=args.cfg_scale,
+        seed=args.seed,
+        **sizes,
+    )
+
+
+def bytes_needed(settings: RunSettings) -> int:
+    """A safe upper bound of what the prior takes on disk."""
+    shape = prior_utils.latents_shape(
+        height=settings.height, width=settings.width, num_frames=settings.num_frames
+    )
+    latents = math.prod(shape) * 4
+    raw_frame = settings.height * settings.width * 3
+    return (
+        (2 * settings.num_inference_steps + 4) * latents + settings.num_frames * raw_frame // 4 + 32 * 2**20
+    )
+
+
+def read_inputs(args: argparse.Namespace, settings: RunSettings) -> tuple[Image, list[Image] | None]:
+    """The input image and, for --denoising_strength below 1, the frames of the input video."""
+    image = cli.read_image(args.image, width=settings.width, height=settings.height)
+    if args.input_video is None:
+        return image, None
+    sizes = {"width": settings.width, "height": settings.height, "num_frames": settings.num_frames}
+    return image, cli.read_video(args.input_video, **sizes)
+
+
+def save_conditioning(
+    writer: prior_utils.PriorWriter, args: argparse.Namespace, latents: Any, conditioning: Conditioning
+) -> None:
+    """Save what a resumed run needs in place of image, image encoder and text encoder."""
+    writer.save_tensor(prior_utils.INITIAL_LATENTS_FILE, latents)
+    tensors = {
+        "y.pt": conditioning.y,
+        "clip_feature.pt": conditioning.clip_feature,
+        prior_utils.context_file(args.prompt): conditioning.context_posi,
+        prior_utils.context_file(args.negative_prompt): conditioning.context_nega,
+    }
+    for name, tensor in tensors.items():
+        if tensor is not None:
+            writer.save_tensor(name, tensor)
+
+
+def save_step(writer: prior_utils.PriorWriter, step: Step) -> None:
+    """Save the latents after a step and its guided velocity, then say so in the metadata."""
+    writer.save_tensor(prior_utils.noise_pred_file(step.index), step.noise_pred)
+    writer.save_tensor(prior_utils.step_file(step.index), step.latents)
+    writer.write_metadata()
+
+
+def save_denoised_videos(
+    writer: prior_utils.PriorWriter, pipe: WanVideoPipeline, denoised: list[Any], *, tiled: bool, fps: float
+) -> None:
+    """Decode each step's denoised estimate: shows when the identity has formed.
+
+    Done after the run, so that the network never has to make room for the VAE between two steps.
+    """
+    from tqdm import tqdm
+
+    from wan_pipeline import decode
+
+    for index, latents in enumerate(tqdm(denoised, desc="decode estimates", unit="video")):
+        frames = decode(pipe, latents, tiled=tiled)
+        writer.save(f"denoised_{index:04d}.mp4", lambda path, f=frames: cli.write_video(f, path, fps=fps))
+
+
+def run(
+    args: argparse.Namespace,
+    settings: RunSettings,
+    writer: prior_utils.PriorWriter,
+    pipe: WanVideoPipeline,
+    image: Image,
+    input_video: list[Image] | None,
+) -> RunResult:
+    """Run all steps, saving each as it comes, then the videos."""
+    from wan_pipeline import run_full
+
+    denoised = []
+
+    def on_step(step: Step) -> None:
+        save_step(writer, step)
+        if args.save_decoded_videos:
+            denoised.append(step.denoised.cpu())
+
+    result = run_full(
+        pipe,
+        settings,
+        prompt=args.prompt,
+        negative_prompt=args.negative_prompt,
+        input_image=image,
+        input_video=input_video,
+        on_start=lambda latents, conditioning: save_conditioning(writer, args, latents, conditioning),
+        on_step=on_step,
+    )
+    started = time.perf_counter()
+    writer.save(prior_utils.OUTPUT_FILE, lambda path: cli.write_video(result.frames, path, fps=args.fps))
+    if denoised:
+        save_denoised_videos(writer, pipe, denoised, tiled=settings.tiled, fps=args.fps)
+    result.seconds["save"] += time.perf_counter() - started
+    return result
+
+
+def main(argv: list[str] | None = None) -> Path:
+    """Make one prior and return its folder."""
+    args = parse_args(argv)
+    check_args(args)
+    if args.download_example:
+        args.image = download_example()
+    settings = run_settings(args)
+    image, video = read_inputs(args, settings)
+    cli.check_free_space(args.output_dir, bytes_needed(settings))
+    args.device = wan_models.pick_device(args.model, args.device)
+    options = cli.load_options(args)
+    files = wan_models.weight_files(options)
+
+    directory, run_id = prior_utils.create_run_dir(args.output_dir, args.run_id)
+    metadata = describe(args, settings, run_id) | {"model_fingerprint": wan_models.fingerprint(files)}
+    writer = prior_utils.PriorWriter(directory, metadata)
+    writer.save(prior_utils.IMAGE_FILE, image.save)
+
+    started = time.perf_counter()
+    pipe = wan_models.load_pipeline(options, files)
+    load_seconds = time.perf_counter() - started
+    result = run(args, settings, writer, pipe, image, video)
+    writer.finish(
+        forwards=result.forwards,
+        latents_sha256=prior_utils.sha256_tensor(result.latents),
+        seconds={"load": load_seconds, **result.seconds},
+        seconds_per_step=result.seconds_per_step,
+    )
+    skipped, seconds = args.start_step + 1, sum(result.seconds.values())
+    cli.say(
+        f"{directory}: {len(result.steps)} steps, {result.forwards} forwards, {seconds:.1f} s\n"
+        f"A new prompt from step {args.start_step} skips {skipped} of {settings.num_inference_steps} steps:\n"
+        f"  python infer_from_prior.py --prior_dir {shlex.quote(str(directory))} "
+        f'--start_step {args.start_step} --prompt "..."'
+    )
+    return directory
+
+
+if __name__ == "__main__":
+    cli.run_script(main)

@@ -1,0 +1,361 @@
+"""Make a new video from a prior: load the latents after a step, run only the steps after it.
+
+    python infer_from_prior.py --prior_dir prior_output/run_<id> --start_step 6 --prompt "She looks up."
+
+Without --prompt the prior's own prompt is used, and the video is the prior's own, bit for bit.
+The last line on stdout is the video; a .json file beside it says how it was made.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import hashlib
+import json
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import command_line as cli
+import prior_utils
+import wan_models
+from prior_utils import InputError, Prior, RunSettings
+
+if TYPE_CHECKING:
+    import torch
+    from diffsynth.pipelines.wan_video import WanVideoPipeline
+
+    from wan_pipeline import Conditioning, RunResult
+
+IDENTITY_FILES = ("y.pt", "clip_feature.pt")
+SCHEDULE_FLAGS = ("num_inference_steps", "denoising_strength", "sigma_shift")
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """Parse the command line; what is left out is taken from the prior later."""
+    parser = cli.Parser(__doc__)
+    parser.add_argument(
+        "--prior_dir", type=Path, required=True, help="a run_<id> folder of generate_prior.py"
+    )
+    parser.add_argument(
+        "--start_step",
+        type=cli.non_negative_int,
+        help="resume after this step; early: the prompt decides more, late: it costs less; the last step "
+        "only decodes; without it the prior's recommendation",
+    )
+    parser.add_argument(
+        "--prompt", type=cli.utf8_text, help="the new motion; without it the prior's own prompt"
+    )
+    parser.add_argument("--negative_prompt", type=cli.utf8_text, help="without it the prior's")
+    parser.add_argument(
+        "--cfg_scale", type=cli.positive_float, help="guidance; 1 halves the cost; without it the prior's"
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        help="the .mp4; without it one in the prior's outputs folder, named after step and prompt",
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace --output if it exists")
+    check = parser.add_argument_group("checked against the prior, if given")
+    check.add_argument("--image", type=Path, help="the prior's input image")
+    check.add_argument("--num_inference_steps", type=cli.positive_int)
+    check.add_argument("--denoising_strength", type=cli.strength)
+    check.add_argument("--sigma_shift", type=cli.positive_float)
+    cli.add_model_arguments(parser, model=None, dtype_help="the prior's, which is used without it")
+    return parser.parse_args(argv)
+
+
+def fill_in(args: argparse.Namespace, prior: Prior) -> None:
+    """Take from the prior what the command line left open, and refuse what contradicts it.
+
+    Raises:
+        InputError: with the flag, the prior's value and what to do.
+    """
+    recorded = prior.metadata
+    for name in (*SCHEDULE_FLAGS, "model", "dtype"):
+        given = getattr(args, name)
+        if given is not None and given != recorded.get(name, given):
+            raise InputError(
+                f"--{name} {given}: the prior has {recorded[name]}; leave the flag out or make a prior with it"
+            )
+    last = prior.num_inference_steps - 1
+    if args.start_step is None:
+        args.start_step = recorded.get("start_step", prior_utils.recommended_start_step(last + 1))
+    if args.start_step > last:
+        raise InputError(f"--start_step {args.start_step}: the prior has steps 0 to {last}")
+    args.steps_left = last - args.start_step
+    args.model = args.model or recorded.get("model", "I2V-480P")
+    if args.model not in wan_models.MODEL_NAMES:
+        raise InputError(f"the prior was made with the model {args.model!r}, which this version doesn't know")
+    defaults = wan_models.model_defaults(args.model)
+    for name in ("negative_prompt", "cfg_scale", "fps"):
+        if getattr(args, name, None) is None:
+            setattr(args, name, recorded.get(name, getattr(defaults, name)))
+    if prior.is_legacy:
+        fill_in_legacy(args, prior)
+    elif args.prompt is None:
+        args.prompt = recorded["prompt"]
+
+
+def fill_in_legacy(args: argparse.Namespace, prior: Prior) -> None:
+    """A prior of the pull request's scripts says nothing of image, prompt and model: they must be given.
+
+    Raises:
+        InputError: one is missing.
+    """
+    for name in ("image", "prompt"):
+        if getattr(args, name) is None:
+            raise InputError(f"{prior.directory} records no {name} (an older format): give --{name}")
+    cli.warn(
+        f"{prior.directory} is of an older format, so these could not be checked: "
+        f"model ({args.model} assumed), weights, image, prompts, cfg_scale, seed, checksums"
+    )
+
+
+def check_image(args: argparse.Namespace, prior: Prior) -> None:
+    """Refuse an --image that is not the one the prior was made from.
+
+    Raises:
+        InputError: it differs.
+    """
+    if args.image is None or prior.is_legacy:
+        return
+    sizes = {"width": prior.metadata["width"], "height": prior.metadata["height"]}
+    given = cli.read_image(args.image, **sizes)
+    if given.tobytes() != cli.read_image(prior.directory / prior_utils.IMAGE_FILE, **sizes).tobytes():
+        raise InputError(
+            f"--image {args.image} is not the image the prior was made from "
+            f"({prior.directory / prior_utils.IMAGE_FILE}); leave the flag out, or make a prior of this image"
+        )
+
+
+def texts(args: argparse.Namespace) -> list[str]:
+    """The prompts this run needs encoded; without guidance the negative one is not used."""
+    if args.steps_left == 0:
+        return []
+    return [args.prompt] if args.cfg_scale == 1 else [args.prompt, args.negative_prompt]
+
+
+def needed_files(args: argparse.Namespace, prior: Prior) -> list[str]:
+    """The prior's files this run reads."""
+    names = [prior_utils.step_file(args.start_step)]
+    if args.steps_left > 0:
+        candidates = [*IDENTITY_FILES, *map(prior_utils.context_file, texts(args))]
+        names += [name for name in dict.fromkeys(candidates) if prior.has(name)]
+    if args.image is not None and not prior.is_legacy:
+        names.append(prior_utils.IMAGE_FILE)
+    return names
+
+
+def needed_components(args: argparse.Namespace, prior: Prior) -> list[str]:
+    """The parts of the model this run needs: encoders only for what the prior doesn't hold already."""
+    if args.steps_left == 0:
+        return ["vae"]
+    components = ["dit", "vae"]
+    if not all(prior.has(prior_utils.context_file(text)) for text in texts(args)):
+        components.append("text_encoder")
+    if prior.is_legacy:
+        components.append("image_encoder")
+    return components
+
+
+def output_path(args: argparse.Namespace, prior: Prior) -> Path:
+    """Where the video goes; nothing that exists is replaced unasked.
+
+    Raises:
+        InputError: --output exists, or is no .mp4.
+    """
+    if args.output is not None:
+        if args.output.suffix != ".mp4":
+            raise InputError(f"--output {args.output}: expected a name that ends in .mp4")
+        if args.output.exists() and not args.overwrite:
+            raise InputError(f"--output {args.output} exists; choose another name or add --overwrite")
+        return args.output
+    settings = json.dumps([args.prompt, args.negative_prompt, args.cfg_scale])
+    words = re.sub(r"[^a-z0-9]+", "-", args.prompt.lower())[:40].strip("-") or "no-prompt"
+    stem = f"step{args.start_step:02d}_{words}_{hashlib.sha256(settings.encode()).hexdigest()[:8]}"
+    path, again = prior.directory / "outputs" / f"{stem}.mp4", 1
+    while path.exists():
+        again += 1
+        path = path.with_name(f"{stem}_{again}.mp4")
+    return path
+
+
+def check_writable(path: Path) -> None:
+    """Make the output's folder and see that a file can be made there.
+
+    Raises:
+        InputError: it can't.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with prior_utils.replacing(path.with_suffix(".probe")) as probe:
+            probe.touch()
+        path.with_suffix(".probe").unlink()
+    except OSError as error:
+        raise InputError(f"cannot write to {path.parent}: {error.strerror}; name another --output") from error
+
+
+def run_settings(args: argparse.Namespace, prior: Prior) -> RunSettings:
+    """The prior's settings with this run's guidance."""
+    names = {field.name for field in dataclasses.fields(RunSettings)}
+    recorded = {name: value for name, value in prior.metadata.items() if name in names}
+    return RunSettings(**{**recorded, "cfg_scale": args.cfg_scale})
+
+
+def check_schedule(prior: Prior) -> None:
+    """Recompute the schedule with the installed scheduler and compare every value.
+
+    Raises:
+        InputError: they differ.
+    """
+    from wan_pipeline import compute_schedule
+
+    timesteps, sigmas = compute_schedule(**{name: prior.metadata[name] for name in SCHEDULE_FLAGS})
+    prior_utils.check_schedule(prior, timesteps=timesteps, sigmas=sigmas)
+
+
+def check_fingerprint(prior: Prior, found: dict[str, str]) -> None:
+    """Compare the weights with those the prior was made with.
+
+    Raises:
+        InputError: they differ.
+    """
+    for component, digest in found.items():
+        recorded = prior.metadata.get("model_fingerprint", {}).get(component, digest)
+        if recorded != digest:
+            raise InputError(
+                f"the {component} weights are not those the prior was made with (fingerprint {digest[:12]}, "
+                f"expected {str(recorded)[:12]}); name the right ones with --model_dir or make the prior again"
+            )
+
+
+def load_conditioning(args: argparse.Namespace, prior: Prior, pipe: WanVideoPipeline) -> Conditioning:
+    """The prior's conditioning with this run's prompts; only what the prior lacks is encoded."""
+    from wan_pipeline import Conditioning, encode_prompt
+
+    identity = encode_identity(args, prior, pipe) if prior.is_legacy else load_identity(prior)
+    contexts = {}
+    for text in texts(args):
+        name = prior_utils.context_file(text)
+        contexts[text] = load_context(prior, name) if prior.has(name) else encode_prompt(pipe, text)
+    return Conditioning(
+        **identity,
+        context_posi=contexts[args.prompt],
+        context_nega=None if args.cfg_scale == 1 else contexts[args.negative_prompt],
+    )
+
+
+def load_context(prior: Prior, name: str) -> torch.Tensor:
+    """An encoded prompt the prior holds."""
+    return prior_utils.load_tensor(prior.directory / name, dtype=prior.metadata["dtype"])
+
+
+def load_identity(prior: Prior) -> dict[str, torch.Tensor | None]:
+    """y and clip_feature as the prior's run had them."""
+    identity = {}
+    for name in IDENTITY_FILES:
+        path, dtype = prior.directory / name, prior.metadata["dtype"]
+        identity[Path(name).stem] = prior_utils.load_tensor(path, dtype=dtype) if prior.has(name) else None
+    return identity
+
+
+def encode_identity(args: argparse.Namespace, prior: Prior, pipe: WanVideoPipeline) -> dict[str, Any]:
+    """y and clip_feature of --image, for a prior that doesn't hold them."""
+    from wan_pipeline import encode_image
+
+    sizes = {name: prior.metadata[name] for name in ("width", "height")}
+    image = cli.read_image(args.image, **sizes)
+    return encode_image(pipe, image, num_frames=prior.metadata["num_frames"])
+
+
+def make_video(
+    args: argparse.Namespace, prior: Prior, settings: RunSettings, latents: torch.Tensor, path: Path
+) -> dict[str, Any]:
+    """Load what is needed, run the steps that are left, write the video; returns the report."""
+    from wan_pipeline import release, run_from
+
+    options = cli.load_options(args)
+    components = needed_components(args, prior)
+    files = wan_models.weight_files(options, components)
+    check_fingerprint(prior, wan_models.fingerprint(files))
+    check_writable(path)
+
+    watch = cli.Stopwatch()
+    pipe = wan_models.load_pipeline(options, files)
+    load_seconds = watch.lap()
+    conditioning = load_conditioning(args, prior, pipe) if args.steps_left else None
+    release(pipe, ("text_encoder", "image_encoder"))
+    encode_seconds = watch.lap()
+    result = run_from(pipe, settings, start_step=args.start_step, latents=latents, conditioning=conditioning)
+    watch.lap()
+    cli.write_video(result.frames, path, fps=args.fps)
+    result.seconds |= {"load": load_seconds, "encode": encode_seconds, "save": watch.lap()}
+    return report(args, prior, settings, result, components)
+
+
+def report(
+    args: argparse.Namespace, prior: Prior, settings: RunSettings, result: RunResult, components: list[str]
+) -> dict[str, Any]:
+    """Everything needed to make the video again, and what it cost."""
+    return {
+        "prior_dir": str(prior.directory.absolute()),
+        "prior_run_id": prior.metadata["run_id"],
+        "prior_latents_sha256": prior.metadata.get("files", {}).get(prior_utils.step_file(args.start_step)),
+        "model": args.model,
+        "start_step": args.start_step,
+        "prompt": args.prompt,
+        "negative_prompt": args.negative_prompt,
+        **dataclasses.asdict(settings),
+        "fps": args.fps,
+        "dtype": args.dtype,
+        "device": args.device,
+        "components_loaded": components,
+        "steps_run": result.steps,
+        "steps_skipped": settings.num_inference_steps - len(result.steps),
+        "forwards": result.forwards,
+        "seconds": result.seconds,
+        "seconds_per_step": result.seconds_per_step,
+        "latents_sha256": prior_utils.sha256_tensor(result.latents),
+        "versions": cli.versions(),
+    }
+
+
+def check_before_loading(args: argparse.Namespace, prior: Prior) -> tuple[RunSettings, torch.Tensor]:
+    """Everything that can be wrong without the model; returns the settings and the latents to resume from.
+
+    Raises:
+        InputError: something is.
+    """
+    prior_utils.check_files(prior, needed_files(args, prior))
+    check_image(args, prior)
+    latents = prior_utils.load_latents(prior, prior_utils.step_file(args.start_step))
+    args.dtype = args.dtype or str(latents.dtype).removeprefix("torch.")
+    if args.dtype != str(latents.dtype).removeprefix("torch."):
+        raise InputError(f"--dtype {args.dtype}: the prior's latents are {latents.dtype}; leave the flag out")
+    check_schedule(prior)
+    return run_settings(args, prior), latents
+
+
+def main(argv: list[str] | None = None) -> Path:
+    """Make one video and return its path."""
+    args = parse_args(argv)
+    prior = prior_utils.read_prior(args.prior_dir)
+    fill_in(args, prior)
+    path = output_path(args, prior)
+    args.device = wan_models.pick_device(args.model, args.device)
+    settings, latents = check_before_loading(args, prior)
+    total = prior.num_inference_steps
+    what = f"runs {args.steps_left} of {total} steps, skips {args.start_step + 1}"
+    cli.say(
+        what if args.steps_left else f"step {args.start_step} is the last: nothing left to run, decodes only"
+    )
+
+    data = make_video(args, prior, settings, latents, path)
+    prior_utils.write_json(path.with_suffix(".json"), data)
+    cli.say(f"{path}: {data['forwards']} forwards, {sum(data['seconds'].values()):.1f} s")
+    return path
+
+
+if __name__ == "__main__":
+    cli.run_script(main)

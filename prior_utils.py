@@ -1,0 +1,517 @@
+"""The prior on disk: write it, read it, verify it, and check that the schedule is still the same.
+
+A prior is a folder `run_<id>/`:
+
+    run_metadata.json        settings, schedule, SHA-256 of every other file; written last
+    initial_latents.pt       latents before step 0, at sigmas[0]: the noise (plus the video of --input_video)
+    step_0000.pt ...         latents *after* step i, that is, at sigmas[i + 1]; the last ones are clean
+    noise_pred_0000.pt ...   the velocity of step i after guidance (DiffSynth calls it noise_pred)
+    y.pt, clip_feature.pt    what the model sees of the input image
+    context_<hash>.pt        one encoded prompt each, named after the text
+    input_image.png          the input image as the model saw it
+    output_full.mp4          the prior's own video
+
+Every .pt file holds one tensor in the pipeline's dtype: converting it would break bit-exactness.
+Resuming from `start_step` loads `step_<start_step>.pt` and runs steps start_step + 1 ... N - 1.
+
+This module knows files and schedules; it imports neither a pipeline nor the command line.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import math
+import os
+import re
+import time
+import zipfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+FORMAT_VERSION = 1
+METADATA_FILE = "run_metadata.json"
+INITIAL_LATENTS_FILE = "initial_latents.pt"
+IMAGE_FILE = "input_image.png"
+OUTPUT_FILE = "output_full.mp4"
+REQUIRED_KEYS = {
+    "run_id": str,
+    "num_inference_steps": int,
+    "scheduler_timesteps": list,
+    "scheduler_sigmas": list,
+    "denoising_strength": (int, float),
+    "sigma_shift": (int, float),
+    "height": int,
+    "width": int,
+    "num_frames": int,
+}
+# What a version 1 prior records besides; a prior of the pull request's scripts lacks it, and goes unchecked.
+VERSION_1_KEYS = {
+    "status": str,
+    "files": dict,
+    "model": str,
+    "model_fingerprint": dict,
+    "prompt": str,
+    "negative_prompt": str,
+    "cfg_scale": (int, float),
+    "start_step": int,
+    "fps": (int, float),
+    "dtype": str,
+    "tiled": bool,
+    "seed": int,
+    "versions": dict,
+}
+MAX_METADATA_BYTES = 16 * 2**20
+MAX_STEPS = 10_000
+LATENT_CHANNELS = 16  # z_dim of the Wan2.1 VAE
+SPATIAL_FACTOR = 8  # pixels per latent, height and width
+TEMPORAL_FACTOR = 4  # frames per latent, after the first
+DTYPES = ("bfloat16", "float16", "float32")
+
+
+class InputError(ValueError):
+    """What the user gave cannot be used; the message is one line: found, expected, what to do."""
+
+
+class RunError(RuntimeError):
+    """The input was fine, the run was not (network, memory, non-finite latents); one line, too."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSettings:
+    """What fixes the schedule and the shape of a run; the names are WanVideoPipeline's."""
+
+    num_inference_steps: int
+    denoising_strength: float
+    sigma_shift: float
+    cfg_scale: float
+    height: int
+    width: int
+    num_frames: int
+    tiled: bool = True
+    seed: int | None = None
+
+
+@dataclass(frozen=True)
+class Prior:
+    """A prior's folder and its metadata, checked for form by `read_prior`."""
+
+    directory: Path
+    metadata: Mapping[str, Any]
+
+    @property
+    def num_inference_steps(self) -> int:
+        return self.metadata["num_inference_steps"]
+
+    @property
+    def is_legacy(self) -> bool:
+        """True for a prior of the pull request's scripts: latents and schedule, nothing else."""
+        return "format_version" not in self.metadata
+
+    @property
+    def latents_shape(self) -> tuple[int, ...]:
+        """[B, C, T, H, W] of the latents."""
+        m = self.metadata
+        return latents_shape(height=m["height"], width=m["width"], num_frames=m["num_frames"])
+
+    def has(self, name: str) -> bool:
+        """Whether the prior records a file of this name."""
+        return name in self.metadata.get("files", {})
+
+
+# --- names and shapes ---------------------------------------------------------------------------------------
+
+
+def step_file(step: int) -> str:
+    """Name of the latents after `step`."""
+    return f"step_{step:04d}.pt"
+
+
+def noise_pred_file(step: int) -> str:
+    """Name of the guided velocity of `step`."""
+    return f"noise_pred_{step:04d}.pt"
+
+
+def context_file(text: str) -> str:
+    """Name of an encoded prompt: the same text has the same name in every prior."""
+    return f"context_{hashlib.sha256(text.encode()).hexdigest()[:16]}.pt"
+
+
+def latents_shape(*, height: int, width: int, num_frames: int) -> tuple[int, ...]:
+    """[B, C, T, H, W] of the Wan2.1 latents of a video of this size (pixels, frames)."""
+    frames = (num_frames - 1) // TEMPORAL_FACTOR + 1
+    return (1, LATENT_CHANNELS, frames, height // SPATIAL_FACTOR, width // SPATIAL_FACTOR)
+
+
+def round_sizes(*, height: int, width: int, num_frames: int) -> dict[str, int]:
+    """The sizes WanVideoPipeline rounds these to, up and silently (`check_resize_height_width`)."""
+    pixels = 2 * SPATIAL_FACTOR  # the DiT's patches are 2 x 2 latents
+    return {
+        "height": math.ceil(height / pixels) * pixels,
+        "width": math.ceil(width / pixels) * pixels,
+        "num_frames": math.ceil((num_frames - 1) / TEMPORAL_FACTOR) * TEMPORAL_FACTOR + 1,
+    }
+
+
+def recommended_start_step(num_inference_steps: int) -> int:
+    """The step to resume from unless told otherwise: 6 of 10, and the same share of other schedules."""
+    return min(num_inference_steps * 6 // 10, num_inference_steps - 1)
+
+
+# --- writing ------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield a temporary name beside `path`; on success it takes the final name, on failure it is removed.
+
+    The temporary name keeps the suffix, by which imageio chooses the format.
+    """
+    temporary = path.with_name(f".tmp_{os.getpid()}_{path.name}")
+    try:
+        yield temporary
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, data: Mapping[str, Any]) -> None:
+    """Write `data` as readable JSON, whole or not at all."""
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def sha256_file(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hex."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(2**20):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def sha256_tensor(tensor: torch.Tensor) -> str:
+    """SHA-256 of a tensor's contiguous bytes in its own dtype, in hex."""
+    import torch
+
+    flat = tensor.detach().cpu().contiguous().flatten()
+    return hashlib.sha256(flat.view(torch.uint8).numpy().tobytes()).hexdigest()
+
+
+class PriorWriter:
+    """Writes a prior file by file; the metadata says "running" until `finish` says "complete"."""
+
+    def __init__(self, directory: Path, metadata: dict[str, Any]):
+        self.directory = directory
+        self.metadata = metadata | {"format_version": FORMAT_VERSION, "status": "running", "files": {}}
+        self.write_metadata()
+
+    def write_metadata(self) -> None:
+        """Bring the metadata on disk up to date."""
+        write_json(self.directory / METADATA_FILE, self.metadata)
+
+    def save_tensor(self, name: str, tensor: torch.Tensor) -> None:
+        """Save one tensor as it is (no change of dtype) and record its checksum."""
+        import torch
+
+        self.save(name, lambda path: torch.save(tensor.detach().cpu().contiguous().clone(), path))
+
+    def save(self, name: str, write: Callable[[Path], object]) -> None:
+        """Let `write(path)` make the file `name`, then record its checksum."""
+        with replacing(self.directory / name) as temporary:
+            write(temporary)
+            digest = sha256_file(temporary)
+        self.metadata["files"][name] = digest
+
+    def finish(self, **metadata: Any) -> None:
+        """Add what is known only at the end and declare the prior complete."""
+        self.metadata |= metadata | {"status": "complete"}
+        self.write_metadata()
+
+
+def create_run_dir(output_dir: Path, run_id: str | None) -> tuple[Path, str]:
+    """Make an empty `run_<id>` below `output_dir`; without an id, one from the clock that is still free.
+
+    Raises:
+        InputError: the id is taken, or the folder can't be written.
+    """
+    wanted = run_id or time.strftime("%Y%m%d_%H%M%S")
+    candidate, tries = wanted, 1
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        while True:
+            directory = output_dir / f"run_{candidate}"
+            try:
+                directory.mkdir()  # fails where it exists, also when two runs try at once
+                return directory, candidate
+            except FileExistsError:
+                if run_id:
+                    raise InputError(
+                        f"{directory} exists and is never overwritten; choose another --run_id or remove it"
+                    ) from None
+                tries += 1
+                candidate = f"{wanted}_{tries}"
+    except OSError as error:
+        raise InputError(
+            f"cannot write to {output_dir}: {error.strerror}; name a folder that can be written"
+        ) from error
+
+
+# --- reading ------------------------------------------------------------------------------------------------
+
+
+def read_prior(directory: Path) -> Prior:
+    """Read a prior's metadata and check its form; no tensor is read and torch isn't imported.
+
+    Raises:
+        InputError: no prior there, an unfinished one, or metadata that says something impossible.
+    """
+    metadata = _read_metadata(directory / METADATA_FILE)
+    _check_keys(metadata, REQUIRED_KEYS)
+    _check_sizes(metadata)
+    if "format_version" in metadata:
+        if metadata["format_version"] != FORMAT_VERSION:
+            raise InputError(
+                f"{directory} has format_version {metadata['format_version']!r}, expected {FORMAT_VERSION}; "
+                "use the version of the program that wrote it"
+            )
+        _check_keys(metadata, VERSION_1_KEYS)
+        _check_version_1(directory, metadata)
+    return Prior(directory, metadata)
+
+
+def _read_metadata(path: Path) -> dict[str, Any]:
+    if not path.parent.is_dir():
+        raise InputError(
+            f"{path.parent} is not a folder; --prior_dir takes a run_<id> folder of generate_prior.py"
+        )
+    if not path.is_file():
+        raise InputError(
+            f"{path.parent} holds no {METADATA_FILE}; --prior_dir takes a run_<id> of generate_prior.py"
+        )
+    try:
+        if path.stat().st_size > MAX_METADATA_BYTES:
+            raise InputError(f"{path} is over {MAX_METADATA_BYTES} bytes, too large for a prior's metadata")
+        metadata = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is not UTF-8 text ({error.reason}); make the prior again") from error
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise InputError(
+            f"{path} is not valid JSON ({error}); it was cut off or edited: make the prior again"
+        ) from error
+    if not isinstance(metadata, dict):
+        raise InputError(
+            f"{path} holds a {type(metadata).__name__}, expected a JSON object; make the prior again"
+        )
+    return metadata
+
+
+def _check_keys(metadata: Mapping[str, Any], keys: Mapping[str, Any]) -> None:
+    for key, kind in keys.items():
+        if key not in metadata:
+            raise InputError(
+                f"{METADATA_FILE} lacks {key!r}; it was not written by generate_prior.py, or was edited"
+            )
+        value = metadata[key]
+        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+            raise InputError(f"{METADATA_FILE} has {key} = {_short(value)}, expected {_kind_name(kind)}")
+
+
+def _kind_name(kind: type | tuple[type, ...]) -> str:
+    return "a number" if isinstance(kind, tuple) else f"a value of type {kind.__name__}"
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _check_sizes(metadata: Mapping[str, Any]) -> None:
+    steps = metadata["num_inference_steps"]
+    if not 1 <= steps <= MAX_STEPS:
+        raise InputError(f"{METADATA_FILE} has num_inference_steps = {steps}, expected 1 to {MAX_STEPS}")
+    for key in ("scheduler_timesteps", "scheduler_sigmas"):
+        values = metadata[key]
+        if len(values) != steps or not all(_is_number(value) for value in values):
+            raise InputError(
+                f"{METADATA_FILE} has {len(values)} entries in {key}, expected {steps} finite numbers"
+            )
+    for key in ("denoising_strength", "sigma_shift", "cfg_scale", "fps"):
+        if key in metadata and not (_is_number(metadata[key]) and metadata[key] > 0):
+            raise InputError(f"{METADATA_FILE} has {key} = {metadata[key]!r}, expected a number above 0")
+    for key, most in (("height", 16384), ("width", 16384), ("num_frames", 4097)):
+        if not 1 <= metadata[key] <= most:
+            raise InputError(f"{METADATA_FILE} has {key} = {metadata[key]}, expected 1 to {most}")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _check_version_1(directory: Path, metadata: Mapping[str, Any]) -> None:
+    if metadata["status"] != "complete":
+        whole = sum(1 for name in metadata["files"] if re.fullmatch(r"step_\d{4}\.pt", name))
+        raise InputError(
+            f"{directory} is unfinished ({whole} of {metadata['num_inference_steps']} steps are whole): "
+            "generate_prior.py was interrupted or is still running; wait for it or make the prior again"
+        )
+    if metadata["dtype"] not in DTYPES:
+        raise InputError(
+            f"{METADATA_FILE} has dtype = {metadata['dtype']!r}, expected one of {', '.join(DTYPES)}"
+        )
+    if not 0 <= metadata["start_step"] < metadata["num_inference_steps"]:
+        raise InputError(f"{METADATA_FILE} has start_step = {metadata['start_step']}, beyond its own steps")
+    for name, digest in metadata["files"].items():
+        if Path(name).name != name or name in (".", "..") or "\\" in name:
+            raise InputError(
+                f"{METADATA_FILE} names the file {_short(name)}, which is not inside the prior; don't use it"
+            )
+        if not (isinstance(digest, str) and re.fullmatch(r"[0-9a-f]{64}", digest)):
+            raise InputError(
+                f"{METADATA_FILE} has {_short(digest)} as the SHA-256 of {name}; make the prior again"
+            )
+    for step in range(metadata["num_inference_steps"]):
+        if step_file(step) not in metadata["files"]:
+            raise InputError(
+                f"{METADATA_FILE} lists no {step_file(step)}; the prior is incomplete: make it again"
+            )
+
+
+def check_files(prior: Prior, names: Iterable[str]) -> None:
+    """Compare files with their recorded SHA-256. A legacy prior has none: only their presence is checked.
+
+    Raises:
+        InputError: a file is missing, unreadable, leads out of the prior, or is not what was written.
+    """
+    for name in names:
+        path = prior.directory / name
+        if path.is_symlink():
+            raise InputError(f"{path} is a symbolic link; a prior holds its own files: copy the file there")
+        if not path.is_file():
+            raise InputError(f"{path} is missing; copy the prior again or make it again")
+        if prior.is_legacy:
+            continue
+        expected = prior.metadata["files"].get(name)
+        if expected is None:
+            raise InputError(f"{METADATA_FILE} lists no {name}; the prior is incomplete: make it again")
+        try:
+            found = sha256_file(path)
+        except OSError as error:
+            raise InputError(f"cannot read {path}: {error.strerror}") from error
+        if found != expected:
+            raise InputError(
+                f"{path} is damaged: its SHA-256 is {found[:12]}..., expected {expected[:12]}...; "
+                "copy the prior again or make it again"
+            )
+
+
+def load_latents(prior: Prior, name: str) -> torch.Tensor:
+    """Load latents or a velocity, [B, C, T, H, W] in the prior's dtype, on the CPU.
+
+    Raises:
+        InputError: not a tensor, wrong shape or dtype, NaN or infinite values, or a pickle with code in it.
+    """
+    dtype = prior.metadata.get("dtype")
+    return load_tensor(prior.directory / name, shape=prior.latents_shape, dtype=dtype)
+
+
+def load_tensor(
+    path: Path, *, shape: tuple[int, ...] | None = None, dtype: str | None = None
+) -> torch.Tensor:
+    """Load the one tensor a .pt file holds; nothing else in the file is ever unpickled.
+
+    Args:
+        shape: expected shape; also bounds what is read into memory.
+        dtype: expected dtype, "bfloat16" for example.
+
+    Raises:
+        InputError: see `load_latents`.
+    """
+    import torch
+
+    _check_archive(path, largest=math.prod(shape) * 4 if shape else None)
+    try:
+        tensor = torch.load(path, weights_only=True, map_location="cpu")
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from error
+    except (
+        Exception
+    ) as error:  # torch raises UnpicklingError, RuntimeError, EOFError, KeyError ... for bad files
+        raise InputError(
+            f"{path} is not a tensor file ({_first_line(error)}); nothing in it was run; make the prior again"
+        ) from error
+    if not isinstance(tensor, torch.Tensor) or tensor.layout != torch.strided:
+        raise InputError(f"{path} holds a {type(tensor).__name__}, expected a tensor; make the prior again")
+    found = str(tensor.dtype).removeprefix("torch.")
+    if shape is not None and tuple(tensor.shape) != tuple(shape):
+        raise InputError(
+            f"{path} has shape {list(tensor.shape)}, expected {list(shape)} for this size of video"
+        )
+    if found not in (DTYPES if dtype is None else (dtype,)):
+        raise InputError(f"{path} has dtype {found}, expected {dtype or ' or '.join(DTYPES)}")
+    if not tensor.is_contiguous():
+        raise InputError(
+            f"{path} holds a tensor that is not contiguous, as no prior does; make the prior again"
+        )
+    if not torch.isfinite(tensor).all():
+        raise InputError(f"{path} holds NaN or infinite values; make the prior again")
+    return tensor
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0][:120]}"
+
+
+def _check_archive(path: Path, *, largest: int | None) -> None:
+    """Refuse what torch.save never writes: no zip archive, compressed entries, too many bytes."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            entries = archive.infolist()
+    except (OSError, zipfile.BadZipFile, ValueError, NotImplementedError) as error:
+        raise InputError(
+            f"{path} is not a tensor file ({_first_line(error)}); it was cut off: copy or make the prior again"
+        ) from error
+    size = sum(entry.file_size for entry in entries)
+    if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+        raise InputError(f"{path} is a compressed archive, which no prior holds; don't use it")
+    if largest is not None and size > largest + 2**20:
+        raise InputError(
+            f"{path} holds {size} bytes, expected at most {largest} for this size of video; don't use it"
+        )
+
+
+# --- the schedule -------------------------------------------------------------------------------------------
+
+
+def check_schedule(prior: Prior, *, timesteps: Iterable[float], sigmas: Iterable[float]) -> None:
+    """Compare every timestep and sigma the installed scheduler computes with those the prior recorded.
+
+    Args:
+        timesteps: of the full schedule, num_inference_steps values in 0 ... 1000.
+        sigmas: likewise, in 0 ... 1; DiffSynth leaves out the closing 0.
+
+    Raises:
+        InputError: they differ, so the latents are not at the noise level the scheduler would assume.
+    """
+    for key, computed in (("scheduler_timesteps", timesteps), ("scheduler_sigmas", sigmas)):
+        recorded, computed = prior.metadata[key], list(computed)
+        if len(recorded) != len(computed):
+            raise InputError(
+                f"{key}: the prior has {len(recorded)} entries, the installed scheduler {len(computed)}"
+            )
+        for step, (old, new) in enumerate(zip(recorded, computed, strict=True)):
+            if not math.isclose(old, new, rel_tol=1e-6, abs_tol=1e-9):
+                raise InputError(
+                    f"{key}[{step}]: the prior has {old:.6f}, the installed scheduler gives {new:.6f}; "
+                    f"use diffsynth {prior.metadata.get('versions', {}).get('diffsynth', 'as it was then')} "
+                    "or make the prior again"
+                )

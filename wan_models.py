@@ -1,0 +1,312 @@
+"""The models by name: their defaults, where their weights are, how they are loaded.
+
+    I2V-480P, I2V-720P   Wan2.1-I2V-14B, fetched from ModelScope by DiffSynth's own ModelConfig
+    tiny                 data/tiny_wan_i2v: the same classes, small and trained, for the CPU
+
+Importing this module is cheap; torch and diffsynth are imported by the functions that need them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import re
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from prior_utils import InputError, RunError
+
+if TYPE_CHECKING:
+    from diffsynth.pipelines.wan_video import ModelConfig, WanVideoPipeline
+
+ROOT = Path(__file__).resolve().parent
+TINY_DIR = ROOT / "data" / "tiny_wan_i2v"
+COMPONENTS = ("dit", "vae", "text_encoder", "image_encoder")
+PLAIN_VRAM_GIB = 64  # bfloat16 weights of the 14B model are some 46 GiB; the rest is activations and decoding
+
+CONVERTED = "DiffSynth-Studio/Wan-Series-Converted-Safetensors"  # where DiffSynth redirects the .pth files
+SHARED_FILES = {
+    "vae": (CONVERTED, "Wan2.1_VAE.safetensors"),
+    "text_encoder": (CONVERTED, "models_t5_umt5-xxl-enc-bf16.safetensors"),
+    "image_encoder": (CONVERTED, "models_clip_open-clip-xlm-roberta-large-vit-huge-14.safetensors"),
+}
+TOKENIZER = ("Wan-AI/Wan2.1-T2V-1.3B", "google/umt5-xxl/")
+# Wan's usual negative prompt, from the examples of Wan2.1 and DiffSynth-Studio.
+WAN_NEGATIVE_PROMPT = (
+    "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，"
+    "JPEG压缩残留，丑陋的，残缺的，多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，"
+    "手指融合，静止不动的画面，杂乱的背景，三条腿，背景人很多，倒着走"
+)
+
+
+@dataclass(frozen=True)
+class Defaults:
+    """What a model runs with unless told otherwise; the names are WanVideoPipeline's."""
+
+    height: int = 480
+    width: int = 832
+    num_frames: int = 81
+    fps: float = 16
+    cfg_scale: float = 5.0
+    sigma_shift: float = 5.0
+    negative_prompt: str = WAN_NEGATIVE_PROMPT
+    dtype: str = "bfloat16"
+
+
+@dataclass(frozen=True)
+class LoadOptions:
+    """Which model, from where, onto what; the flags that both scripts share."""
+
+    model: str
+    device: str
+    dtype: str
+    vram: str = "auto"  # auto, plain or low
+    model_dir: Path | None = None
+
+
+REAL_MODELS = {
+    "I2V-480P": ("Wan-AI/Wan2.1-I2V-14B-480P", Defaults()),
+    "I2V-720P": ("Wan-AI/Wan2.1-I2V-14B-720P", Defaults(height=720, width=1280)),
+}
+MODEL_NAMES = (*REAL_MODELS, "tiny")
+
+
+def model_defaults(name: str) -> Defaults:
+    """The defaults of a model; the embedded one keeps its own in its config.json."""
+    if name in REAL_MODELS:
+        return REAL_MODELS[name][1]
+    config = _tiny_config(TINY_DIR)
+    known = {f.name for f in dataclasses.fields(Defaults)}
+    own = {key: value for key, value in config["defaults"].items() if key in known}
+    return Defaults(**{"dtype": "float32", **own})
+
+
+def _tiny_config(folder: Path) -> dict[str, Any]:
+    try:
+        return json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{folder} holds no readable config.json of an embedded model ({error})") from error
+
+
+def pick_device(model: str, device: str | None) -> str:
+    """The device to run on: CUDA where there is one, else the CPU, which only `tiny` can use.
+
+    Raises:
+        InputError: the device isn't there, or is a CPU and the model has 14 billion parameters.
+    """
+    import torch
+
+    found = "cuda" if torch.cuda.is_available() else "cpu"
+    device = device or found
+    try:
+        kind = torch.device(device).type
+    except RuntimeError:
+        raise InputError(f"--device {device} is no device name; use cpu, cuda or cuda:1") from None
+    if model in REAL_MODELS and kind == "cpu":
+        raise InputError(
+            f"{model} has 14 billion parameters and needs a CUDA GPU, and the device here is the CPU; "
+            "use --model tiny to run the same code on a CPU"
+        )
+    if kind == "cuda" and found != "cuda":
+        raise InputError(
+            f"--device {device}: torch {torch.__version__} sees no CUDA GPU here; use --device cpu"
+        )
+    return device
+
+
+def pick_vram(options: LoadOptions) -> str:
+    """`plain` (all weights on the device) or `low` (offloaded to disk), by the VRAM that is free."""
+    import torch
+
+    if options.vram != "auto":
+        return options.vram
+    if options.model not in REAL_MODELS:
+        return "plain"
+    free = torch.cuda.mem_get_info(options.device)[0] / 2**30
+    return "plain" if free >= PLAIN_VRAM_GIB else "low"
+
+
+# --- where the weights are ----------------------------------------------------------------------------------
+
+
+def weight_files(options: LoadOptions, components: Collection[str] = COMPONENTS) -> dict[str, list[Path]]:
+    """The weight files of each component, fetched first where they are not there yet.
+
+    Raises:
+        RunError: they could not be fetched.
+        InputError: --model_dir lacks some.
+    """
+    if options.model not in REAL_MODELS:
+        folder = options.model_dir or TINY_DIR
+        return {name: _existing(folder, [f"{name}.safetensors"], name) for name in components}
+    if options.model_dir is not None:
+        return {name: _in_folder(options, name) for name in components}
+    return {name: _fetch(*_published(options.model, name)) for name in components}
+
+
+def _published(model: str, component: str) -> tuple[str, str]:
+    """ModelScope model id and file pattern of a component."""
+    if component == "dit":
+        return REAL_MODELS[model][0], "diffusion_pytorch_model*.safetensors"
+    return SHARED_FILES[component]
+
+
+def _fetch(model_id: str, pattern: str) -> list[Path]:
+    """Let DiffSynth's ModelConfig find or download the files, by its own environment variables."""
+    from diffsynth.pipelines.wan_video import ModelConfig
+
+    config = ModelConfig(model_id=model_id, origin_file_pattern=pattern)
+    try:
+        config.download_if_necessary()
+    except Exception as error:  # modelscope, huggingface_hub, requests and urllib3 each raise their own
+        raise RunError(
+            f"cannot fetch {model_id}/{pattern} ({type(error).__name__}): connect to the network, name a "
+            "folder of downloaded weights with --model_dir, or use --model tiny"
+        ) from error
+    paths = config.path if isinstance(config.path, list) else [config.path]
+    if not paths:
+        raise RunError(
+            f"no {model_id}/{pattern} below {config.local_model_path} and downloading is off "
+            "(DIFFSYNTH_SKIP_DOWNLOAD); unset it, or name a folder of downloaded weights with --model_dir"
+        )
+    return _complete_shards(sorted(Path(path) for path in paths))
+
+
+def _in_folder(options: LoadOptions, component: str) -> list[Path]:
+    """The files of a component in --model_dir, laid out flat or as ModelScope lays them out."""
+    model_id, pattern = _published(options.model, component)
+    original = pattern.replace(".safetensors", ".pth")
+    candidates = [
+        pattern,
+        f"{model_id}/{pattern}",
+        original,
+        f"{REAL_MODELS[options.model][0]}/{original}",
+        f"{REAL_MODELS[options.model][0]}/{pattern}",
+    ]
+    return _complete_shards(_existing(options.model_dir, candidates, component))
+
+
+def _existing(folder: Path, patterns: list[str], component: str) -> list[Path]:
+    for pattern in patterns:
+        paths = sorted(path for path in folder.glob(pattern) if path.exists())
+        if paths:
+            return paths
+    raise InputError(
+        f"{folder} holds no {patterns[0]} (the {component}); name the folder that does, with --model_dir"
+    )
+
+
+def _complete_shards(paths: list[Path]) -> list[Path]:
+    """Refuse a sharded file of which some shards are missing."""
+    match = re.search(r"-of-(\d+)\.", paths[0].name)
+    if match and len(paths) != int(match[1]):
+        raise InputError(
+            f"{paths[0].parent} holds {len(paths)} of the {int(match[1])} shards {paths[0].name} belongs to; "
+            "finish the download"
+        )
+    return paths
+
+
+def fingerprint(files: Mapping[str, list[Path]]) -> dict[str, str]:
+    """A cheap fingerprint of each component's weights: names, sizes and samples of the bytes, in hex.
+
+    Reads at most 33 pieces of 4 KiB a file, spread evenly with the first and the last among them, so
+    28 GB cost milliseconds. The first piece holds the header of a safetensors file or its beginning.
+    """
+    return {component: _fingerprint(paths) for component, paths in files.items()}
+
+
+def _fingerprint(paths: list[Path], *, pieces: int = 32, piece_bytes: int = 4096) -> str:
+    digest = hashlib.sha256()
+    for path in paths:
+        size = path.stat().st_size
+        digest.update(f"{path.name}:{size}".encode())
+        with path.open("rb") as file:
+            for i in range(pieces + 1):
+                file.seek(max(0, size - piece_bytes) * i // pieces)
+                digest.update(file.read(piece_bytes))
+    return digest.hexdigest()
+
+
+# --- loading ------------------------------------------------------------------------------------------------
+
+
+def load_pipeline(options: LoadOptions, files: Mapping[str, list[Path]]) -> WanVideoPipeline:
+    """Load the components named in `files` (see `weight_files`), and no others, into a WanVideoPipeline."""
+    load = _load_real if options.model in REAL_MODELS else _load_tiny
+    return load(options, files)
+
+
+def _load_tiny(options: LoadOptions, files: Mapping[str, list[Path]]) -> WanVideoPipeline:
+    import torch
+    from diffsynth.pipelines.wan_video import WanVideoPipeline
+    from safetensors import SafetensorError
+
+    import tiny_model
+
+    folder = options.model_dir or TINY_DIR
+    dtype = getattr(torch, options.dtype)
+    pipe = WanVideoPipeline(device=options.device, torch_dtype=dtype)
+    try:
+        modules = tiny_model.load(folder, only=tuple(files))
+    except (RuntimeError, SafetensorError) as error:
+        raise InputError(
+            f"the weights in {folder} do not fit its config.json ({str(error)[:80]}...)"
+        ) from error
+    for name, module in modules.items():
+        setattr(pipe, name, module.to(device=options.device, dtype=dtype).eval())
+    if "text_encoder" in files:
+        pipe.tokenizer = tiny_model.tokenizer(folder)
+    return pipe
+
+
+def _load_real(options: LoadOptions, files: Mapping[str, list[Path]]) -> WanVideoPipeline:
+    import torch
+    from diffsynth.pipelines.wan_video import ModelConfig, WanVideoPipeline
+
+    dtype = getattr(torch, options.dtype)
+    offload, vram_limit = {}, None
+    if pick_vram(options) == "low":
+        offload = dict(_disk_offload(dtype, options.device))
+        vram_limit = torch.cuda.mem_get_info(options.device)[1] / 2**30 - 2
+    configs = [ModelConfig(path=_paths(paths), **offload) for paths in files.values()]
+    return WanVideoPipeline.from_pretrained(
+        torch_dtype=dtype,
+        device=options.device,
+        model_configs=configs,
+        tokenizer_config=_tokenizer_config(options) if "text_encoder" in files else None,
+        vram_limit=vram_limit,
+    )
+
+
+def _paths(paths: list[Path]) -> str | list[str]:
+    names = [str(path) for path in paths]
+    return names[0] if len(names) == 1 else names
+
+
+def _disk_offload(dtype: Any, device: str) -> Iterator[tuple[str, Any]]:
+    """DiffSynth's low-VRAM setting for 8 GB and more: weights stay on disk until a layer needs them."""
+    for stage, (place, kind) in {
+        "offload": ("disk", "disk"),
+        "onload": ("cpu", dtype),
+        "preparing": (device, dtype),
+        "computation": (device, dtype),
+    }.items():
+        yield f"{stage}_device", place
+        yield f"{stage}_dtype", kind
+
+
+def _tokenizer_config(options: LoadOptions) -> ModelConfig:
+    from diffsynth.pipelines.wan_video import ModelConfig
+
+    model_id, folder = TOKENIZER
+    if options.model_dir is None:
+        return ModelConfig(path=str(_fetch(model_id, folder)[0]))
+    candidates = [folder, f"{model_id}/{folder}", f"{REAL_MODELS[options.model][0]}/{folder}"]
+    for candidate in candidates:
+        if (options.model_dir / candidate).is_dir():
+            return ModelConfig(path=str(options.model_dir / candidate))
+    raise InputError(f"{options.model_dir} holds no {folder} (the tokenizer); name the folder that does")

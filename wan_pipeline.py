@@ -1,0 +1,337 @@
+"""Run DiffSynth's WanVideoPipeline from any step, see every step, change none of its source.
+
+`WanVideoPipeline.__call__` reads three plain attributes; `hooked` puts ours in their place for one call:
+
+    scheduler  ResumableScheduler: keeps only the steps after start_step, reports each step
+    units      run_full appends a unit that hands out the conditioning; run_from replaces every unit that
+               would load an encoder by one that puts the prior's latents and conditioning in place
+    model_fn   ForwardCounter: counts network evaluations, both guidance branches
+
+Checked against diffsynth 2.1.12, diffsynth/pipelines/wan_video.py and diffsynth/diffusion/flow_match.py.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import torch
+from diffsynth.diffusion import FlowMatchScheduler
+from diffsynth.diffusion.base_pipeline import PipelineUnit
+from diffsynth.pipelines.wan_video import (
+    WanVideoPipeline,
+    WanVideoUnit_ImageEmbedderCLIP,
+    WanVideoUnit_ImageEmbedderVAE,
+    WanVideoUnit_PromptEmbedder,
+)
+from PIL import Image
+from tqdm import tqdm
+
+from prior_utils import RunError, RunSettings
+
+TILING = {"tile_size": (30, 52), "tile_stride": (15, 26)}  # latents; WanVideoPipeline's own defaults
+
+
+@dataclass(frozen=True, kw_only=True)
+class Conditioning:
+    """What the network sees besides latents and timestep, in the pipeline's dtype.
+
+    Shapes for Wan2.1-I2V: y [1, 20, T, H, W] (mask and encoded image), clip_feature [1, 257, 1280],
+    context_posi and context_nega [1, 512, 4096]. context_nega is None where cfg_scale is 1.
+    """
+
+    y: torch.Tensor | None
+    clip_feature: torch.Tensor | None
+    context_posi: torch.Tensor
+    context_nega: torch.Tensor | None
+
+    def to(self, device: str | torch.device) -> Conditioning:
+        """The same tensors on `device`."""
+        tensors = {f.name: getattr(self, f.name) for f in fields(self)}
+        return Conditioning(**{name: None if t is None else t.to(device) for name, t in tensors.items()})
+
+
+@dataclass(frozen=True)
+class Step:
+    """One Euler step as the scheduler took it; tensors are [B, C, T, H, W]."""
+
+    index: int  # 0 ... num_inference_steps - 1
+    sigma: float  # noise level of latents_before
+    latents_before: torch.Tensor
+    noise_pred: torch.Tensor  # guided velocity, noise - sample
+    latents: torch.Tensor  # at the next sigma
+
+    @property
+    def denoised(self) -> torch.Tensor:
+        """The clean latents this step points at: latents - sigma * noise_pred."""
+        return self.latents_before - self.sigma * self.noise_pred
+
+
+@dataclass
+class RunResult:
+    """What a run made and what it cost."""
+
+    frames: list[Image.Image]
+    latents: torch.Tensor  # clean, [B, C, T, H, W]
+    steps: list[int]  # indices of the steps that ran
+    forwards: int  # network evaluations
+    seconds: dict[str, float] = field(default_factory=dict)  # encode, denoise, save, decode
+    seconds_per_step: list[float] = field(default_factory=list)
+
+
+StepCallback = Callable[[Step], None]
+StartCallback = Callable[[torch.Tensor, Conditioning], None]
+
+
+class ResumableScheduler(FlowMatchScheduler):
+    """FlowMatchScheduler("Wan") that can leave out the first steps and reports each step it takes."""
+
+    def __init__(self, *, start_step: int | None = None, on_step: StepCallback | None = None):
+        super().__init__("Wan")
+        self.first = 0 if start_step is None else start_step + 1
+        self.on_step = on_step
+
+    def set_timesteps(self, num_inference_steps: int = 100, **kwargs: Any) -> None:
+        """Compute the full schedule, then keep steps `first` ... N - 1 of it."""
+        super().set_timesteps(num_inference_steps, **kwargs)
+        # step() looks its place up in timesteps and reads sigmas there: both are cut alike.
+        self.timesteps, self.sigmas = self.timesteps[self.first :], self.sigmas[self.first :]
+
+    def step(self, model_output: torch.Tensor, timestep: torch.Tensor, sample: torch.Tensor, **kwargs: Any):
+        """Take DiffSynth's own Euler step and report it."""
+        latents = super().step(model_output, timestep, sample, **kwargs)
+        if self.on_step is not None:
+            place = int(torch.argmin((self.timesteps - timestep.cpu()).abs()))
+            self.on_step(Step(self.first + place, float(self.sigmas[place]), sample, model_output, latents))
+        return latents
+
+
+class ForwardCounter:
+    """A model_fn that counts its calls: the network evaluations of a run."""
+
+    def __init__(self, model_fn: Callable[..., torch.Tensor]):
+        self.model_fn = model_fn
+        self.forwards = 0
+
+    def __call__(self, **kwargs: Any) -> torch.Tensor:
+        self.forwards += 1
+        return self.model_fn(**kwargs)
+
+
+class ReportStart(PipelineUnit):
+    """Last unit of a full run: hands out the initial latents and the conditioning."""
+
+    def __init__(self, on_start: StartCallback):
+        super().__init__(take_over=True)
+        self.on_start = on_start
+
+    def process(self, pipe: WanVideoPipeline, inputs_shared: dict, inputs_posi: dict, inputs_nega: dict):
+        """Report; the inputs go on unchanged."""
+        guided = inputs_shared["cfg_scale"] != 1
+        conditioning = Conditioning(
+            y=inputs_shared.get("y"),
+            clip_feature=inputs_shared.get("clip_feature"),
+            context_posi=inputs_posi["context"],
+            context_nega=inputs_nega["context"] if guided else None,
+        )
+        self.on_start(inputs_shared["latents"], conditioning)
+        return inputs_shared, inputs_posi, inputs_nega
+
+
+class ReplaceStart(PipelineUnit):
+    """Last unit of a resumed run: puts the prior's latents and conditioning in place."""
+
+    def __init__(self, latents: torch.Tensor, conditioning: Conditioning):
+        super().__init__(take_over=True)
+        self.latents = latents
+        self.conditioning = conditioning
+
+    def process(self, pipe: WanVideoPipeline, inputs_shared: dict, inputs_posi: dict, inputs_nega: dict):
+        """Replace; tensors move to the pipeline's device, their dtype stays."""
+        conditioning = self.conditioning.to(pipe.device)
+        inputs_shared["latents"] = self.latents.to(pipe.device)
+        for name in ("y", "clip_feature"):
+            if getattr(conditioning, name) is not None:
+                inputs_shared[name] = getattr(conditioning, name)
+        inputs_posi["context"] = conditioning.context_posi
+        if conditioning.context_nega is not None:
+            inputs_nega["context"] = conditioning.context_nega
+        return inputs_shared, inputs_posi, inputs_nega
+
+
+@contextlib.contextmanager
+def hooked(pipe: WanVideoPipeline, **attributes: Any) -> Iterator[None]:
+    """Give the pipeline other attributes (scheduler, units, model_fn) for the length of a `with`."""
+    before = {name: getattr(pipe, name) for name in attributes}
+    for name, value in attributes.items():
+        setattr(pipe, name, value)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(pipe, name, value)
+
+
+def compute_schedule(
+    *, num_inference_steps: int, denoising_strength: float, sigma_shift: float
+) -> tuple[list[float], list[float]]:
+    """Timesteps (0 ... 1000) and sigmas (0 ... 1) of all steps, by the installed scheduler."""
+    scheduler = ResumableScheduler()
+    scheduler.set_timesteps(num_inference_steps, denoising_strength=denoising_strength, shift=sigma_shift)
+    return scheduler.timesteps.tolist(), scheduler.sigmas.tolist()
+
+
+@torch.no_grad()
+def encode_prompt(pipe: WanVideoPipeline, text: str) -> torch.Tensor:
+    """Encode a prompt as the pipeline would: [1, 512, 4096] for Wan2.1, in its dtype."""
+    return WanVideoUnit_PromptEmbedder().process(pipe, prompt=text, positive=True)["context"]
+
+
+@torch.no_grad()
+def encode_image(pipe: WanVideoPipeline, image: Image.Image, *, num_frames: int) -> dict[str, torch.Tensor]:
+    """Encode the input image, already of the video's size, as the pipeline would: y and clip_feature."""
+    size = {"input_image": image, "end_image": None, "height": image.height, "width": image.width}
+    clip = WanVideoUnit_ImageEmbedderCLIP().process(pipe, **size)
+    vae = WanVideoUnit_ImageEmbedderVAE().process(pipe, **size, num_frames=num_frames, tiled=True, **TILING)
+    return {"y": vae.get("y"), "clip_feature": clip.get("clip_feature")}
+
+
+def release(pipe: WanVideoPipeline, names: Iterable[str]) -> None:
+    """Let go of components that are not needed any more, to make room on the device."""
+    for name in names:
+        setattr(pipe, name, None)
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+@torch.no_grad()
+def decode(pipe: WanVideoPipeline, latents: torch.Tensor, *, tiled: bool) -> list[Image.Image]:
+    """Decode clean latents [1, C, T, H, W] to frames, between or after runs."""
+    pipe.load_models_to_device(["vae"])
+    video = pipe.vae.decode(latents.to(pipe.device), device=pipe.device, tiled=tiled, **TILING)
+    frames = pipe.vae_output_to_video(video)
+    pipe.load_models_to_device([])
+    return frames
+
+
+def run_full(
+    pipe: WanVideoPipeline,
+    settings: RunSettings,
+    *,
+    prompt: str,
+    negative_prompt: str,
+    input_image: Image.Image,
+    input_video: list[Image.Image] | None = None,
+    on_start: StartCallback | None = None,
+    on_step: StepCallback | None = None,
+) -> RunResult:
+    """Run every step. `on_start` gets the initial latents and the conditioning, `on_step` each step.
+
+    Raises:
+        RunError: latents became NaN or infinite; names the step.
+    """
+    clock = RunClock()
+
+    def report_start(latents: torch.Tensor, conditioning: Conditioning) -> None:
+        clock.add("encode")
+        if on_start is not None:
+            on_start(latents, conditioning)
+        clock.add("save")
+
+    return _call(
+        pipe,
+        settings,
+        clock,
+        units=[*pipe.units, ReportStart(report_start)],
+        on_step=on_step,
+        prompt=prompt,
+        negative_prompt=negative_prompt,
+        input_image=input_image,
+        input_video=input_video,
+    )
+
+
+def run_from(
+    pipe: WanVideoPipeline,
+    settings: RunSettings,
+    *,
+    start_step: int,
+    latents: torch.Tensor,
+    conditioning: Conditioning | None,
+    on_step: StepCallback | None = None,
+) -> RunResult:
+    """Run only the steps after `start_step`, from the latents after it.
+
+    No unit that would load an encoder runs, so the pipeline needs only its DiT and VAE. After the last step
+    nothing is left to run: the latents are decoded, without DiT or conditioning.
+
+    Raises:
+        RunError: latents became NaN or infinite; names the step.
+    """
+    clock = RunClock()
+    if start_step == settings.num_inference_steps - 1:
+        frames = decode(pipe, latents, tiled=settings.tiled)
+        clock.add("decode")
+        return RunResult(frames, latents, [], 0, clock.seconds)
+    units = [unit for unit in pipe.units if not unit.onload_model_names]
+    units.append(ReplaceStart(latents, conditioning))
+    return _call(pipe, settings, clock, units=units, start_step=start_step, on_step=on_step)
+
+
+class RunClock:
+    """Adds up the seconds of a run by phase: encode, denoise, save, decode."""
+
+    def __init__(self):
+        self.seconds = dict.fromkeys(("encode", "denoise", "save", "decode"), 0.0)
+        self.mark = time.perf_counter()
+
+    def add(self, phase: str) -> float:
+        """Count the time since the last call as `phase`, and return it."""
+        now = time.perf_counter()
+        elapsed, self.mark = now - self.mark, now
+        self.seconds[phase] += elapsed
+        return elapsed
+
+
+def _call(
+    pipe: WanVideoPipeline,
+    settings: RunSettings,
+    clock: RunClock,
+    *,
+    units: list[PipelineUnit],
+    start_step: int | None = None,
+    on_step: StepCallback | None = None,
+    **inputs: Any,
+) -> RunResult:
+    """Call the pipeline with our scheduler, units and counter in place."""
+    counter = ForwardCounter(pipe.model_fn)
+    result = RunResult([], torch.empty(0), [], 0, clock.seconds)
+
+    def report_step(step: Step) -> None:
+        _check_finite(step)  # waits for the device, so that the time below is the step's own
+        result.seconds_per_step.append(clock.add("denoise"))
+        result.steps.append(step.index)
+        result.latents = step.latents
+        if on_step is not None:
+            on_step(step)
+        clock.add("save")
+
+    scheduler = ResumableScheduler(start_step=start_step, on_step=report_step)
+    progress = functools.partial(tqdm, desc="denoise", unit="step")
+    with hooked(pipe, scheduler=scheduler, units=units, model_fn=counter):
+        result.frames = pipe(**inputs, **vars(settings), **TILING, progress_bar_cmd=progress)
+    clock.add("decode")
+    result.forwards = counter.forwards
+    return result
+
+
+def _check_finite(step: Step) -> None:
+    if not torch.isfinite(step.latents).all():
+        raise RunError(
+            f"latents became NaN or infinite at step {step.index} (sigma {step.sigma:.3f}); stopped there. "
+            "Try another --dtype, a lower --cfg_scale, or check the weights"
+        )
