@@ -14,7 +14,7 @@ import hashlib
 import json
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import command_line as cli
 import prior_utils
@@ -31,18 +31,34 @@ IDENTITY_FILES = ("y.pt", "clip_feature.pt")
 SCHEDULE_FLAGS = ("num_inference_steps", "denoising_strength", "sigma_shift")
 
 
+class Start(NamedTuple):
+    """The prior's latents and velocities a run starts from; see `latents_files` and `velocity_files`."""
+
+    latents: list[torch.Tensor]
+    noise_pred: list[torch.Tensor]
+
+
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line; what is left out is taken from the prior later."""
     parser = cli.Parser(__doc__)
     parser.add_argument(
         "--prior_dir", type=Path, required=True, help="a run_<id> folder of generate_prior.py"
     )
-    parser.add_argument(
+    method = parser.add_mutually_exclusive_group()
+    method.add_argument(
         "--start_step",
         type=cli.non_negative_int,
         help="resume after this step; early: the prompt decides more, late: it costs less; the last step "
         "only decodes; without it the prior's recommendation",
     )
+    method.add_argument(
+        "--steps",
+        type=cli.non_negative_int,
+        nargs="+",
+        metavar="STEP",
+        help="differential resume: run only these steps, spent on what the new prompt changes (2 5 8, say)",
+    )
+    method.add_argument("--num_steps", type=cli.positive_int, help="differential resume with this many steps")
     parser.add_argument(
         "--prompt", type=cli.utf8_text, help="the new motion; without it the prior's own prompt"
     )
@@ -78,12 +94,7 @@ def fill_in(args: argparse.Namespace, prior: Prior) -> None:
             raise InputError(
                 f"--{name} {given}: the prior has {recorded[name]}; leave the flag out or make a prior with it"
             )
-    last = prior.num_inference_steps - 1
-    if args.start_step is None:
-        args.start_step = recorded.get("start_step", prior_utils.recommended_start_step(last + 1))
-    if args.start_step > last:
-        raise InputError(f"--start_step {args.start_step}: the prior has steps 0 to {last}")
-    args.steps_left = last - args.start_step
+    choose_steps(args, prior)
     args.model = args.model or recorded.get("model", "I2V-480P")
     if args.model not in wan_models.MODEL_NAMES:
         raise InputError(f"the prior was made with the model {args.model!r}, which this version doesn't know")
@@ -95,6 +106,33 @@ def fill_in(args: argparse.Namespace, prior: Prior) -> None:
         fill_in_legacy(args, prior)
     elif args.prompt is None:
         args.prompt = recorded["prompt"]
+
+
+def choose_steps(args: argparse.Namespace, prior: Prior) -> None:
+    """Set args.steps_to_run; args.start_step is None for a differential resume.
+
+    Raises:
+        InputError: a step the prior doesn't have, or a prior without what a differential resume needs.
+    """
+    total = prior.num_inference_steps
+    if args.num_steps is not None:
+        if args.num_steps > total:
+            raise InputError(f"--num_steps {args.num_steps}: the prior has only {total} steps")
+        args.steps = prior_utils.spread_steps(total, args.num_steps)
+    if args.steps is None:
+        if args.start_step is None:
+            args.start_step = prior.metadata.get("start_step", prior_utils.recommended_start_step(total))
+        if args.start_step >= total:
+            raise InputError(f"--start_step {args.start_step}: the prior has steps 0 to {total - 1}")
+        args.steps_to_run = list(range(args.start_step + 1, total))
+        return
+    if sorted(set(args.steps)) != args.steps or args.steps[-1] >= total:
+        raise InputError(f"--steps {args.steps}: expected increasing steps between 0 and {total - 1}")
+    if prior.is_legacy:
+        raise InputError(
+            "--steps needs the prior's velocities, which this older format lacks; use --start_step"
+        )
+    args.steps_to_run = args.steps
 
 
 def fill_in_legacy(args: argparse.Namespace, prior: Prior) -> None:
@@ -131,15 +169,28 @@ def check_image(args: argparse.Namespace, prior: Prior) -> None:
 
 def texts(args: argparse.Namespace) -> list[str]:
     """The prompts this run needs encoded; without guidance the negative one is not used."""
-    if args.steps_left == 0:
+    if not args.steps_to_run:
         return []
     return [args.prompt] if args.cfg_scale == 1 else [args.prompt, args.negative_prompt]
 
 
+def latents_files(args: argparse.Namespace, prior: Prior) -> list[str]:
+    """The latents this run starts from; for a differential resume those before each step and the clean ones."""
+    if args.start_step is not None:
+        return [prior_utils.step_file(args.start_step)]
+    last = prior_utils.step_file(prior.num_inference_steps - 1)
+    return [*map(prior_utils.latents_before_file, args.steps), last]
+
+
+def velocity_files(args: argparse.Namespace) -> list[str]:
+    """The prior's velocities this run needs: those of the steps of a differential resume."""
+    return [] if args.start_step is not None else [prior_utils.noise_pred_file(step) for step in args.steps]
+
+
 def needed_files(args: argparse.Namespace, prior: Prior) -> list[str]:
     """The prior's files this run reads."""
-    names = [prior_utils.step_file(args.start_step)]
-    if args.steps_left > 0:
+    names = [*latents_files(args, prior), *velocity_files(args)]
+    if args.steps_to_run:
         candidates = [*IDENTITY_FILES, *map(prior_utils.context_file, texts(args))]
         names += [name for name in dict.fromkeys(candidates) if prior.has(name)]
     if args.image is not None and not prior.is_legacy:
@@ -149,7 +200,7 @@ def needed_files(args: argparse.Namespace, prior: Prior) -> list[str]:
 
 def needed_components(args: argparse.Namespace, prior: Prior) -> list[str]:
     """The parts of the model this run needs: encoders only for what the prior doesn't hold already."""
-    if args.steps_left == 0:
+    if not args.steps_to_run:
         return ["vae"]
     components = ["dit", "vae"]
     if not all(prior.has(prior_utils.context_file(text)) for text in texts(args)):
@@ -172,8 +223,9 @@ def output_path(args: argparse.Namespace, prior: Prior) -> Path:
             raise InputError(f"--output {args.output} exists; choose another name or add --overwrite")
         return args.output
     settings = json.dumps([args.prompt, args.negative_prompt, args.cfg_scale])
+    start = f"step{args.start_step:02d}" if args.steps is None else "steps" + "-".join(map(str, args.steps))
     words = re.sub(r"[^a-z0-9]+", "-", args.prompt.lower())[:40].strip("-") or "no-prompt"
-    stem = f"step{args.start_step:02d}_{words}_{hashlib.sha256(settings.encode()).hexdigest()[:8]}"
+    stem = f"{start}_{words}_{hashlib.sha256(settings.encode()).hexdigest()[:8]}"
     path, again = prior.directory / "outputs" / f"{stem}.mp4", 1
     while path.exists():
         again += 1
@@ -269,11 +321,30 @@ def encode_identity(args: argparse.Namespace, prior: Prior, pipe: WanVideoPipeli
     return encode_image(pipe, image, num_frames=prior.metadata["num_frames"])
 
 
+def run_steps(
+    args: argparse.Namespace,
+    pipe: WanVideoPipeline,
+    settings: RunSettings,
+    start: Start,
+    conditioning: Conditioning | None,
+) -> RunResult:
+    """Run the steps that were chosen, one after the other or differentially."""
+    from wan_pipeline import Trajectory, run_differential, run_from
+
+    if args.start_step is not None:
+        latents = start.latents[0]
+        return run_from(
+            pipe, settings, start_step=args.start_step, latents=latents, conditioning=conditioning
+        )
+    trajectory = Trajectory(args.steps, start.latents, start.noise_pred)
+    return run_differential(pipe, settings, trajectory=trajectory, conditioning=conditioning)
+
+
 def make_video(
-    args: argparse.Namespace, prior: Prior, settings: RunSettings, latents: torch.Tensor, path: Path
+    args: argparse.Namespace, prior: Prior, settings: RunSettings, start: Start, path: Path
 ) -> dict[str, Any]:
     """Load what is needed, run the steps that are left, write the video; returns the report."""
-    from wan_pipeline import release, run_from
+    from wan_pipeline import release
 
     options = cli.load_options(args)
     components = needed_components(args, prior)
@@ -284,10 +355,10 @@ def make_video(
     watch = cli.Stopwatch()
     pipe = wan_models.load_pipeline(options, files)
     load_seconds = watch.lap()
-    conditioning = load_conditioning(args, prior, pipe) if args.steps_left else None
+    conditioning = load_conditioning(args, prior, pipe) if args.steps_to_run else None
     release(pipe, ("text_encoder", "image_encoder"))
     encode_seconds = watch.lap()
-    result = run_from(pipe, settings, start_step=args.start_step, latents=latents, conditioning=conditioning)
+    result = run_steps(args, pipe, settings, start, conditioning)
     watch.lap()
     cli.write_video(result.frames, path, fps=args.fps)
     result.seconds |= {"load": load_seconds, "encode": encode_seconds, "save": watch.lap()}
@@ -301,8 +372,11 @@ def report(
     return {
         "prior_dir": str(prior.directory.absolute()),
         "prior_run_id": prior.metadata["run_id"],
-        "prior_latents_sha256": prior.metadata.get("files", {}).get(prior_utils.step_file(args.start_step)),
+        "prior_files": {
+            name: prior.metadata.get("files", {}).get(name) for name in needed_files(args, prior)
+        },
         "model": args.model,
+        "method": "resume" if args.steps is None else "differential",
         "start_step": args.start_step,
         "prompt": args.prompt,
         "negative_prompt": args.negative_prompt,
@@ -321,20 +395,22 @@ def report(
     }
 
 
-def check_before_loading(args: argparse.Namespace, prior: Prior) -> tuple[RunSettings, torch.Tensor]:
-    """Everything that can be wrong without the model; returns the settings and the latents to resume from.
+def check_before_loading(args: argparse.Namespace, prior: Prior) -> tuple[RunSettings, Start]:
+    """Everything that can be wrong without the model; returns the settings and what to start from.
 
     Raises:
         InputError: something is.
     """
     prior_utils.check_files(prior, needed_files(args, prior))
     check_image(args, prior)
-    latents = prior_utils.load_latents(prior, prior_utils.step_file(args.start_step))
-    args.dtype = args.dtype or str(latents.dtype).removeprefix("torch.")
-    if args.dtype != str(latents.dtype).removeprefix("torch."):
-        raise InputError(f"--dtype {args.dtype}: the prior's latents are {latents.dtype}; leave the flag out")
+    latents = [prior_utils.load_latents(prior, name) for name in latents_files(args, prior)]
+    velocities = [prior_utils.load_latents(prior, name) for name in velocity_files(args)]
+    found = str(latents[0].dtype).removeprefix("torch.")
+    args.dtype = args.dtype or found
+    if args.dtype != found:
+        raise InputError(f"--dtype {args.dtype}: the prior's latents are {found}; leave the flag out")
     check_schedule(prior)
-    return run_settings(args, prior), latents
+    return run_settings(args, prior), Start(latents, velocities)
 
 
 def main(argv: list[str] | None = None) -> Path:
@@ -344,14 +420,14 @@ def main(argv: list[str] | None = None) -> Path:
     fill_in(args, prior)
     path = output_path(args, prior)
     args.device = wan_models.pick_device(args.model, args.device)
-    settings, latents = check_before_loading(args, prior)
-    total = prior.num_inference_steps
-    what = f"runs {args.steps_left} of {total} steps, skips {args.start_step + 1}"
+    settings, start = check_before_loading(args, prior)
+    total, running = prior.num_inference_steps, len(args.steps_to_run)
     cli.say(
-        what if args.steps_left else f"step {args.start_step} is the last: nothing left to run, decodes only"
+        f"runs {running} of {total} steps, skips {total - running}"
+        if running
+        else f"step {args.start_step} is the last: nothing left to run, decodes only"
     )
-
-    data = make_video(args, prior, settings, latents, path)
+    data = make_video(args, prior, settings, start, path)
     prior_utils.write_json(path.with_suffix(".json"), data)
     cli.say(f"{path}: {data['forwards']} forwards, {sum(data['seconds'].values()):.1f} s")
     return path

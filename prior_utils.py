@@ -138,6 +138,11 @@ def noise_pred_file(step: int) -> str:
     return f"noise_pred_{step:04d}.pt"
 
 
+def latents_before_file(step: int) -> str:
+    """Name of the latents `step` starts from."""
+    return INITIAL_LATENTS_FILE if step == 0 else step_file(step - 1)
+
+
 def context_file(text: str) -> str:
     """Name of an encoded prompt: the same text has the same name in every prior."""
     return f"context_{hashlib.sha256(text.encode()).hexdigest()[:16]}.pt"
@@ -162,6 +167,11 @@ def round_sizes(*, height: int, width: int, num_frames: int) -> dict[str, int]:
 def recommended_start_step(num_inference_steps: int) -> int:
     """The step to resume from unless told otherwise: 6 of 10, and the same share of other schedules."""
     return min(num_inference_steps * 6 // 10, num_inference_steps - 1)
+
+
+def spread_steps(num_inference_steps: int, num_steps: int) -> list[int]:
+    """The steps of a differential resume, spread evenly over the schedule: 2 5 8 for 3 of 10."""
+    return [(2 * i + 2) * num_inference_steps // (2 * num_steps + 1) for i in range(num_steps)]
 
 
 # --- writing ------------------------------------------------------------------------------------------------

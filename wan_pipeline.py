@@ -2,7 +2,8 @@
 
 `WanVideoPipeline.__call__` reads three plain attributes; `hooked` puts ours in their place for one call:
 
-    scheduler  ResumableScheduler: keeps only the steps after start_step, reports each step
+    scheduler  ResumableScheduler: keeps only the steps after start_step, reports each step;
+               DifferentialScheduler: runs a few chosen steps along the prior's own trajectory
     units      run_full appends a unit that hands out the conditioning; run_from replaces every unit that
                would load an encoder by one that puts the prior's latents and conditioning in place
     model_fn   ForwardCounter: counts network evaluations, both guidance branches
@@ -15,7 +16,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -87,6 +88,15 @@ StepCallback = Callable[[Step], None]
 StartCallback = Callable[[torch.Tensor, Conditioning], None]
 
 
+@dataclass(frozen=True)
+class Trajectory:
+    """A prior's own path at a few chosen steps; tensors are [B, C, T, H, W]."""
+
+    steps: Sequence[int]  # increasing
+    latents: Sequence[torch.Tensor]  # before each of the steps, then the clean ones: one more than steps
+    noise_pred: Sequence[torch.Tensor]  # the guided velocity of each of the steps
+
+
 class ResumableScheduler(FlowMatchScheduler):
     """FlowMatchScheduler("Wan") that can leave out the first steps and reports each step it takes."""
 
@@ -107,6 +117,45 @@ class ResumableScheduler(FlowMatchScheduler):
         if self.on_step is not None:
             place = int(torch.argmin((self.timesteps - timestep.cpu()).abs()))
             self.on_step(Step(self.first + place, float(self.sigmas[place]), sample, model_output, latents))
+        return latents
+
+
+class DifferentialScheduler(FlowMatchScheduler):
+    """Follows a prior's trajectory at a few chosen steps and integrates only what the new prompt changes.
+
+    With the prior's latents x_i and guided velocity v_i at sigma_i, and an offset d that starts at zero,
+
+        d <- d + (sigma_next - sigma_i) * (v_new(x_i + d, sigma_i) - v_i),    go on at x_next + d
+
+    where `next` is the next chosen step or the clean end. With the prior's own prompt the bracket is zero and
+    the result is the prior's own, exactly. (FlowEdit, arXiv 2412.08629, drives an edit by the same difference
+    of velocities; here one of the two is already on disk.)
+    """
+
+    def __init__(self, trajectory: Trajectory, *, on_step: StepCallback | None = None):
+        super().__init__("Wan")
+        self.trajectory = trajectory
+        self.on_step = on_step
+
+    def set_timesteps(self, num_inference_steps: int = 100, **kwargs: Any) -> None:
+        """Compute the full schedule, then keep the chosen steps of it."""
+        super().set_timesteps(num_inference_steps, **kwargs)
+        steps = list(self.trajectory.steps)
+        self.timesteps, self.sigmas = self.timesteps[steps], self.sigmas[steps]
+        self.offset: torch.Tensor | float = 0.0  # float32: in bfloat16 small differences would be lost
+
+    def step(self, model_output: torch.Tensor, timestep: torch.Tensor, sample: torch.Tensor, **kwargs: Any):
+        """Add the difference of the two velocities to the offset and go on at the next chosen step."""
+        place = int(torch.argmin((self.timesteps - timestep.cpu()).abs()))
+        at_end = place + 1 == len(self.sigmas)
+        sigma, sigma_next = float(self.sigmas[place]), 0.0 if at_end else float(self.sigmas[place + 1])
+        step = self.trajectory.steps[place]
+        difference = model_output.float() - self.trajectory.noise_pred[place].to(sample.device).float()
+        self.offset = self.offset + (sigma_next - sigma) * difference
+        x_next = self.trajectory.latents[place + 1].to(sample.device).float()
+        latents = (x_next + self.offset).to(sample.dtype)
+        if self.on_step is not None:
+            self.on_step(Step(step, sigma, sample, model_output, latents))
         return latents
 
 
@@ -246,8 +295,9 @@ def run_full(
         pipe,
         settings,
         clock,
-        units=[*pipe.units, ReportStart(report_start)],
-        on_step=on_step,
+        ResumableScheduler(),
+        [*pipe.units, ReportStart(report_start)],
+        on_step,
         prompt=prompt,
         negative_prompt=negative_prompt,
         input_image=input_image,
@@ -277,9 +327,33 @@ def run_from(
         frames = decode(pipe, latents, tiled=settings.tiled)
         clock.add("decode")
         return RunResult(frames, latents, [], 0, clock.seconds)
+    units = _resumed_units(pipe, latents, conditioning)
+    return _call(pipe, settings, clock, ResumableScheduler(start_step=start_step), units, on_step)
+
+
+def run_differential(
+    pipe: WanVideoPipeline,
+    settings: RunSettings,
+    *,
+    trajectory: Trajectory,
+    conditioning: Conditioning,
+    on_step: StepCallback | None = None,
+) -> RunResult:
+    """Run only the trajectory's steps, spent on what the new conditioning changes (DifferentialScheduler).
+
+    Raises:
+        RunError: latents became NaN or infinite; names the step.
+    """
+    units = _resumed_units(pipe, trajectory.latents[0], conditioning)
+    return _call(pipe, settings, RunClock(), DifferentialScheduler(trajectory), units, on_step)
+
+
+def _resumed_units(
+    pipe: WanVideoPipeline, latents: torch.Tensor, conditioning: Conditioning
+) -> list[PipelineUnit]:
+    """The pipeline's units without those that would load an encoder, then the one that takes their place."""
     units = [unit for unit in pipe.units if not unit.onload_model_names]
-    units.append(ReplaceStart(latents, conditioning))
-    return _call(pipe, settings, clock, units=units, start_step=start_step, on_step=on_step)
+    return [*units, ReplaceStart(latents, conditioning)]
 
 
 class RunClock:
@@ -301,13 +375,12 @@ def _call(
     pipe: WanVideoPipeline,
     settings: RunSettings,
     clock: RunClock,
-    *,
+    scheduler: ResumableScheduler | DifferentialScheduler,
     units: list[PipelineUnit],
-    start_step: int | None = None,
-    on_step: StepCallback | None = None,
+    on_step: StepCallback | None,
     **inputs: Any,
 ) -> RunResult:
-    """Call the pipeline with our scheduler, units and counter in place."""
+    """Call the pipeline with this scheduler, these units and a counter in place."""
     counter = ForwardCounter(pipe.model_fn)
     result = RunResult([], torch.empty(0), [], 0, clock.seconds)
 
@@ -320,7 +393,7 @@ def _call(
             on_step(step)
         clock.add("save")
 
-    scheduler = ResumableScheduler(start_step=start_step, on_step=report_step)
+    scheduler.on_step = report_step
     progress = functools.partial(tqdm, desc="denoise", unit="step")
     with hooked(pipe, scheduler=scheduler, units=units, model_fn=counter):
         result.frames = pipe(**inputs, **vars(settings), **TILING, progress_bar_cmd=progress)
