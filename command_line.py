@@ -13,18 +13,31 @@ import errno
 import math
 import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from prior_utils import DTYPES, InputError, RunError, replacing
+from prior_utils import DTYPES, LIMITS, InputError, RunError, is_utf8, replacing
 from wan_models import MODEL_NAMES, LoadOptions
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 MIN_IMAGE_SIDE = 16  # pixels; anything smaller is no picture
+DISK_ERRORS = (  # the disk's or the user's fault, not the program's
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EFBIG,
+    errno.EIO,
+    errno.EROFS,
+    errno.EACCES,
+    errno.EPERM,
+    errno.ENAMETOOLONG,
+    errno.ELOOP,
+    errno.ENOTDIR,
+)
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -43,6 +56,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(description=description, formatter_class=HelpFormatter, allow_abbrev=False)
 
     def error(self, message: str) -> NoReturn:
+        message = " ".join(message.splitlines())
         self.exit(2, f"{self.prog}: error: {message} (--help explains every flag)\n")
 
 
@@ -110,11 +124,28 @@ def strength(text: str) -> float:
 
 def utf8_text(text: str) -> str:
     """An argparse type: text that can be written as UTF-8 (a shell may pass any bytes)."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise argparse.ArgumentTypeError("the text is not valid UTF-8") from None
+    if not is_utf8(text):
+        raise argparse.ArgumentTypeError("the text is not valid UTF-8")
     return text
+
+
+def utf8_path(text: str) -> Path:
+    """An argparse type: a path whose name can be printed and written down as UTF-8."""
+    return Path(utf8_text(text))
+
+
+def limited(name: str, kind: Callable[[str], Any]) -> Callable[[str], Any]:
+    """An argparse type: a value of `kind` within the LIMITS of `name`."""
+    least, most = LIMITS[name]
+
+    def parse(text: str) -> Any:
+        value = kind(text)
+        if not least <= value <= most:
+            raise argparse.ArgumentTypeError(f"{text} is not in the range {least} to {most}")
+        return value
+
+    parse.__name__ = kind.__name__  # what argparse calls it when `kind` fails
+    return parse
 
 
 def run_script(main: Callable[[], Path]) -> NoReturn:
@@ -127,12 +158,10 @@ def run_script(main: Callable[[], Path]) -> NoReturn:
     except InputError as error:
         _exit(2, str(error))
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM):
+        if error.errno not in DISK_ERRORS:
             raise
-        _exit(
-            2,
-            f"cannot write {error.filename or 'the output'}: {error.strerror}; use another disk or folder",
-        )
+        what = f"{error.filename or 'the output'}: {error.strerror}"
+        _exit(2, f"cannot read or write {what}; use another disk or folder")
     except RunError as error:
         _exit(1, str(error))
     except KeyboardInterrupt:
@@ -184,17 +213,21 @@ def read_image(path: Path, *, width: int, height: int) -> Image:
     from PIL import Image, ImageOps, UnidentifiedImageError
 
     if not path.is_file():
-        raise InputError(f"--image {path}: no such file")
+        raise InputError(f"--image {path} is not a file; name a picture")
     try:
         with Image.open(path) as opened:
             image = ImageOps.exif_transpose(opened).convert("RGB")
     except UnidentifiedImageError:
         raise InputError(f"--image {path} is not an image that can be read; use PNG, JPEG or WebP") from None
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise InputError(f"--image {path} cannot be read ({error}); save it again as PNG or JPEG") from error
+    except Exception as error:  # Pillow's readers raise whatever they meet in a broken file
+        raise InputError(
+            f"--image {path} cannot be read ({str(error)[:100] or type(error).__name__}); "
+            "save it again as PNG or JPEG"
+        ) from error
     if min(image.size) < MIN_IMAGE_SIDE:
         raise InputError(
-            f"--image {path} is {image.width} x {image.height} pixels, expected {MIN_IMAGE_SIDE} or more a side"
+            f"--image {path} is {image.width} x {image.height} pixels, expected {MIN_IMAGE_SIDE} or more "
+            "a side; use a larger picture"
         )
     if abs(math.log(image.width * height / (image.height * width))) > math.log(1.1):
         warn(f"{path} ({image.width} x {image.height}) is stretched to {width} x {height}; crop it first")
@@ -208,7 +241,7 @@ def read_video(path: Path, *, width: int, height: int, num_frames: int) -> list[
         InputError: no file, not a video, or too few frames.
     """
     if not path.is_file():
-        raise InputError(f"--input_video {path}: no such file")
+        raise InputError(f"--input_video {path} is not a file; name a video")
     from diffsynth.utils.data import VideoData
 
     try:
@@ -217,7 +250,8 @@ def read_video(path: Path, *, width: int, height: int, num_frames: int) -> list[
         frames = [video[i] for i in range(min(found, num_frames))]
     except Exception as error:  # imageio and ffmpeg raise whatever they like for a broken file
         raise InputError(
-            f"--input_video {path} is not a video that can be read ({type(error).__name__})"
+            f"--input_video {path} is not a video that can be read ({type(error).__name__}); "
+            "save it again as MP4"
         ) from error
     if found < num_frames:
         raise InputError(
@@ -236,17 +270,24 @@ def write_video(frames: list[Image], path: Path, *, fps: float) -> None:
             writer.append_data(np.asarray(frame))
 
 
-def check_free_space(folder: Path, needed: int) -> None:
-    """Refuse to start what the disk cannot hold.
+def check_folder(folder: Path, needed: int) -> None:
+    """Refuse to start what could not be written there. Nothing is left behind, no folder is made yet.
 
     Args:
-        folder: a folder on that disk, or one that will be made there.
+        folder: where files will be written; it may have to be made.
         needed: bytes.
 
     Raises:
-        InputError: less is free.
+        InputError: no file can be made there, or less space is free.
     """
     there = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
+    try:
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        raise InputError(
+            f"cannot write to {folder}: {there}: {error.strerror}; name a folder that can be written"
+        ) from error
     free = shutil.disk_usage(there).free
     if free < needed:
         raise InputError(

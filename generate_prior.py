@@ -58,16 +58,23 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     run.add_argument(
         "--cfg_scale", type=cli.positive_float, help="guidance; 1 halves the cost; without it the model's (5)"
     )
-    run.add_argument("--seed", type=cli.non_negative_int, default=0, help="of the initial noise")
+    run.add_argument("--seed", type=cli.limited("seed", int), default=0, help="of the initial noise")
     for name in ("height", "width", "num_frames"):
         run.add_argument(
-            f"--{name}", type=cli.positive_int, help="without it the model's; rounded up as the model needs"
+            f"--{name}",
+            type=cli.limited(name, int),
+            help="without it the model's; rounded up as the model needs",
         )
-    run.add_argument("--fps", type=cli.positive_float, help="of the videos; without it the model's (16)")
+    run.add_argument(
+        "--fps", type=cli.limited("fps", float), help="of the videos; without it the model's (16)"
+    )
 
     output = parser.add_argument_group("output")
     output.add_argument(
-        "--output_dir", type=Path, default=Path("prior_output"), help="the prior is run_<id> in there"
+        "--output_dir",
+        type=cli.utf8_path,
+        default=Path("prior_output"),
+        help="the prior is run_<id> in there",
     )
     output.add_argument("--run_id", help="letters, digits, . _ and -; without one, the date and time")
     output.add_argument(
@@ -83,7 +90,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     for field in dataclasses.fields(wan_models.Defaults):
         if getattr(args, field.name) is None:
-            setattr(args, field.name, getattr(wan_models.model_defaults(args.model), field.name))
+            setattr(
+                args, field.name, getattr(wan_models.model_defaults(args.model, args.model_dir), field.name)
+            )
     if args.start_step is None:
         args.start_step = prior_utils.recommended_start_step(args.num_inference_steps)
     return args
@@ -136,8 +145,12 @@ def download_example() -> Path:
     return EXAMPLE_IMAGE
 
 
-def describe(args: argparse.Namespace, settings: RunSettings, run_id: str) -> dict[str, Any]:
-    """The metadata that is known before the run."""
+def describe(args: argparse.Namespace, settings: RunSettings) -> dict[str, Any]:
+    """The metadata that is known before the run.
+
+    Raises:
+        InputError: the schedule is one that can't be resumed.
+    """
     import torch
 
     from wan_pipeline import TILING, compute_schedule
@@ -147,9 +160,9 @@ def describe(args: argparse.Namespace, settings: RunSettings, run_id: str) -> di
         denoising_strength=settings.denoising_strength,
         sigma_shift=settings.sigma_shift,
     )
+    prior_utils.check_distinct(timesteps)
     on_cuda = torch.device(args.device).type == "cuda"
     return {
-        "run_id": run_id,
         **dataclasses.asdict(settings),
         "scheduler_timesteps": timesteps,
         "scheduler_sigmas": sigmas,
@@ -291,19 +304,20 @@ def main(argv: list[str] | None = None) -> Path:
         args.image = download_example()
     settings = run_settings(args)
     image, video = read_inputs(args, settings)
-    cli.check_free_space(args.output_dir, bytes_needed(settings))
+    cli.check_folder(args.output_dir, bytes_needed(settings))
+    prior_utils.check_run_id(args.output_dir, args.run_id)
     args.device = wan_models.pick_device(args.model, args.device)
+    metadata = describe(args, settings)
     options = cli.load_options(args)
     files = wan_models.weight_files(options)
-
-    directory, run_id = prior_utils.create_run_dir(args.output_dir, args.run_id)
-    metadata = describe(args, settings, run_id) | {"model_fingerprint": wan_models.fingerprint(files)}
-    writer = prior_utils.PriorWriter(directory, metadata)
-    writer.save(prior_utils.IMAGE_FILE, image.save)
+    metadata["model_fingerprint"] = wan_models.fingerprint(files)
 
     started = time.perf_counter()
     pipe = wan_models.load_pipeline(options, files)
     load_seconds = time.perf_counter() - started
+    directory, run_id = prior_utils.create_run_dir(args.output_dir, args.run_id)
+    writer = prior_utils.PriorWriter(directory, {"run_id": run_id} | metadata)
+    writer.save(prior_utils.IMAGE_FILE, image.save)
     result = run(args, settings, writer, pipe, image, video)
     writer.finish(
         forwards=result.forwards,

@@ -32,17 +32,18 @@ SCHEDULE_FLAGS = ("num_inference_steps", "denoising_strength", "sigma_shift")
 
 
 class Start(NamedTuple):
-    """The prior's latents and velocities a run starts from; see `latents_files` and `velocity_files`."""
+    """What a run reads from the prior; see `latents_files`, `velocity_files` and `conditioning_files`."""
 
     latents: list[torch.Tensor]
     noise_pred: list[torch.Tensor]
+    conditioning: dict[str, torch.Tensor]  # by file name
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line; what is left out is taken from the prior later."""
     parser = cli.Parser(__doc__)
     parser.add_argument(
-        "--prior_dir", type=Path, required=True, help="a run_<id> folder of generate_prior.py"
+        "--prior_dir", type=cli.utf8_path, required=True, help="a run_<id> folder of generate_prior.py"
     )
     method = parser.add_mutually_exclusive_group()
     method.add_argument(
@@ -68,7 +69,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--output",
-        type=Path,
+        type=cli.utf8_path,
         help="the .mp4; without it one in the prior's outputs folder, named after step and prompt",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace --output if it exists")
@@ -92,13 +93,14 @@ def fill_in(args: argparse.Namespace, prior: Prior) -> None:
         given = getattr(args, name)
         if given is not None and given != recorded.get(name, given):
             raise InputError(
-                f"--{name} {given}: the prior has {recorded[name]}; leave the flag out or make a prior with it"
+                f"--{name} {given}: the prior has {recorded[name]}; "
+                "leave the flag out or make a prior with it"
             )
     choose_steps(args, prior)
     args.model = args.model or recorded.get("model", "I2V-480P")
     if args.model not in wan_models.MODEL_NAMES:
         raise InputError(f"the prior was made with the model {args.model!r}, which this version doesn't know")
-    defaults = wan_models.model_defaults(args.model)
+    defaults = wan_models.model_defaults(args.model, args.model_dir)
     for name in ("negative_prompt", "cfg_scale", "fps"):
         if getattr(args, name, None) is None:
             setattr(args, name, recorded.get(name, getattr(defaults, name)))
@@ -156,10 +158,12 @@ def check_image(args: argparse.Namespace, prior: Prior) -> None:
     Raises:
         InputError: it differs.
     """
-    if args.image is None or prior.is_legacy:
+    if args.image is None:
         return
     sizes = {"width": prior.metadata["width"], "height": prior.metadata["height"]}
     given = cli.read_image(args.image, **sizes)
+    if prior.is_legacy:
+        return
     if given.tobytes() != cli.read_image(prior.directory / prior_utils.IMAGE_FILE, **sizes).tobytes():
         raise InputError(
             f"--image {args.image} is not the image the prior was made from "
@@ -175,7 +179,7 @@ def texts(args: argparse.Namespace) -> list[str]:
 
 
 def latents_files(args: argparse.Namespace, prior: Prior) -> list[str]:
-    """The latents this run starts from; for a differential resume those before each step and the clean ones."""
+    """The latents this run starts from; for a differential resume those before each step, and the clean."""
     if args.start_step is not None:
         return [prior_utils.step_file(args.start_step)]
     last = prior_utils.step_file(prior.num_inference_steps - 1)
@@ -187,12 +191,17 @@ def velocity_files(args: argparse.Namespace) -> list[str]:
     return [] if args.start_step is not None else [prior_utils.noise_pred_file(step) for step in args.steps]
 
 
+def conditioning_files(args: argparse.Namespace, prior: Prior) -> list[str]:
+    """The prior's conditioning this run needs; contexts of other prompts are not there."""
+    if prior.is_legacy or not args.steps_to_run:
+        return []
+    contexts = dict.fromkeys(map(prior_utils.context_file, texts(args)))
+    return [*IDENTITY_FILES, *filter(prior.has, contexts)]
+
+
 def needed_files(args: argparse.Namespace, prior: Prior) -> list[str]:
     """The prior's files this run reads."""
-    names = [*latents_files(args, prior), *velocity_files(args)]
-    if args.steps_to_run:
-        candidates = [*IDENTITY_FILES, *map(prior_utils.context_file, texts(args))]
-        names += [name for name in dict.fromkeys(candidates) if prior.has(name)]
+    names = [*latents_files(args, prior), *velocity_files(args), *conditioning_files(args, prior)]
     if args.image is not None and not prior.is_legacy:
         names.append(prior_utils.IMAGE_FILE)
     return names
@@ -219,33 +228,26 @@ def output_path(args: argparse.Namespace, prior: Prior) -> Path:
     if args.output is not None:
         if args.output.suffix != ".mp4":
             raise InputError(f"--output {args.output}: expected a name that ends in .mp4")
-        if args.output.exists() and not args.overwrite:
-            raise InputError(f"--output {args.output} exists; choose another name or add --overwrite")
+        taken = [path for path in (args.output, args.output.with_suffix(".json")) if path.exists()]
+        if taken and not args.overwrite:
+            raise InputError(f"--output: {taken[0]} exists; choose another name or add --overwrite")
+        if any(path.is_dir() for path in taken):
+            raise InputError(f"--output: {taken[0]} is a folder; choose another name")
         return args.output
     settings = json.dumps([args.prompt, args.negative_prompt, args.cfg_scale])
     start = f"step{args.start_step:02d}" if args.steps is None else "steps" + "-".join(map(str, args.steps))
     words = re.sub(r"[^a-z0-9]+", "-", args.prompt.lower())[:40].strip("-") or "no-prompt"
     stem = f"{start}_{words}_{hashlib.sha256(settings.encode()).hexdigest()[:8]}"
     path, again = prior.directory / "outputs" / f"{stem}.mp4", 1
-    while path.exists():
+    while path.exists() or path.with_suffix(".json").exists():
         again += 1
         path = path.with_name(f"{stem}_{again}.mp4")
     return path
 
 
-def check_writable(path: Path) -> None:
-    """Make the output's folder and see that a file can be made there.
-
-    Raises:
-        InputError: it can't.
-    """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with prior_utils.replacing(path.with_suffix(".probe")) as probe:
-            probe.touch()
-        path.with_suffix(".probe").unlink()
-    except OSError as error:
-        raise InputError(f"cannot write to {path.parent}: {error.strerror}; name another --output") from error
+def bytes_needed(settings: RunSettings) -> int:
+    """A safe upper bound of what the video takes on disk."""
+    return settings.num_frames * settings.height * settings.width * 3 // 4 + 2**20
 
 
 def run_settings(args: argparse.Namespace, prior: Prior) -> RunSettings:
@@ -274,42 +276,33 @@ def check_fingerprint(prior: Prior, found: dict[str, str]) -> None:
         InputError: they differ.
     """
     for component, digest in found.items():
-        recorded = prior.metadata.get("model_fingerprint", {}).get(component, digest)
+        recorded = prior.metadata["model_fingerprint"].get(component) if not prior.is_legacy else digest
         if recorded != digest:
             raise InputError(
                 f"the {component} weights are not those the prior was made with (fingerprint {digest[:12]}, "
-                f"expected {str(recorded)[:12]}); name the right ones with --model_dir or make the prior again"
+                f"expected {str(recorded)[:12]}); name the right ones with --model_dir or make the prior "
+                "again"
             )
 
 
-def load_conditioning(args: argparse.Namespace, prior: Prior, pipe: WanVideoPipeline) -> Conditioning:
+def complete_conditioning(
+    args: argparse.Namespace, prior: Prior, pipe: WanVideoPipeline, recorded: dict[str, torch.Tensor]
+) -> Conditioning:
     """The prior's conditioning with this run's prompts; only what the prior lacks is encoded."""
     from wan_pipeline import Conditioning, encode_prompt
 
-    identity = encode_identity(args, prior, pipe) if prior.is_legacy else load_identity(prior)
+    identity = {Path(name).stem: recorded.get(name) for name in IDENTITY_FILES}
+    if prior.is_legacy:
+        identity = encode_identity(args, prior, pipe)
     contexts = {}
     for text in texts(args):
         name = prior_utils.context_file(text)
-        contexts[text] = load_context(prior, name) if prior.has(name) else encode_prompt(pipe, text)
+        contexts[text] = recorded[name] if name in recorded else encode_prompt(pipe, text)
     return Conditioning(
         **identity,
         context_posi=contexts[args.prompt],
         context_nega=None if args.cfg_scale == 1 else contexts[args.negative_prompt],
     )
-
-
-def load_context(prior: Prior, name: str) -> torch.Tensor:
-    """An encoded prompt the prior holds."""
-    return prior_utils.load_tensor(prior.directory / name, dtype=prior.metadata["dtype"])
-
-
-def load_identity(prior: Prior) -> dict[str, torch.Tensor | None]:
-    """y and clip_feature as the prior's run had them."""
-    identity = {}
-    for name in IDENTITY_FILES:
-        path, dtype = prior.directory / name, prior.metadata["dtype"]
-        identity[Path(name).stem] = prior_utils.load_tensor(path, dtype=dtype) if prior.has(name) else None
-    return identity
 
 
 def encode_identity(args: argparse.Namespace, prior: Prior, pipe: WanVideoPipeline) -> dict[str, Any]:
@@ -350,12 +343,14 @@ def make_video(
     components = needed_components(args, prior)
     files = wan_models.weight_files(options, components)
     check_fingerprint(prior, wan_models.fingerprint(files))
-    check_writable(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
 
     watch = cli.Stopwatch()
     pipe = wan_models.load_pipeline(options, files)
     load_seconds = watch.lap()
-    conditioning = load_conditioning(args, prior, pipe) if args.steps_to_run else None
+    conditioning = None
+    if args.steps_to_run:
+        conditioning = complete_conditioning(args, prior, pipe, start.conditioning)
     release(pipe, ("text_encoder", "image_encoder"))
     encode_seconds = watch.lap()
     result = run_steps(args, pipe, settings, start, conditioning)
@@ -405,12 +400,16 @@ def check_before_loading(args: argparse.Namespace, prior: Prior) -> tuple[RunSet
     check_image(args, prior)
     latents = [prior_utils.load_latents(prior, name) for name in latents_files(args, prior)]
     velocities = [prior_utils.load_latents(prior, name) for name in velocity_files(args)]
+    conditioning = {
+        name: prior_utils.load_tensor(prior.directory / name, dtype=prior.metadata["dtype"])
+        for name in conditioning_files(args, prior)
+    }
     found = str(latents[0].dtype).removeprefix("torch.")
     args.dtype = args.dtype or found
     if args.dtype != found:
         raise InputError(f"--dtype {args.dtype}: the prior's latents are {found}; leave the flag out")
     check_schedule(prior)
-    return run_settings(args, prior), Start(latents, velocities)
+    return run_settings(args, prior), Start(latents, velocities, conditioning)
 
 
 def main(argv: list[str] | None = None) -> Path:
@@ -421,6 +420,7 @@ def main(argv: list[str] | None = None) -> Path:
     path = output_path(args, prior)
     args.device = wan_models.pick_device(args.model, args.device)
     settings, start = check_before_loading(args, prior)
+    cli.check_folder(path.parent, bytes_needed(settings))
     total, running = prior.num_inference_steps, len(args.steps_to_run)
     cli.say(
         f"runs {running} of {total} steps, skips {total - running}"

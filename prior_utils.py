@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 import json
 import math
 import os
@@ -69,6 +70,13 @@ VERSION_1_KEYS = {
 }
 MAX_METADATA_BYTES = 16 * 2**20
 MAX_STEPS = 10_000
+LIMITS = {  # what can be made and read; far beyond what any machine holds
+    "height": (1, 16384),
+    "width": (1, 16384),
+    "num_frames": (1, 4097),
+    "fps": (0.1, 1000),
+    "seed": (0, 2**63 - 1),
+}
 LATENT_CHANNELS = 16  # z_dim of the Wan2.1 VAE
 SPATIAL_FACTOR = 8  # pixels per latent, height and width
 TEMPORAL_FACTOR = 4  # frames per latent, after the first
@@ -183,7 +191,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
     The temporary name keeps the suffix, by which imageio chooses the format.
     """
-    temporary = path.with_name(f".tmp_{os.getpid()}_{path.name}")
+    temporary = path.with_name(f".tmp_{os.getpid()}_{path.name[-40:]}")  # names have 255 bytes at most
     try:
         yield temporary
         temporary.replace(path)
@@ -230,7 +238,10 @@ class PriorWriter:
         """Save one tensor as it is (no change of dtype) and record its checksum."""
         import torch
 
-        self.save(name, lambda path: torch.save(tensor.detach().cpu().contiguous().clone(), path))
+        # By way of memory: on a full disk write_bytes raises OSError, torch.save something of its own.
+        content = io.BytesIO()
+        torch.save(tensor.detach().cpu().contiguous().clone(), content)
+        self.save(name, lambda path: path.write_bytes(content.getbuffer()))
 
     def save(self, name: str, write: Callable[[Path], object]) -> None:
         """Let `write(path)` make the file `name`, then record its checksum."""
@@ -245,12 +256,26 @@ class PriorWriter:
         self.write_metadata()
 
 
+def check_run_id(output_dir: Path, run_id: str | None) -> None:
+    """Refuse a run id that is taken.
+
+    Raises:
+        InputError: it is.
+    """
+    if run_id is not None and (output_dir / f"run_{run_id}").exists():
+        raise InputError(
+            f"{output_dir / f'run_{run_id}'} exists and is never overwritten; "
+            "choose another --run_id or remove it"
+        )
+
+
 def create_run_dir(output_dir: Path, run_id: str | None) -> tuple[Path, str]:
     """Make an empty `run_<id>` below `output_dir`; without an id, one from the clock that is still free.
 
     Raises:
         InputError: the id is taken, or the folder can't be written.
     """
+    check_run_id(output_dir, run_id)
     wanted = run_id or time.strftime("%Y%m%d_%H%M%S")
     candidate, tries = wanted, 1
     try:
@@ -261,10 +286,7 @@ def create_run_dir(output_dir: Path, run_id: str | None) -> tuple[Path, str]:
                 directory.mkdir()  # fails where it exists, also when two runs try at once
                 return directory, candidate
             except FileExistsError:
-                if run_id:
-                    raise InputError(
-                        f"{directory} exists and is never overwritten; choose another --run_id or remove it"
-                    ) from None
+                check_run_id(output_dir, run_id)
                 tries += 1
                 candidate = f"{wanted}_{tries}"
     except OSError as error:
@@ -284,14 +306,19 @@ def read_prior(directory: Path) -> Prior:
     """
     metadata = _read_metadata(directory / METADATA_FILE)
     _check_keys(metadata, REQUIRED_KEYS)
-    _check_sizes(metadata)
-    if "format_version" in metadata:
-        if metadata["format_version"] != FORMAT_VERSION:
-            raise InputError(
-                f"{directory} has format_version {metadata['format_version']!r}, expected {FORMAT_VERSION}; "
-                "use the version of the program that wrote it"
-            )
+    if "format_version" not in metadata:
+        metadata = {key: metadata[key] for key in REQUIRED_KEYS}
+    elif metadata["format_version"] == FORMAT_VERSION:
         _check_keys(metadata, VERSION_1_KEYS)
+    else:
+        raise InputError(
+            f"{directory} has format_version {_short(metadata['format_version'])}, "
+            f"expected {FORMAT_VERSION}; use the version of the program that wrote it"
+        )
+    _check_sizes(metadata)
+    sizes = {key: metadata[key] for key in ("height", "width", "num_frames")}
+    metadata |= round_sizes(**sizes)  # other writers may record what was asked for
+    if "format_version" in metadata:
         _check_version_1(directory, metadata)
     return Prior(directory, metadata)
 
@@ -313,7 +340,7 @@ def _read_metadata(path: Path) -> dict[str, Any]:
         raise InputError(f"cannot read {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise InputError(f"{path} is not UTF-8 text ({error.reason}); make the prior again") from error
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # JSONDecodeError, or an integer of thousands of digits
         raise InputError(
             f"{path} is not valid JSON ({error}); it was cut off or edited: make the prior again"
         ) from error
@@ -333,37 +360,65 @@ def _check_keys(metadata: Mapping[str, Any], keys: Mapping[str, Any]) -> None:
         value = metadata[key]
         if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
             raise InputError(f"{METADATA_FILE} has {key} = {_short(value)}, expected {_kind_name(kind)}")
+        if isinstance(value, str) and not is_utf8(value):
+            raise InputError(f"{METADATA_FILE} has {key} = {_short(value)}, expected text that is UTF-8")
 
 
 def _kind_name(kind: type | tuple[type, ...]) -> str:
     return "a number" if isinstance(kind, tuple) else f"a value of type {kind.__name__}"
 
 
+def is_utf8(text: str) -> bool:
+    """Whether the text can be written as UTF-8: a shell or an escape in JSON may give half a character."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def _short(value: object) -> str:
-    text = repr(value)
+    try:
+        text = repr(value)
+    except ValueError:  # an integer of thousands of digits
+        text = f"a {type(value).__name__} too long to show"
     return text if len(text) <= 60 else text[:57] + "..."
 
 
 def _check_sizes(metadata: Mapping[str, Any]) -> None:
     steps = metadata["num_inference_steps"]
     if not 1 <= steps <= MAX_STEPS:
-        raise InputError(f"{METADATA_FILE} has num_inference_steps = {steps}, expected 1 to {MAX_STEPS}")
+        raise InputError(
+            f"{METADATA_FILE} has num_inference_steps = {_short(steps)}, expected 1 to {MAX_STEPS}"
+        )
     for key in ("scheduler_timesteps", "scheduler_sigmas"):
         values = metadata[key]
         if len(values) != steps or not all(_is_number(value) for value in values):
+            numbers = sum(map(_is_number, values))
             raise InputError(
-                f"{METADATA_FILE} has {len(values)} entries in {key}, expected {steps} finite numbers"
+                f"{METADATA_FILE} has {numbers} finite numbers among {len(values)} entries in {key}, "
+                f"expected {steps}; make the prior again"
             )
     for key in ("denoising_strength", "sigma_shift", "cfg_scale", "fps"):
         if key in metadata and not (_is_number(metadata[key]) and metadata[key] > 0):
-            raise InputError(f"{METADATA_FILE} has {key} = {metadata[key]!r}, expected a number above 0")
-    for key, most in (("height", 16384), ("width", 16384), ("num_frames", 4097)):
-        if not 1 <= metadata[key] <= most:
-            raise InputError(f"{METADATA_FILE} has {key} = {metadata[key]}, expected 1 to {most}")
+            raise InputError(
+                f"{METADATA_FILE} has {key} = {_short(metadata[key])}, expected a number above 0"
+            )
+    if metadata["denoising_strength"] > 1:
+        raise InputError(
+            f"{METADATA_FILE} has denoising_strength = {metadata['denoising_strength']}, expected at most 1"
+        )
+    for key, (least, most) in LIMITS.items():
+        if key in metadata and not least <= metadata[key] <= most:
+            raise InputError(
+                f"{METADATA_FILE} has {key} = {_short(metadata[key])}, expected {least} to {most}"
+            )
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return False
+    return abs(value) < 1e30  # false for NaN and infinity, too
 
 
 def _check_version_1(directory: Path, metadata: Mapping[str, Any]) -> None:
@@ -458,8 +513,10 @@ def load_tensor(
         raise InputError(
             f"{path} is not a tensor file ({_first_line(error)}); nothing in it was run; make the prior again"
         ) from error
-    if not isinstance(tensor, torch.Tensor) or tensor.layout != torch.strided:
-        raise InputError(f"{path} holds a {type(tensor).__name__}, expected a tensor; make the prior again")
+    if not isinstance(tensor, torch.Tensor) or tensor.layout != torch.strided or tensor.is_meta:
+        raise InputError(
+            f"{path} holds a {type(tensor).__name__}, expected a tensor with its data; make the prior again"
+        )
     found = str(tensor.dtype).removeprefix("torch.")
     if shape is not None and tuple(tensor.shape) != tuple(shape):
         raise InputError(
@@ -486,9 +543,10 @@ def _check_archive(path: Path, *, largest: int | None) -> None:
     try:
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
-    except (OSError, zipfile.BadZipFile, ValueError, NotImplementedError) as error:
+    except Exception as error:  # zipfile raises BadZipFile, struct.error, ValueError ... for bad files
         raise InputError(
-            f"{path} is not a tensor file ({_first_line(error)}); it was cut off: copy or make the prior again"
+            f"{path} is not a tensor file ({_first_line(error)}); it was cut off or is something else: "
+            "copy the prior again or make it again"
         ) from error
     size = sum(entry.file_size for entry in entries)
     if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
@@ -500,6 +558,20 @@ def _check_archive(path: Path, *, largest: int | None) -> None:
 
 
 # --- the schedule -------------------------------------------------------------------------------------------
+
+
+def check_distinct(timesteps: list[float]) -> None:
+    """Refuse a schedule in which two steps share a timestep: the scheduler finds its place by timestep.
+
+    Raises:
+        InputError: naming the steps.
+    """
+    for step, (now, after) in enumerate(zip(timesteps, timesteps[1:], strict=False)):
+        if not after < now:
+            raise InputError(
+                f"steps {step} and {step + 1} of this schedule are both at timestep {now:.6g}; "
+                "use a --sigma_shift nearer to 5 or a smaller --num_inference_steps"
+            )
 
 
 def check_schedule(prior: Prior, *, timesteps: Iterable[float], sigmas: Iterable[float]) -> None:

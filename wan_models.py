@@ -20,11 +20,13 @@ from typing import TYPE_CHECKING, Any
 from prior_utils import InputError, RunError
 
 if TYPE_CHECKING:
-    from diffsynth.pipelines.wan_video import ModelConfig, WanVideoPipeline
+    from diffsynth.models.wan_video_text_encoder import HuggingfaceTokenizer
+    from diffsynth.pipelines.wan_video import WanVideoPipeline
 
 ROOT = Path(__file__).resolve().parent
 TINY_DIR = ROOT / "data" / "tiny_wan_i2v"
 COMPONENTS = ("dit", "vae", "text_encoder", "image_encoder")
+MAX_HEADER_BYTES = 2**24  # of a safetensors file; the 14B model's headers are some 100 KB
 PLAIN_VRAM_GIB = 64  # bfloat16 weights of the 14B model are some 46 GiB; the rest is activations and decoding
 
 CONVERTED = "DiffSynth-Studio/Wan-Series-Converted-Safetensors"  # where DiffSynth redirects the .pth files
@@ -74,11 +76,11 @@ REAL_MODELS = {
 MODEL_NAMES = (*REAL_MODELS, "tiny")
 
 
-def model_defaults(name: str) -> Defaults:
-    """The defaults of a model; the embedded one keeps its own in its config.json."""
+def model_defaults(name: str, model_dir: Path | None = None) -> Defaults:
+    """The defaults of a model; an embedded one keeps its own in its config.json."""
     if name in REAL_MODELS:
         return REAL_MODELS[name][1]
-    config = _tiny_config(TINY_DIR)
+    config = _tiny_config(model_dir or TINY_DIR)
     known = {f.name for f in dataclasses.fields(Defaults)}
     own = {key: value for key, value in config["defaults"].items() if key in known}
     return Defaults(**{"dtype": "float32", **own})
@@ -86,9 +88,13 @@ def model_defaults(name: str) -> Defaults:
 
 def _tiny_config(folder: Path) -> dict[str, Any]:
     try:
-        return json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{folder} holds no readable config.json of an embedded model ({error})") from error
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        return config | {"defaults": dict(config["defaults"])}
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise InputError(
+            f"{folder} holds no config.json of an embedded model ({type(error).__name__}); "
+            "name the folder that does with --model_dir"
+        ) from error
 
 
 def pick_device(model: str, device: str | None) -> str:
@@ -102,9 +108,11 @@ def pick_device(model: str, device: str | None) -> str:
     found = "cuda" if torch.cuda.is_available() else "cpu"
     device = device or found
     try:
-        kind = torch.device(device).type
+        kind, index = torch.device(device).type, torch.device(device).index or 0
     except RuntimeError:
-        raise InputError(f"--device {device} is no device name; use cpu, cuda or cuda:1") from None
+        kind = None
+    if kind not in ("cpu", "cuda"):
+        raise InputError(f"--device {device} is no device this runs on; use cpu, cuda or cuda:1")
     if model in REAL_MODELS and kind == "cpu":
         raise InputError(
             f"{model} has 14 billion parameters and needs a CUDA GPU, and the device here is the CPU; "
@@ -114,6 +122,9 @@ def pick_device(model: str, device: str | None) -> str:
         raise InputError(
             f"--device {device}: torch {torch.__version__} sees no CUDA GPU here; use --device cpu"
         )
+    if kind == "cuda" and index >= torch.cuda.device_count():
+        last = torch.cuda.device_count() - 1
+        raise InputError(f"--device {device}: the GPUs here are cuda:0 to cuda:{last}; use one of those")
     return device
 
 
@@ -139,6 +150,8 @@ def weight_files(options: LoadOptions, components: Collection[str] = COMPONENTS)
         RunError: they could not be fetched.
         InputError: --model_dir lacks some.
     """
+    if "text_encoder" in components:
+        _tokenizer_folder(options)
     if options.model not in REAL_MODELS:
         folder = options.model_dir or TINY_DIR
         return {name: _existing(folder, [f"{name}.safetensors"], name) for name in components}
@@ -211,10 +224,10 @@ def _complete_shards(paths: list[Path]) -> list[Path]:
 
 
 def fingerprint(files: Mapping[str, list[Path]]) -> dict[str, str]:
-    """A cheap fingerprint of each component's weights: names, sizes and samples of the bytes, in hex.
+    """A cheap fingerprint of each component's weights: names, sizes, headers and samples, in hex.
 
-    Reads at most 33 pieces of 4 KiB a file, spread evenly with the first and the last among them, so
-    28 GB cost milliseconds. The first piece holds the header of a safetensors file or its beginning.
+    Reads the header of a safetensors file and 33 pieces of 4 KiB spread evenly over the file, the first
+    and the last among them, so 28 GB cost milliseconds.
     """
     return {component: _fingerprint(paths) for component, paths in files.items()}
 
@@ -225,6 +238,9 @@ def _fingerprint(paths: list[Path], *, pieces: int = 32, piece_bytes: int = 4096
         size = path.stat().st_size
         digest.update(f"{path.name}:{size}".encode())
         with path.open("rb") as file:
+            if path.suffix == ".safetensors":
+                header_bytes = int.from_bytes(file.read(8), "little")  # as the format begins
+                digest.update(file.read(min(header_bytes, MAX_HEADER_BYTES)))
             for i in range(pieces + 1):
                 file.seek(max(0, size - piece_bytes) * i // pieces)
                 digest.update(file.read(piece_bytes))
@@ -252,15 +268,28 @@ def _load_tiny(options: LoadOptions, files: Mapping[str, list[Path]]) -> WanVide
     pipe = WanVideoPipeline(device=options.device, torch_dtype=dtype)
     try:
         modules = tiny_model.load(folder, only=tuple(files))
-    except (RuntimeError, SafetensorError) as error:
+    except (RuntimeError, SafetensorError, KeyError, TypeError, ValueError) as error:
         raise InputError(
-            f"the weights in {folder} do not fit its config.json ({str(error)[:80]}...)"
+            f"the weights in {folder} do not fit its config.json "
+            f"({type(error).__name__}: {str(error)[:80]}); copy the model's folder again"
         ) from error
     for name, module in modules.items():
         setattr(pipe, name, module.to(device=options.device, dtype=dtype).eval())
     if "text_encoder" in files:
-        pipe.tokenizer = tiny_model.tokenizer(folder)
+        pipe.tokenizer = _tiny_tokenizer(options)
     return pipe
+
+
+def _tiny_tokenizer(options: LoadOptions) -> HuggingfaceTokenizer:
+    import tiny_model
+
+    folder = _tokenizer_folder(options).parent
+    try:
+        return tiny_model.tokenizer(folder)
+    except Exception as error:  # tokenizers raises bare Exceptions for a damaged file
+        raise InputError(
+            f"the tokenizer in {folder} is damaged ({type(error).__name__}); copy the model's folder again"
+        ) from error
 
 
 def _load_real(options: LoadOptions, files: Mapping[str, list[Path]]) -> WanVideoPipeline:
@@ -277,7 +306,9 @@ def _load_real(options: LoadOptions, files: Mapping[str, list[Path]]) -> WanVide
         torch_dtype=dtype,
         device=options.device,
         model_configs=configs,
-        tokenizer_config=_tokenizer_config(options) if "text_encoder" in files else None,
+        tokenizer_config=(
+            ModelConfig(path=str(_tokenizer_folder(options))) if "text_encoder" in files else None
+        ),
         vram_limit=vram_limit,
     )
 
@@ -299,14 +330,20 @@ def _disk_offload(dtype: Any, device: str) -> Iterator[tuple[str, Any]]:
         yield f"{stage}_dtype", kind
 
 
-def _tokenizer_config(options: LoadOptions) -> ModelConfig:
-    from diffsynth.pipelines.wan_video import ModelConfig
-
+def _tokenizer_folder(options: LoadOptions) -> Path:
+    """The tokenizer's folder, fetched first where it is not there yet."""
     model_id, folder = TOKENIZER
-    if options.model_dir is None:
-        return ModelConfig(path=str(_fetch(model_id, folder)[0]))
-    candidates = [folder, f"{model_id}/{folder}", f"{REAL_MODELS[options.model][0]}/{folder}"]
+    if options.model not in REAL_MODELS:
+        where, candidates = options.model_dir or TINY_DIR, ["tokenizer/"]
+    elif options.model_dir is None:
+        return _fetch(model_id, folder)[0]
+    else:
+        where = options.model_dir
+        candidates = [folder, f"{model_id}/{folder}", f"{REAL_MODELS[options.model][0]}/{folder}"]
     for candidate in candidates:
-        if (options.model_dir / candidate).is_dir():
-            return ModelConfig(path=str(options.model_dir / candidate))
-    raise InputError(f"{options.model_dir} holds no {folder} (the tokenizer); name the folder that does")
+        if (where / candidate / "tokenizer.json").is_file():
+            return where / candidate
+    raise InputError(
+        f"{where} holds no {candidates[0]}tokenizer.json (the tokenizer); "
+        "name the folder that does, with --model_dir"
+    )
