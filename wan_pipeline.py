@@ -2,8 +2,8 @@
 
 `WanVideoPipeline.__call__` reads three plain attributes; `hooked` puts ours in their place for one call:
 
-    scheduler  ResumableScheduler: keeps only the steps after start_step, reports each step;
-               DifferentialScheduler: runs a few chosen steps along the prior's own trajectory
+    scheduler  ReportingScheduler: runs only some steps of the schedule and reports each;
+               ResumableScheduler those after start_step, DifferentialScheduler a few chosen ones
     units      run_full appends a unit that hands out the conditioning; run_from replaces every unit that
                would load an encoder by one that puts the prior's latents and conditioning in place
     model_fn   ForwardCounter: counts network evaluations, both guidance branches
@@ -97,30 +97,48 @@ class Trajectory:
     noise_pred: Sequence[torch.Tensor]  # the guided velocity of each of the steps
 
 
-class ResumableScheduler(FlowMatchScheduler):
-    """FlowMatchScheduler("Wan") that can leave out the first steps and reports each step it takes."""
+class ReportingScheduler(FlowMatchScheduler):
+    """FlowMatchScheduler("Wan") that runs only some steps of the schedule and reports each one it takes.
 
-    def __init__(self, *, start_step: int | None = None, on_step: StepCallback | None = None):
+    Args:
+        keep: from the number of steps to the indices of those to run, in order.
+    """
+
+    def __init__(self, keep: Callable[[int], Sequence[int]]):
         super().__init__("Wan")
-        self.first = 0 if start_step is None else start_step + 1
-        self.on_step = on_step
+        self.keep = keep
+        self.on_step: StepCallback | None = None
 
     def set_timesteps(self, num_inference_steps: int = 100, **kwargs: Any) -> None:
-        """Compute the full schedule, then keep steps `first` ... N - 1 of it."""
+        """Compute the full schedule, then keep the chosen steps of it."""
         super().set_timesteps(num_inference_steps, **kwargs)
-        # step() looks its place up in timesteps and reads sigmas there: both are cut alike.
-        self.timesteps, self.sigmas = self.timesteps[self.first :], self.sigmas[self.first :]
+        self.steps = list(self.keep(num_inference_steps))
+        # DiffSynth looks a step's place up in timesteps and reads its sigma there: both are cut alike.
+        self.timesteps, self.sigmas = self.timesteps[self.steps], self.sigmas[self.steps]
 
     def step(self, model_output: torch.Tensor, timestep: torch.Tensor, sample: torch.Tensor, **kwargs: Any):
-        """Take DiffSynth's own Euler step and report it."""
-        latents = super().step(model_output, timestep, sample, **kwargs)
+        """Advance from this timestep and report the step."""
+        place = int(torch.argmin((self.timesteps - timestep.cpu()).abs()))
+        latents = self.advance(place, model_output, timestep, sample)
         if self.on_step is not None:
-            place = int(torch.argmin((self.timesteps - timestep.cpu()).abs()))
-            self.on_step(Step(self.first + place, float(self.sigmas[place]), sample, model_output, latents))
+            self.on_step(Step(self.steps[place], float(self.sigmas[place]), sample, model_output, latents))
         return latents
 
+    def advance(
+        self, place: int, model_output: torch.Tensor, timestep: torch.Tensor, sample: torch.Tensor
+    ) -> torch.Tensor:
+        """DiffSynth's own Euler step to the next kept sigma, after the last one to 0."""
+        return super().step(model_output, timestep, sample)
 
-class DifferentialScheduler(FlowMatchScheduler):
+
+class ResumableScheduler(ReportingScheduler):
+    """Leaves out the steps up to and with `start_step`."""
+
+    def __init__(self, *, start_step: int = -1):
+        super().__init__(lambda steps: range(start_step + 1, steps))
+
+
+class DifferentialScheduler(ReportingScheduler):
     """Follows a prior's trajectory at a few chosen steps and integrates only what the new prompt changes.
 
     With the prior's latents x_i and guided velocity v_i at sigma_i, and an offset d that starts at zero,
@@ -132,31 +150,21 @@ class DifferentialScheduler(FlowMatchScheduler):
     of velocities; here one of the two is already on disk.)
     """
 
-    def __init__(self, trajectory: Trajectory, *, on_step: StepCallback | None = None):
-        super().__init__("Wan")
+    def __init__(self, trajectory: Trajectory):
+        super().__init__(lambda _: trajectory.steps)
         self.trajectory = trajectory
-        self.on_step = on_step
-
-    def set_timesteps(self, num_inference_steps: int = 100, **kwargs: Any) -> None:
-        """Compute the full schedule, then keep the chosen steps of it."""
-        super().set_timesteps(num_inference_steps, **kwargs)
-        steps = list(self.trajectory.steps)
-        self.timesteps, self.sigmas = self.timesteps[steps], self.sigmas[steps]
         self.offset: torch.Tensor | float = 0.0  # float32: in bfloat16 small differences would be lost
 
-    def step(self, model_output: torch.Tensor, timestep: torch.Tensor, sample: torch.Tensor, **kwargs: Any):
+    def advance(
+        self, place: int, model_output: torch.Tensor, timestep: torch.Tensor, sample: torch.Tensor
+    ) -> torch.Tensor:
         """Add the difference of the two velocities to the offset and go on at the next chosen step."""
-        place = int(torch.argmin((self.timesteps - timestep.cpu()).abs()))
-        at_end = place + 1 == len(self.sigmas)
-        sigma, sigma_next = float(self.sigmas[place]), 0.0 if at_end else float(self.sigmas[place + 1])
-        step = self.trajectory.steps[place]
-        difference = model_output.float() - self.trajectory.noise_pred[place].to(sample.device).float()
-        self.offset = self.offset + (sigma_next - sigma) * difference
-        x_next = self.trajectory.latents[place + 1].to(sample.device).float()
-        latents = (x_next + self.offset).to(sample.dtype)
-        if self.on_step is not None:
-            self.on_step(Step(step, sigma, sample, model_output, latents))
-        return latents
+        sigmas = [*self.sigmas.tolist(), 0.0]
+        noise_pred = self.trajectory.noise_pred[place].to(sample.device)
+        difference = model_output.float() - noise_pred.float()
+        self.offset = self.offset + (sigmas[place + 1] - sigmas[place]) * difference
+        latents = self.trajectory.latents[place + 1].to(sample.device)
+        return (latents.float() + self.offset).to(sample.dtype)
 
 
 class ForwardCounter:
@@ -314,7 +322,7 @@ def run_from(
     conditioning: Conditioning | None,
     on_step: StepCallback | None = None,
 ) -> RunResult:
-    """Run only the steps after `start_step`, from the latents after it.
+    """Run only the steps after `start_step`, from the latents after it; -1: all, from the initial latents.
 
     No unit that would load an encoder runs, so the pipeline needs only its DiT and VAE. After the last step
     nothing is left to run: the latents are decoded, without DiT or conditioning.
@@ -322,13 +330,15 @@ def run_from(
     Raises:
         RunError: latents became NaN or infinite; names the step.
     """
-    clock = RunClock()
     if start_step == settings.num_inference_steps - 1:
+        clock = RunClock()
         frames = decode(pipe, latents, tiled=settings.tiled)
         clock.add("decode")
         return RunResult(frames, latents, [], 0, clock.seconds)
-    units = _resumed_units(pipe, latents, conditioning)
-    return _call(pipe, settings, clock, ResumableScheduler(start_step=start_step), units, on_step)
+    scheduler = ResumableScheduler(start_step=start_step)
+    return run_scheduler(
+        pipe, settings, scheduler=scheduler, latents=latents, conditioning=conditioning, on_step=on_step
+    )
 
 
 def run_differential(
@@ -344,16 +354,29 @@ def run_differential(
     Raises:
         RunError: latents became NaN or infinite; names the step.
     """
-    units = _resumed_units(pipe, trajectory.latents[0], conditioning)
-    return _call(pipe, settings, RunClock(), DifferentialScheduler(trajectory), units, on_step)
+    latents, scheduler = trajectory.latents[0], DifferentialScheduler(trajectory)
+    return run_scheduler(
+        pipe, settings, scheduler=scheduler, latents=latents, conditioning=conditioning, on_step=on_step
+    )
 
 
-def _resumed_units(
-    pipe: WanVideoPipeline, latents: torch.Tensor, conditioning: Conditioning
-) -> list[PipelineUnit]:
-    """The pipeline's units without those that would load an encoder, then the one that takes their place."""
+def run_scheduler(
+    pipe: WanVideoPipeline,
+    settings: RunSettings,
+    *,
+    scheduler: ReportingScheduler,
+    latents: torch.Tensor,
+    conditioning: Conditioning,
+    on_step: StepCallback | None = None,
+) -> RunResult:
+    """Run the steps the scheduler keeps, from these latents, without any unit that would load an encoder.
+
+    Raises:
+        RunError: latents became NaN or infinite; names the step.
+    """
     units = [unit for unit in pipe.units if not unit.onload_model_names]
-    return [*units, ReplaceStart(latents, conditioning)]
+    units.append(ReplaceStart(latents, conditioning))
+    return _call(pipe, settings, RunClock(), scheduler, units, on_step)
 
 
 class RunClock:
@@ -375,7 +398,7 @@ def _call(
     pipe: WanVideoPipeline,
     settings: RunSettings,
     clock: RunClock,
-    scheduler: ResumableScheduler | DifferentialScheduler,
+    scheduler: ReportingScheduler,
     units: list[PipelineUnit],
     on_step: StepCallback | None,
     **inputs: Any,
