@@ -1,0 +1,129 @@
+"""Differential resume: worked by hand, on a flow whose velocity is known, and through the command line."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from helpers import OTHER_PROMPT, read_json
+
+from wan_pipeline import DifferentialScheduler, ReportingScheduler, ResumableScheduler, Step, Trajectory
+
+SIGMAS = (1.0, 0.978, 0.952, 0.921, 0.882, 0.833, 0.769, 0.682, 0.556, 0.357)
+
+
+def run(scheduler: ReportingScheduler, velocity, latents: torch.Tensor) -> list[Step]:
+    """WanVideoPipeline's loop with a network that is a function of latents and sigma."""
+    steps: list[Step] = []
+    scheduler.on_step = steps.append
+    scheduler.set_timesteps(10, denoising_strength=1.0, shift=5.0)
+    for timestep, sigma in zip(scheduler.timesteps, scheduler.sigmas, strict=True):
+        latents = scheduler.step(velocity(latents, float(sigma)), timestep, latents)
+    return steps
+
+
+def prior_of(velocity, noise: torch.Tensor, chosen: tuple[int, ...]) -> Trajectory:
+    """A full run's path at the chosen steps."""
+    steps = run(ResumableScheduler(), velocity, noise)
+    latents = [steps[i].latents_before for i in chosen] + [steps[-1].latents]
+    return Trajectory(chosen, latents, [steps[i].noise_pred for i in chosen])
+
+
+@pytest.mark.parametrize("chosen", [(0,), (4,), (2, 7), (2, 5, 8), (0, 9)])
+def test_constant_velocities_give_the_offset_worked_by_hand(chosen: tuple[int, ...]) -> None:
+    noise = torch.tensor([[1.0, -2.0]])
+    old, new = torch.tensor([[0.5, 3.0]]), torch.tensor([[2.5, 2.0]])
+    trajectory = prior_of(lambda x, sigma: old, noise, chosen)
+    steps = run(DifferentialScheduler(trajectory), lambda x, sigma: new, trajectory.latents[0])
+    # the prior ends at noise - old; from sigma_i on the new velocity adds -sigma_i * (new - old)
+    expected = (noise - old) - SIGMAS[chosen[0]] * (new - old)
+    torch.testing.assert_close(steps[-1].latents, expected, atol=1e-3, rtol=0)
+    assert [step.index for step in steps] == list(chosen)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_priors_own_velocity_gives_the_priors_own_latents(dtype: torch.dtype) -> None:
+    noise = torch.randn(3, 16, generator=torch.Generator().manual_seed(0)).to(dtype)
+
+    def velocity(x: torch.Tensor, sigma: float) -> torch.Tensor:
+        return torch.sin(3 * x) + sigma
+
+    trajectory = prior_of(velocity, noise, (1, 4, 8))
+    steps = run(DifferentialScheduler(trajectory), velocity, trajectory.latents[0])
+    assert torch.equal(steps[-1].latents, trajectory.latents[-1])
+
+
+def mixture_velocity(centres: torch.Tensor, width: float, x: torch.Tensor, sigma: float) -> torch.Tensor:
+    """Velocity of the flow from N(0, 1) to an even mixture of N(centre, width^2), one coordinate.
+
+    x_sigma = (1 - sigma) x_0 + sigma eps, and v = E[eps - x_0 | x_sigma] is a posterior mean of Gaussians.
+    """
+    spread = ((1 - sigma) * width) ** 2 + sigma**2
+    away = x[:, None] - (1 - sigma) * centres
+    weight = torch.softmax(-away.square() / (2 * spread), dim=1)
+    clean = centres + (1 - sigma) * width**2 / spread * away
+    noise = sigma / spread * away
+    return (weight * (noise - clean)).sum(1)
+
+
+DETAIL = torch.linspace(-1.5, 1.5, 9)  # nine sharp modes, 0.375 apart, the same for every prompt
+
+
+def world_velocity(motions: tuple[float, ...]):
+    """Two coordinates: a detail that no prompt touches, and a motion that is one of `motions`."""
+
+    def velocity(x: torch.Tensor, sigma: float) -> torch.Tensor:
+        detail = mixture_velocity(DETAIL, 0.03, x[:, 0], sigma)
+        return torch.stack([detail, mixture_velocity(torch.tensor(motions), 0.1, x[:, 1], sigma)], 1)
+
+    return velocity
+
+
+def test_detail_is_the_priors_and_motion_the_prompts() -> None:
+    noise = torch.randn(2000, 2, generator=torch.Generator().manual_seed(0))
+    neutral, asked = world_velocity((-1.0, 1.0)), world_velocity((1.0,))
+    prior = prior_of(neutral, noise, (2, 6, 9))
+    found = run(DifferentialScheduler(prior), asked, prior.latents[0])[-1].latents
+    assert torch.equal(found[:, 0], prior.latents[-1][:, 0])
+    assert (found[:, 1] > 0).float().mean() > 0.99
+    assert (prior.latents[-1][:, 1] > 0).float().mean() < 0.6  # the prior itself had not settled on it
+
+    full = run(ResumableScheduler(), asked, noise)[-1].latents
+    few = run(ReportingScheduler(lambda _: (0, 5, 8)), asked, noise)[-1].latents
+    assert math.sqrt((few - full)[:, 0].square().mean()) > 0.2  # three steps from noise miss the detail
+
+
+def test_the_priors_own_prompt_gives_the_priors_own_video(infer, prior) -> None:
+    expected = read_json(prior / "run_metadata.json")["latents_sha256"]
+    for flags in (("--steps", "2", "5", "8"), ("--num_steps", "2"), ("--steps", "0", "9")):
+        assert infer(prior, *flags).report["latents_sha256"] == expected
+    assert (
+        infer(prior, "--steps", "2", "5", "8", "--prompt", OTHER_PROMPT).report["latents_sha256"] != expected
+    )
+
+
+def test_it_runs_only_the_steps_that_were_chosen(infer, prior, loads) -> None:
+    report = infer(prior, "--steps", "2", "5", "8", "--prompt", OTHER_PROMPT).report
+    assert (report["method"], report["steps_run"], report["forwards"]) == ("differential", [2, 5, 8], 6)
+    assert loads == [["dit", "text_encoder", "vae"]]
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (("--steps", "5", "2"), "increasing steps between 0 and 9"),
+        (("--steps", "2", "10"), "increasing steps between 0 and 9"),
+        (("--num_steps", "11"), "only 10 steps"),
+        (("--steps", "2", "--start_step", "6"), "not allowed with argument"),
+    ],
+)
+def test_steps_that_make_no_sense_are_refused(refused, infer, prior, flags, words) -> None:
+    refused(lambda: infer(prior, *flags), words)
+
+
+def test_a_damaged_velocity_is_refused_only_where_it_is_needed(refused, infer, prior_copy) -> None:
+    path = prior_copy / "noise_pred_0005.pt"
+    path.write_bytes(path.read_bytes()[:-1])
+    assert "noise_pred_0005.pt is damaged" in refused(lambda: infer(prior_copy, "--steps", "2", "5", "8"))
+    assert infer(prior_copy, "--steps", "2", "8").code == 0
