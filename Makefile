@@ -3,10 +3,15 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+FACE := data/tiny_wan_i2v/inputs/mia.png
 
 .PHONY: demo test lint
 demo: $(VENV)/installed
-	$(BIN)/python demo.py
+	set -e; \
+	prior=$$($(BIN)/python generate_prior.py --model tiny --image $(FACE)); \
+	look=$$($(BIN)/python infer_from_prior.py --prior_dir "$$prior" --prompt "the character moves left"); \
+	talk=$$($(BIN)/python infer_from_prior.py --prior_dir "$$prior" --prompt "the character speaks"); \
+	printf '%s\n' "prior: $$prior/output_full.mp4" "two new prompts:" "$$look" "$$talk"
 
 test: $(VENV)/installed-tests lint
 	$(BIN)/python -m pytest tests

@@ -1,0 +1,164 @@
+"""On a CUDA GPU: bit-exactness in bfloat16, and the time of a full-size DiT with random weights.
+
+    python benchmarks/gpu.py --output benchmarks/results/gpu.json
+
+Exactness runs the two scripts on the embedded model, resuming at every step. The timing needs some 40 GB of
+VRAM: a WanModel of the I2V-14B's sizes with random bfloat16 weights, at 480P and 81 frames. Its output means
+nothing; its cost is that of the real one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
+sys.path.insert(0, str(ROOT))
+
+import prior_utils  # noqa: E402
+
+# Wan2.1-I2V-14B: diffsynth/configs/model_configs.py
+FULL_SIZE = {
+    "has_image_input": True,
+    "patch_size": [1, 2, 2],
+    "in_dim": 36,
+    "dim": 5120,
+    "ffn_dim": 13824,
+    "freq_dim": 256,
+    "text_dim": 4096,
+    "out_dim": 16,
+    "num_heads": 40,
+    "num_layers": 40,
+    "eps": 1e-6,
+}
+
+
+def script(name: str, *flags: object) -> Path:
+    """Run one of the scripts; its last line of stdout is the path it made."""
+    command = [sys.executable, str(ROOT / name), *map(str, flags)]
+    return Path(
+        subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1]
+    )
+
+
+def exactness(image: Path, dtype: str) -> dict:
+    """Resume at every step with the prior's own prompt and compare latents_sha256."""
+    with tempfile.TemporaryDirectory() as folder:
+        model = ("--device", "cuda", "--dtype", dtype)
+        prompt = ("--prompt", "the character speaks", "--output_dir", folder)
+        prior = script("generate_prior.py", "--model", "tiny", *model, "--image", image, *prompt)
+        expected = json.loads((prior / "run_metadata.json").read_text())["latents_sha256"]
+        equal = {}
+        for step in range(10):
+            video = script("infer_from_prior.py", "--prior_dir", prior, "--start_step", step, *model)
+            equal[step] = json.loads(video.with_suffix(".json").read_text())["latents_sha256"] == expected
+    return {"dtype": dtype, "latents_sha256_equal_at_step": equal, "all": all(equal.values())}
+
+
+def full_size_dit():
+    """A WanModel of the 14B's sizes, random bfloat16 weights, made on the GPU."""
+    import torch
+    from diffsynth.models.wan_video_dit import WanModel
+
+    with torch.device("meta"):
+        dit = WanModel(**{**FULL_SIZE, "patch_size": tuple(FULL_SIZE["patch_size"])})
+    freqs = WanModel(**{**FULL_SIZE, "patch_size": (1, 2, 2), "num_layers": 0}).freqs  # not a parameter
+    dit = dit.to(torch.bfloat16).to_empty(device="cuda").eval().requires_grad_(False)
+    dit.freqs = freqs
+    for parameter in dit.parameters():
+        parameter.normal_(0, 0.02)
+    return dit
+
+
+def full_size_timing(*, runs: int) -> dict:
+    """Seconds per step of a full and a resumed run, in turn, without decoding."""
+    import torch
+    from diffsynth.pipelines.wan_video import WanVideoPipeline
+
+    from wan_pipeline import Conditioning, ResumableScheduler, run_scheduler
+
+    pipe = WanVideoPipeline(device="cuda", torch_dtype=torch.bfloat16)
+    pipe.dit = full_size_dit()
+    pipe.vae = NoVae()
+    settings = prior_utils.RunSettings(
+        num_inference_steps=10,
+        denoising_strength=1.0,
+        sigma_shift=5.0,
+        cfg_scale=5.0,
+        height=480,
+        width=832,
+        num_frames=81,
+    )
+    shape = prior_utils.latents_shape(height=480, width=832, num_frames=81)
+    random = {"device": "cuda", "dtype": torch.bfloat16}
+    conditioning = Conditioning(
+        y=torch.randn(1, 20, *shape[2:], **random),
+        clip_feature=torch.randn(1, 257, 1280, **random),
+        context_posi=torch.randn(1, 512, 4096, **random),
+        context_nega=torch.randn(1, 512, 4096, **random),
+    )
+    found = {"full": [], "resumed after 6": []}
+    for _ in range(runs):
+        for name, start_step in (("full", -1), ("resumed after 6", 6)):
+            started = time.perf_counter()
+            result = run_scheduler(
+                pipe,
+                settings,
+                scheduler=ResumableScheduler(start_step=start_step),
+                latents=torch.randn(shape, **random),
+                conditioning=conditioning,
+            )
+            torch.cuda.synchronize()
+            found[name].append(
+                {
+                    "seconds": time.perf_counter() - started,
+                    "seconds_per_step": result.seconds_per_step,
+                    "forwards": result.forwards,
+                }
+            )
+    return found | {"vram_gib": torch.cuda.max_memory_allocated() / 2**30}
+
+
+class NoVae:
+    """Stands where the VAE stands: the timing is of the DiT alone."""
+
+    upsampling_factor = 8
+    model = SimpleNamespace(z_dim=16)
+
+    def decode(self, latents, **_):
+        """One grey frame."""
+        import torch
+
+        return torch.zeros(1, 3, 1, 16, 16)
+
+
+def main() -> None:
+    """Run both parts and write what was found."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--image", type=Path, default=ROOT / "data" / "tiny_wan_i2v" / "inputs" / "mia.png")
+    parser.add_argument("--runs", type=int, default=2, help="full-size runs of each kind (default: 2)")
+    parser.add_argument("--output", type=Path, default=HERE / "results" / "gpu.json")
+    args = parser.parse_args()
+    import torch
+
+    if not torch.cuda.is_available():
+        sys.exit("gpu.py: error: torch sees no CUDA GPU here; this benchmark needs one")
+    result = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__}
+    result["exactness"] = [exactness(args.image, dtype) for dtype in ("bfloat16", "float32")]
+    result["full_size"] = full_size_timing(runs=args.runs)
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    prior_utils.write_json(args.output, result)
+    print(json.dumps(result, indent=2))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,94 @@
+"""What saving a prior costs: run_full with every step saved against the bare WanVideoPipeline call.
+
+    python benchmarks/hook_cost.py --runs 20
+
+Both in one process on one loaded model, in turn, after a warm-up; prints the median of the ratios pair by
+pair and writes results/hook_cost.json. The video file is left out of both: the bare call writes none.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
+sys.path.insert(0, str(ROOT))
+os.environ["TQDM_DISABLE"] = "1"
+
+import command_line  # noqa: E402
+import generate_prior  # noqa: E402
+import prior_utils  # noqa: E402
+import wan_models  # noqa: E402
+
+
+def seconds(function, *args) -> float:
+    """Wall time of one call."""
+    started = time.perf_counter()
+    function(*args)
+    return time.perf_counter() - started
+
+
+def main() -> None:
+    """Time both in turn."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--runs", type=int, default=20)
+    parser.add_argument("--image", type=Path, default=ROOT / "data" / "tiny_wan_i2v" / "inputs" / "mia.png")
+    parser.add_argument("--output", type=Path, default=HERE / "results" / "hook_cost.json")
+    own, flags = parser.parse_known_args()
+    args = generate_prior.parse_args(["--model", "tiny", "--image", str(own.image), *flags])
+    args.device = wan_models.pick_device(args.model, args.device)
+    settings = generate_prior.run_settings(args)
+    image, _ = generate_prior.read_inputs(args, settings)
+    options = command_line.load_options(args)
+    pipe = wan_models.load_pipeline(options, wan_models.weight_files(options))
+
+    from wan_pipeline import TILING, run_full
+
+    prompts = {"prompt": args.prompt, "negative_prompt": args.negative_prompt, "input_image": image}
+
+    def bare() -> None:
+        pipe(**prompts, **vars(settings), **TILING)
+
+    def saving(folder: str) -> None:
+        writer = prior_utils.PriorWriter(Path(folder), {})
+        run_full(
+            pipe,
+            settings,
+            **prompts,
+            on_start=lambda *start: generate_prior.save_conditioning(writer, args, *start),
+            on_step=lambda step: generate_prior.save_step(writer, step),
+        )
+
+    pairs = []
+    for _ in range(own.runs + 1):
+        with tempfile.TemporaryDirectory() as folder:
+            pairs.append((seconds(bare), seconds(saving, folder)))
+    pairs = pairs[1:]  # the first pair warms up
+    ratios = [with_saving / without for without, with_saving in pairs]
+    result = {
+        "runs": own.runs,
+        "bare_seconds": statistics.median(pair[0] for pair in pairs),
+        "saving_seconds": statistics.median(pair[1] for pair in pairs),
+        "ratio_median": statistics.median(ratios),
+        "ratio_quartiles": statistics.quantiles(ratios, n=4)[::2],
+        "size": f"{settings.width} x {settings.height}, {settings.num_frames} frames",
+        "device": args.device,
+        "cores": os.cpu_count(),
+        "versions": command_line.versions(),
+    }
+    own.output.parent.mkdir(parents=True, exist_ok=True)
+    prior_utils.write_json(own.output, result)
+    print(json.dumps(result, indent=2))
+
+
+if __name__ == "__main__":
+    main()

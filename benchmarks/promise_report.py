@@ -1,0 +1,174 @@
+"""From promise.py's clips.csv to a summary, a table and two plots."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import numpy as np
+
+NUMBERS = (
+    "obeyed",
+    "old_kept",
+    "identity_error",
+    "sharpness",
+    "bloom_error",
+    "decided",
+    "psnr",
+    "shared_blooms",
+    "denoise_seconds",
+)
+TABLE = ("obeyed", "old_kept", "identity_error", "sharpness", "decided", "psnr", "shared_blooms")
+Row = dict[str, str]
+
+
+def bootstrap(values: Iterable[float], *, draws: int = 2000) -> tuple[float, float, float]:
+    """Mean and its 95% percentile interval over cases (Efron & Tibshirani 1993, ch. 13), seeded."""
+    values = np.asarray([value for value in values if np.isfinite(value)])
+    if not len(values):
+        return (float("nan"),) * 3
+    picks = np.random.default_rng(0).integers(len(values), size=(draws, len(values)))
+    return float(values.mean()), *map(float, np.percentile(values[picks].mean(1), (2.5, 97.5)))
+
+
+def group(rows: list[Row]) -> dict[tuple[str, str, str, str], list[Row]]:
+    """Lines by method, prior, steps run and forwards, in the order they were made."""
+    groups: dict[tuple[str, str, str, str], list[Row]] = {}
+    for row in rows:
+        groups.setdefault((row["method"], row["prior"], row["steps"], row["forwards"]), []).append(row)
+    return groups
+
+
+def summarise(rows: list[Row]) -> list[dict]:
+    """One line for every method at every cost: mean, low and high of every number."""
+    lines = []
+    for (method, prior, steps, forwards), members in group(rows).items():
+        line = {
+            "method": method,
+            "prior": prior,
+            "steps": steps,
+            "forwards": int(forwards),
+            "clips": len(members),
+        }
+        for name in NUMBERS:
+            values = bootstrap(float(row[name]) for row in members)
+            line |= {
+                f"{name}{end}": round(v, 4) for end, v in zip(("", "_low", "_high"), values, strict=True)
+            }
+        lines.append(line)
+    return lines
+
+
+def as_markdown(summary: list[dict]) -> str:
+    """The table: sorted by cost, mean with the half-width of its interval."""
+    head = ("method", "prior", "steps run", "forwards", *(name.replace("_", " ") for name in TABLE))
+    lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
+    for line in sorted(summary, key=lambda line: -line["forwards"]):
+        cells = [line["method"], line["prior"], line["steps"], str(line["forwards"])]
+        for name in TABLE:
+            half = (line[f"{name}_high"] - line[f"{name}_low"]) / 2
+            cells.append(
+                f"{line[name]:.2f} ± {half:.2f}" if line[name] < 10 else f"{line[name]:.1f} ± {half:.1f}"
+            )
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def plot_start_step(summary: list[dict], path: Path) -> None:
+    """What plain resume keeps and obeys over the start step, from a motion prior and from a neutral one."""
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 3, figsize=(11, 3.4), constrained_layout=True)
+    for axis, name, label in zip(
+        axes,
+        ("obeyed", "old_kept", "identity_error"),
+        ("new motion obeyed", "old motion kept", "identity error (8-bit levels)"),
+        strict=True,
+    ):
+        for prior, colour in (("motion", "#c0392b"), ("empty", "#2471a3")):
+            lines = [ln for ln in summary if ln["method"] == "resume" and ln["prior"] == prior]
+            x = [9 - ln["forwards"] // 2 for ln in lines]
+            axis.plot(x, [ln[name] for ln in lines], "o-", color=colour, label=f"{prior} prior")
+            axis.fill_between(
+                x,
+                [ln[f"{name}_low"] for ln in lines],
+                [ln[f"{name}_high"] for ln in lines],
+                color=colour,
+                alpha=0.2,
+            )
+        full = next(ln for ln in summary if ln["method"] == "full run")
+        axis.axhline(full[name], color="grey", ls=":", label="full run")
+        axis.set(xlabel="start step", title=label)
+    axes[0].legend()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+FAMILIES: tuple[tuple[str, str, Callable[[dict], bool]], ...] = (
+    ("fewer steps from noise", "#7f8c8d", lambda ln: ln["method"] in ("fewer steps", "full run")),
+    ("fewer steps, chosen sigmas", "#bdc3c7", lambda ln: ln["method"] == "fewer steps, chosen sigmas"),
+    ("resume, motion prior", "#c0392b", lambda ln: (ln["method"], ln["prior"]) == ("resume", "motion")),
+    ("resume, neutral prior", "#2471a3", lambda ln: (ln["method"], ln["prior"]) == ("resume", "empty")),
+    (
+        "differential, motion prior",
+        "#e67e22",
+        lambda ln: (ln["method"], ln["prior"]) == ("differential", "motion"),
+    ),
+    (
+        "differential, neutral prior",
+        "#1e8449",
+        lambda ln: (ln["method"], ln["prior"]) == ("differential", "empty"),
+    ),
+    ("video to video", "#8e44ad", lambda ln: ln["method"].startswith("video to video")),
+    ("FlowEdit", "#d4ac0d", lambda ln: ln["method"] == "FlowEdit"),
+)
+
+
+def plot_quality(summary: list[dict], path: Path) -> None:
+    """Every method over its cost: obedience, identity, detail, distance to the full run."""
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(2, 2, figsize=(11, 8), constrained_layout=True)
+    names = {
+        "obeyed": "new motion obeyed",
+        "identity_error": "identity error (8-bit levels, less is better)",
+        "decided": "details decided (share of tiles)",
+        "psnr": "PSNR to the full run, same noise (dB)",
+    }
+    for axis, (name, label) in zip(axes.flat, names.items(), strict=True):
+        for family, colour, belongs in FAMILIES:
+            lines = [
+                ln for ln in summary if belongs(ln) and not (name == "psnr" and ln["method"] == "full run")
+            ]
+            axis.errorbar(
+                [ln["forwards"] for ln in lines],
+                [ln[name] for ln in lines],
+                [
+                    [ln[name] - ln[f"{name}_low"] for ln in lines],
+                    [ln[f"{name}_high"] - ln[name] for ln in lines],
+                ],
+                fmt="o",
+                ms=4,
+                capsize=2,
+                color=colour,
+                label=family,
+            )
+        axis.set(xlabel="forwards (network evaluations)", title=label)
+    axes[0, 0].legend(fontsize=8)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def write(clips: Path, output: Path) -> Path:
+    """Write summary.csv, summary.md and the plots; returns the table's path."""
+    rows = list(csv.DictReader(clips.open()))
+    summary = summarise(rows)
+    with (output / "summary.csv").open("w", newline="") as out:
+        writer = csv.DictWriter(out, summary[0])
+        writer.writeheader()
+        writer.writerows(summary)
+    (output / "summary.md").write_text(as_markdown(summary))
+    plot_start_step(summary, output / "start_step.png")
+    plot_quality(summary, output / "quality.png")
+    return output / "summary.md"
