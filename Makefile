@@ -3,7 +3,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-FACE := data/tiny_wan_i2v/inputs/mia.png
+FACE := data/tiny_wan_i2v/inputs/mila.png
 
 .PHONY: demo test lint
 demo: $(VENV)/installed

@@ -1,6 +1,6 @@
 """Make a prior: one full run for an identity, with the latents of every step kept.
 
-    python generate_prior.py --model tiny --image data/tiny_wan_i2v/inputs/mia.png
+    python generate_prior.py --model tiny --image data/tiny_wan_i2v/inputs/mila.png
     python generate_prior.py --download_example --prompt "A small boat sails bravely through the waves."
 
 infer_from_prior.py then makes new videos of the same identity from it, in a fraction of the steps.

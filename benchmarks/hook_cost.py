@@ -41,7 +41,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--runs", type=int, default=20)
-    parser.add_argument("--image", type=Path, default=ROOT / "data" / "tiny_wan_i2v" / "inputs" / "mia.png")
+    parser.add_argument("--image", type=Path, default=ROOT / "data" / "tiny_wan_i2v" / "inputs" / "mila.png")
     parser.add_argument("--output", type=Path, default=HERE / "results" / "hook_cost.json")
     own, flags = parser.parse_known_args()
     args = generate_prior.parse_args(["--model", "tiny", "--image", str(own.image), *flags])

@@ -55,7 +55,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--image", type=Path, default=ROOT / "data" / "tiny_wan_i2v" / "inputs" / "mia.png")
+    parser.add_argument("--image", type=Path, default=ROOT / "data" / "tiny_wan_i2v" / "inputs" / "mila.png")
     parser.add_argument("--prompts", nargs="+", default=PROMPTS)
     parser.add_argument(
         "--flags", nargs="*", default=[], help="more flags for infer_from_prior.py, without --"
