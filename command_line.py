@@ -17,7 +17,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
 from prior_utils import DTYPES, LIMITS, InputError, RunError, is_utf8, replacing
 from wan_models import MODEL_NAMES, LoadOptions
@@ -54,6 +54,10 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, description: str):
         super().__init__(description=description, formatter_class=HelpFormatter, allow_abbrev=False)
+
+    def print_help(self, file: TextIO | None = None) -> None:
+        """To stdout, which `run_script` keeps for results: here the help is what was asked for."""
+        super().print_help(file or sys.__stdout__)
 
     def error(self, message: str) -> NoReturn:
         message = " ".join(message.splitlines())
@@ -265,9 +269,29 @@ def write_video(frames: list[Image], path: Path, *, fps: float) -> None:
     import imageio
     import numpy as np
 
-    with replacing(path) as temporary, imageio.get_writer(temporary, fps=fps, quality=8) as writer:
-        for frame in frames:
-            writer.append_data(np.asarray(frame))
+    cut_off = OSError(errno.EIO, "ffmpeg wrote only a part of it, its own message is above", str(path))
+    with replacing(path) as temporary:
+        try:
+            with imageio.get_writer(temporary, fps=fps, quality=8) as writer:
+                for frame in frames:
+                    writer.append_data(np.asarray(frame))
+        except OSError as error:
+            raise cut_off from error
+        if not is_whole_mp4(temporary):  # imageio doesn't look at ffmpeg's exit code
+            raise cut_off
+
+
+def is_whole_mp4(path: Path) -> bool:
+    """Whether a file is a row of whole MP4 boxes, the index (moov) that ffmpeg writes last among them."""
+    kinds, place, size = set(), 0, path.stat().st_size
+    with path.open("rb") as file:
+        while place < size:
+            file.seek(place)
+            head = file.read(16)  # length, kind and, where the length is 1, the length again in 64 bits
+            length = int.from_bytes(head[:4], "big")
+            place += max(8, int.from_bytes(head[8:], "big") if length == 1 else length)
+            kinds.add(head[4:8])
+    return place == size and b"moov" in kinds
 
 
 def check_folder(folder: Path, needed: int) -> None:

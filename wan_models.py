@@ -214,11 +214,15 @@ def _existing(folder: Path, patterns: list[str], component: str) -> list[Path]:
 
 def _complete_shards(paths: list[Path]) -> list[Path]:
     """Refuse a sharded file of which some shards are missing."""
-    match = re.search(r"-of-(\d+)\.", paths[0].name)
-    if match and len(paths) != int(match[1]):
+    match = re.fullmatch(r"(.*-)\d{5}-of-(\d{5})(\..*)", paths[0].name)
+    if match is None:
+        return paths
+    names = [f"{match[1]}{i:05d}-of-{match[2]}{match[3]}" for i in range(1, int(match[2]) + 1)]
+    missing = sorted(set(names) - {path.name for path in paths})
+    if missing:
         raise InputError(
-            f"{paths[0].parent} holds {len(paths)} of the {int(match[1])} shards {paths[0].name} belongs to; "
-            "finish the download"
+            f"{paths[0].parent} holds {len(names) - len(missing)} of the {len(names)} shards, "
+            f"{missing[0]} is missing; finish the download"
         )
     return paths
 

@@ -1,0 +1,115 @@
+"""The scripts as a user runs them: an interpreter of their own, any folder, stdout kept for the result."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from helpers import OTHER_PROMPT, PROMPT, ROOT, read_json, run_as_user
+
+import command_line
+
+SCRIPTS = ("generate_prior.py", "infer_from_prior.py")
+
+
+def test_both_scripts_from_another_folder(image, model_dir, tmp_path):
+    """Relative paths are the caller's; stdout is the path alone; the printed command is one that runs."""
+    (tmp_path / "model").symlink_to(model_dir)
+    (tmp_path / "me.png").write_bytes(image.read_bytes())
+    flags = ("--model", "tiny", "--model_dir", "model", "--image", "me.png", "--prompt", PROMPT)
+    made = run_as_user(ROOT / "generate_prior.py", *flags, "--start_step", 5, cwd=tmp_path)
+    assert made.returncode == 0, made.stderr
+    prior = made.stdout.removesuffix("\n")
+    assert prior.startswith("prior_output/run_")
+    assert "10/10" in made.stderr
+    printed = made.stderr.splitlines()[-1].strip()
+    assert printed == f'python infer_from_prior.py --prior_dir {prior} --start_step 5 --prompt "..."'
+
+    flags = ("--prior_dir", prior, "--model_dir", "model", "--prompt", OTHER_PROMPT)
+    resumed = run_as_user(ROOT / "infer_from_prior.py", *flags, cwd=tmp_path)
+    assert resumed.returncode == 0, resumed.stderr
+    video = tmp_path / resumed.stdout.removesuffix("\n")
+    assert video.parent == tmp_path / prior / "outputs"
+    report = read_json(video.with_suffix(".json"))
+    assert (report["start_step"], report["steps_run"]) == (5, [6, 7, 8, 9])
+    assert "runs 4 of 10 steps, skips 6" in resumed.stderr
+
+
+def test_what_diffsynth_prints_goes_to_stderr(run, generate, image, monkeypatch):
+    from diffsynth.pipelines.wan_video import WanVideoPipeline
+
+    check = WanVideoPipeline.check_resize_height_width
+
+    def talkative(*args, **kwargs):
+        print("a tip on downloading")
+        return check(*args, **kwargs)
+
+    monkeypatch.setattr(WanVideoPipeline, "check_resize_height_width", talkative)
+    outcome = generate("--image", image, "--num_inference_steps", 1)
+    assert outcome.out == f"{outcome.path}\n"
+    assert "a tip on downloading" in outcome.err
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_answers_without_the_heavy_imports(script, tmp_path):
+    code = (
+        f"import sys, runpy; sys.argv = [{script!r}, '--help']\n"
+        f"sys.path.insert(0, {str(ROOT)!r})\n"
+        "try: runpy.run_path(sys.path[0] + '/' + sys.argv[0], run_name='__main__')\n"
+        "except SystemExit as ended: code = ended.code\n"
+        "heavy = [m for m in ('torch', 'diffsynth', 'numpy', 'PIL') if m in sys.modules]\n"
+        "print(heavy, code, file=sys.stderr)"
+    )
+    ended = run_as_user("-c", code, cwd=tmp_path)
+    assert ended.stderr.splitlines()[-1] == "[] 0"
+    assert "usage: " in ended.stdout
+    for flag in ("--model", "--prompt", "--cfg_scale", "--device", "--dtype", "--vram"):
+        assert flag in ended.stdout
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_bytes_that_are_no_text(script, tmp_path):
+    """As a shell passes them on; a Latin-1 é, for example."""
+    flags = [os.fsencode(ROOT / script), b"--image", b"x.png", b"--prior_dir", b"x", b"--prompt", b"caf\xe9"]
+    ended = run_as_user(*map(os.fsdecode, flags), cwd=tmp_path)
+    assert ended.returncode == 2
+    assert ended.stderr == (
+        f"{script}: error: argument --prompt: the text is not valid UTF-8 (--help explains every flag)\n"
+    )
+
+
+def test_wrong_flags_are_one_line(tmp_path):
+    ended = run_as_user(ROOT / "infer_from_prior.py", "--start_step", "six", cwd=tmp_path)
+    assert (ended.returncode, ended.stdout) == (2, "")
+    assert len(ended.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "words"),
+    [
+        (command_line.InputError("found, expected,\nwhat to do"), 2, "found, expected, what to do"),
+        (command_line.RunError("no network"), 1, "no network"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+        (OSError(28, "No space left on device", "a.pt"), 2, "a.pt: No space left on device"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 1, "out of memory"),
+    ],
+)
+def test_exit_codes(capsys, error, code, words):
+    def main() -> Path:
+        raise error
+
+    with pytest.raises(SystemExit) as ended:
+        command_line.run_script(main)
+    out, err = capsys.readouterr()
+    assert (ended.value.code, out) == (code, "")
+    assert len(err.splitlines()) == 1
+    assert words in err
+
+
+def test_mistakes_of_the_program_keep_their_traceback():
+    def main() -> Path:
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        command_line.run_script(main)

@@ -1,0 +1,154 @@
+"""The schedule against numbers worked by hand, and resuming on flows whose trajectory is known."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers import read_json
+
+from prior_utils import (
+    InputError,
+    Prior,
+    check_distinct,
+    check_schedule,
+    latents_shape,
+    recommended_start_step,
+    round_sizes,
+)
+from wan_pipeline import ResumableScheduler, Step, compute_schedule
+
+# sigma = 5 s / (1 + 4 s) for s = 1, .9, ... .1
+SIGMAS = (1.0, 0.978, 0.952, 0.921, 0.882, 0.833, 0.769, 0.682, 0.556, 0.357)
+
+
+def schedule(steps=10, strength=1.0, shift=5.0):
+    return compute_schedule(num_inference_steps=steps, denoising_strength=strength, sigma_shift=shift)
+
+
+def trajectory(velocity, latents, *, start_step: int = -1, steps: int = 10) -> list[Step]:
+    """The pipeline's loop around our scheduler, with `velocity(latents, sigma)` as the network."""
+    scheduler, taken = ResumableScheduler(start_step=start_step), []
+    scheduler.on_step = taken.append
+    scheduler.set_timesteps(steps, denoising_strength=1.0, shift=5.0)
+    for timestep in scheduler.timesteps:
+        latents = scheduler.step(velocity(latents, float(timestep) / 1000), timestep, latents)
+    return taken
+
+
+def test_sigmas_are_the_hand_computed_ones(prior):
+    timesteps, sigmas = schedule()
+    assert sigmas == pytest.approx(SIGMAS, abs=5e-4)
+    assert timesteps == pytest.approx([1000 * sigma for sigma in SIGMAS], abs=0.5)
+    metadata = read_json(prior / "run_metadata.json")
+    assert metadata["scheduler_sigmas"] == sigmas
+    assert metadata["scheduler_timesteps"] == timesteps
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"steps": 4, "shift": 1.0}, (1.0, 0.75, 0.5, 0.25)),
+        ({"steps": 2, "shift": 3.0}, (1.0, 0.75)),
+        ({"steps": 2, "strength": 0.6, "shift": 1.0}, (0.6, 0.3)),
+        ({"steps": 3, "strength": 0.6, "shift": 5.0}, (3 / 3.4, 2 / 2.6, 1 / 1.8)),
+        ({"steps": 1}, (1.0,)),
+    ],
+)
+def test_other_schedules(settings, expected):
+    assert schedule(**settings)[1] == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize("start_step", [-1, 0, 6, 9])
+def test_constant_velocity_ends_one_velocity_away(start_step):
+    """dx/dsigma = v: from sigma to 0 the latents move by -sigma v, in however many steps."""
+    latents, velocity = torch.tensor([2.0, -1.0]), torch.tensor([0.5, 3.0])
+    sigma = [*SIGMAS, 0.0][start_step + 1]
+    taken = trajectory(lambda x, s: velocity, latents, start_step=start_step)
+    end = taken[-1].latents if taken else latents
+    torch.testing.assert_close(end, latents - sigma * velocity, atol=1e-3, rtol=0)
+    assert [step.index for step in taken] == list(range(start_step + 1, 10))
+
+
+def test_every_step_reports_its_sigma_and_what_it_points_at():
+    """On a straight path every denoised estimate is the end already."""
+    noise, clean = torch.tensor([1.0, 4.0]), torch.tensor([-2.0, 0.5])
+    taken = trajectory(lambda x, s: noise - clean, noise)
+    assert [step.sigma for step in taken] == pytest.approx(SIGMAS, abs=5e-4)
+    for step, after in zip(taken, [*SIGMAS[1:], 0.0], strict=True):
+        torch.testing.assert_close(step.denoised, clean, atol=1e-5, rtol=0)
+        torch.testing.assert_close(step.latents, clean + after * (noise - clean), atol=2e-3, rtol=0)
+
+
+def test_a_linear_field_gives_the_product_of_its_factors():
+    """dx/dsigma = x: each Euler step multiplies by 1 + (sigma_next - sigma)."""
+    expected = torch.tensor(1.0, dtype=torch.float64)
+    sigmas = [5 * s / (1 + 4 * s) for s in (1, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1)] + [0.0]
+    for now, after in zip(sigmas, sigmas[1:], strict=False):
+        expected = expected * (1 + after - now)
+    end = trajectory(lambda x, s: x, torch.tensor([1.0], dtype=torch.float64))[-1].latents
+    assert float(end) == pytest.approx(float(expected), rel=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("steps", [1, 3, 10, 25, 1000])
+def test_resuming_takes_the_same_steps_to_the_bit(dtype, steps):
+    noise = torch.randn(64, generator=torch.Generator().manual_seed(0)).to(dtype)
+
+    def velocity(x: torch.Tensor, sigma: float) -> torch.Tensor:
+        return torch.sin(3 * x) + sigma
+
+    full = trajectory(velocity, noise, steps=steps)
+    for start in {0, steps // 2, max(0, steps - 2)} - {steps - 1}:
+        resumed = trajectory(velocity, full[start].latents, start_step=start, steps=steps)
+        assert [step.index for step in resumed] == list(range(start + 1, steps))
+        assert torch.equal(resumed[-1].latents, full[-1].latents)
+        assert resumed[-1].latents.dtype == dtype
+
+
+def test_a_schedule_that_differs_in_one_entry_is_refused(tmp_path):
+    timesteps, sigmas = schedule()
+    metadata = {"scheduler_timesteps": timesteps, "scheduler_sigmas": sigmas}
+    check_schedule(Prior(tmp_path, metadata), timesteps=timesteps, sigmas=sigmas)
+    for key in metadata:
+        for place in range(10):
+            altered = list(metadata[key])
+            altered[place] *= 1.00001
+            with pytest.raises(InputError, match=rf"{key}\[{place}\]"):
+                check_schedule(Prior(tmp_path, metadata | {key: altered}), timesteps=timesteps, sigmas=sigmas)
+    with pytest.raises(InputError, match="10 entries, the installed scheduler 9"):
+        check_schedule(Prior(tmp_path, metadata), timesteps=timesteps[:9], sigmas=sigmas)
+
+
+def test_a_schedule_that_repeats_itself_is_refused():
+    check_distinct(schedule(10_000)[0])
+    with pytest.raises(InputError, match="steps 1 and 2 .* timestep 500"):
+        check_distinct([1000.0, 500.0, 500.0, 0.0])
+
+
+def test_recommended_step_is_6_of_10_and_always_exists():
+    assert [recommended_start_step(n) for n in (1, 2, 3, 10, 25, 50)] == [0, 1, 1, 6, 15, 30]
+    assert all(0 <= recommended_start_step(n) < n for n in range(1, 200))
+
+
+def test_shapes_and_rounded_sizes():
+    assert latents_shape(height=480, width=832, num_frames=81) == (1, 16, 21, 60, 104)
+    assert round_sizes(height=480, width=832, num_frames=81) == {
+        "height": 480,
+        "width": 832,
+        "num_frames": 81,
+    }
+    assert round_sizes(height=481, width=1, num_frames=82) == {"height": 496, "width": 16, "num_frames": 85}
+
+
+def test_sizes_are_rounded_as_the_pipeline_does():
+    import contextlib
+    import io
+
+    from diffsynth.pipelines.wan_video import WanVideoPipeline
+
+    pipe = WanVideoPipeline(device="cpu")
+    for height, width, num_frames in [(1, 17, 1), (480, 832, 81), (479, 833, 2), (32, 31, 6), (100, 200, 84)]:
+        with contextlib.redirect_stdout(io.StringIO()):
+            rounded = pipe.check_resize_height_width(height, width, num_frames)
+        ours = round_sizes(height=height, width=width, num_frames=num_frames)
+        assert tuple(ours.values()) == tuple(rounded)
