@@ -37,6 +37,7 @@ DISK_ERRORS = (  # the disk's or the user's fault, not the program's
     errno.ENAMETOOLONG,
     errno.ELOOP,
     errno.ENOTDIR,
+    errno.EPIPE,
 )
 
 
@@ -157,7 +158,7 @@ def run_script(main: Callable[[], Path]) -> NoReturn:
     try:
         with contextlib.redirect_stdout(sys.stderr):
             path = main()
-        print(path)
+        print(path, flush=True)
         sys.exit(0)
     except InputError as error:
         _exit(2, str(error))

@@ -133,7 +133,7 @@ def make_prior(tmp_path_factory: pytest.TempPathFactory, model_dir: Path, image:
 
 @pytest.fixture(scope="session")
 def prior(make_prior: Callable[..., Path]) -> Path:
-    """A prior with every default, float32; tests only read it."""
+    """A prior with every default, float32; tests only read it: give --output, or use prior_copy."""
     return make_prior()
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -77,6 +79,21 @@ def test_bytes_that_are_no_text(script, tmp_path):
     assert ended.stderr == (
         f"{script}: error: argument --prompt: the text is not valid UTF-8 (--help explains every flag)\n"
     )
+
+
+def test_a_path_that_could_not_be_told_is_an_error(tmp_path):
+    """Whoever reads stdout must not take an empty answer for success."""
+    code = (
+        f"import sys; sys.path.insert(0, {str(ROOT)!r}); import command_line\n"
+        "command_line.run_script(lambda: 'the/path')"
+    )
+    with open("/dev/full", "w") as full:  # noqa: PTH123
+        ended = subprocess.run(
+            [sys.executable, "-c", code], cwd=tmp_path, stdout=full, stderr=-1, text=True, timeout=60
+        )
+    assert ended.returncode != 0
+    assert "No space left on device" in ended.stderr
+    assert "Traceback" not in ended.stderr
 
 
 def test_wrong_flags_are_one_line(tmp_path):

@@ -74,6 +74,14 @@ def test_other_schedules_and_sizes_are_exact(make_prior, infer, tmp_path, flags,
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("flags", [("--num_steps", 3), ("--steps", 0), ("--steps", *range(10))])
+def test_differential_resume_is_exact_too(make_prior, infer, tmp_path, flags, dtype):
+    prior = make_prior("--dtype", dtype)
+    outcome = infer(prior, *flags, "--output", tmp_path / "video.mp4")
+    assert outcome.report["latents_sha256"] == full_sha256(prior)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_prior_that_starts_from_a_video_is_exact(make_prior, infer, tmp_path, video, dtype):
     prior = make_prior("--denoising_strength", "0.6", "--input_video", str(video), "--dtype", dtype)
     assert read_json(prior / "run_metadata.json")["scheduler_sigmas"][0] == pytest.approx(3 / 3.4)
