@@ -200,16 +200,14 @@ def run_settings(args: argparse.Namespace) -> RunSettings:
     )
 
 
-def bytes_needed(settings: RunSettings) -> int:
+def bytes_needed(settings: RunSettings, *, videos: int) -> int:
     """A safe upper bound of what the prior takes on disk."""
     shape = prior_utils.latents_shape(
         height=settings.height, width=settings.width, num_frames=settings.num_frames
     )
     latents = math.prod(shape) * 4
-    raw_frame = settings.height * settings.width * 3
-    return (
-        (2 * settings.num_inference_steps + 4) * latents + settings.num_frames * raw_frame // 4 + 32 * 2**20
-    )
+    video = settings.num_frames * settings.height * settings.width * 3 // 4  # a quarter of the raw frames
+    return (2 * settings.num_inference_steps + 4) * latents + videos * video + 32 * 2**20
 
 
 def read_inputs(args: argparse.Namespace, settings: RunSettings) -> tuple[Image, list[Image] | None]:
@@ -304,7 +302,8 @@ def main(argv: list[str] | None = None) -> Path:
         args.image = download_example()
     settings = run_settings(args)
     image, video = read_inputs(args, settings)
-    cli.check_folder(args.output_dir, bytes_needed(settings))
+    videos = 1 + settings.num_inference_steps * args.save_decoded_videos
+    cli.check_folder(args.output_dir, bytes_needed(settings, videos=videos))
     prior_utils.check_run_id(args.output_dir, args.run_id)
     args.device = wan_models.pick_device(args.model, args.device)
     metadata = describe(args, settings)

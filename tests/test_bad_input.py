@@ -529,6 +529,17 @@ def test_a_full_disk_is_seen_before_the_run(
     refused(lambda: infer(prior_copy), "0 MiB free", "free some space")
 
 
+def test_every_decoded_video_counts(generate, refused, image, monkeypatch):
+    """--save_decoded_videos writes ten more."""
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+    flags = ("--image", image, "--height", 1024, "--width", 1024)
+    one = refused(lambda: generate(*flags), "this needs")
+    eleven = refused(lambda: generate(*flags, "--save_decoded_videos"), "this needs")
+    needed = [int(error.split("this needs ")[1].split(";")[0]) for error in (one, eleven)]
+    video = 9 * 1024 * 1024 * 3 / 4 / 2**20
+    assert needed[1] - needed[0] == pytest.approx(10 * video, abs=1)
+
+
 @pytest.mark.parametrize("taken", ["video.mp4", "video.json"])
 def test_nothing_is_overwritten_unasked(prior, infer, refused, tmp_path, taken):
     (tmp_path / taken).write_text("precious")
