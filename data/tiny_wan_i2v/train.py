@@ -24,7 +24,7 @@ sys.path.insert(0, str(HERE.parents[1]))
 
 import tiny_model  # noqa: E402
 
-STAGES = ("tokenizer", "vae", "encode", "dit", "export")
+STAGES = ("tokenizer", "vae", "encode", "sharpen", "dit", "export")
 LATENT_NOISE = 0.1  # what the decoder learns to forgive
 EMPTY_SHARE, NEUTRAL_SHARE = 0.12, 0.05  # prompts without a motion, for guidance and for neutral priors
 AVERAGE = 0.999
@@ -71,9 +71,12 @@ def _attention(q, k, v, num_heads, compatibility_mode=False):
     import torch
 
     batch, length, width = q.shape
-    q, k, v = (u.reshape(batch, -1, num_heads, width // num_heads).transpose(1, 2) for u in (q, k, v))
-    weights = torch.softmax(q @ k.transpose(-1, -2) * (width // num_heads) ** -0.5, -1, dtype=q.dtype)
-    return (weights.to(v.dtype) @ v).transpose(1, 2).reshape(batch, length, width)
+    depth = width // num_heads
+    dtype = torch.bfloat16 if torch.is_autocast_enabled("cpu") else q.dtype
+    q, k, v = (u.to(dtype).reshape(batch, -1, num_heads, depth).transpose(1, 2) for u in (q, k, v))
+    with torch.autocast("cpu", enabled=False):
+        weights = torch.softmax((q * depth**-0.5) @ k.transpose(-1, -2), -1)
+        return (weights @ v).transpose(1, 2).reshape(batch, length, width)
 
 
 def _causal_conv(slow: Callable) -> Callable:
@@ -204,6 +207,23 @@ def train_vae(
 # latents
 
 
+def training_clips(seed: int, motions: int) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """First frame, motions and clips of one identity after the other, always the same ones for a seed."""
+    rng = np.random.default_rng(seed + 1)
+    while True:
+        identity = world.sample_identity(rng)
+        chosen = rng.choice(len(world.MOTIONS), size=motions, replace=False)
+        clips = [world.render(identity, world.MOTIONS[m], world.sample_open_part(rng)) for m in chosen]
+        yield world.first_frame(identity), chosen, np.stack(clips)
+
+
+def to_video(frames: np.ndarray):
+    """uint8 [N, T, H, W, 3] -> float [N, 3, T, H, W] in -1..1"""
+    import torch
+
+    return torch.from_numpy(frames).permute(0, 4, 1, 2, 3) / 127.5 - 1
+
+
 def encode_clips(folder: Path, build: Path, *, seed: int, identities: int, motions: int, **_) -> None:
     """Latents of every clip and of every image condition, normalised per channel, with what was drawn."""
     import torch
@@ -212,14 +232,11 @@ def encode_clips(folder: Path, build: Path, *, seed: int, identities: int, motio
         return
     vae = tiny_model.build(tiny_model.read_config(folder), seed=seed, only=("vae",))["vae"]
     vae.model.load_state_dict(torch.load(build / "vae.pt")["modules"]["vae"])
-    rng = np.random.default_rng(seed + 1)
     clips, conditions, images, said = [], [], [], []
+    drawn = training_clips(seed, motions)
     for _ in progress(range(identities), "encode"):
-        identity = world.sample_identity(rng)
-        chosen = rng.choice(len(world.MOTIONS), size=motions, replace=False)
-        videos = [world.render(identity, world.MOTIONS[m], world.sample_open_part(rng)) for m in chosen]
-        image = world.first_frame(identity)
-        batch = torch.from_numpy(np.stack(videos)).permute(0, 4, 1, 2, 3) / 127.5 - 1  # [M, 3, T, H, W]
+        image, chosen, videos = next(drawn)
+        batch = to_video(videos)  # [M, 3, T, H, W]
         still = torch.zeros_like(batch[:1])
         still[:, :, 0] = batch[0, :, 0]
         with torch.no_grad():
@@ -241,6 +258,39 @@ def encode_clips(folder: Path, build: Path, *, seed: int, identities: int, motio
             "std": std,
         },
         build / "latents.pt",
+    )
+
+
+def sharpen_decoder(folder: Path, build: Path, *, seed: int, motions: int, sharpen_steps: int, **_) -> None:
+    """The decoder alone, on whole clips and the latents it will be given; edges count once more."""
+    import torch
+
+    data = torch.load(build / "latents.pt")
+    vae = tiny_model.build(tiny_model.read_config(folder), seed=seed, only=("vae",))["vae"]
+    vae.model.load_state_dict(torch.load(build / "vae.pt")["modules"]["vae"])
+    tiny_model.set_latent_statistics(vae, data["mean"], data["std"])
+    modules = {name: getattr(vae.model, name).train().requires_grad_(True) for name in ("conv2", "decoder")}
+    drawn = training_clips(seed, motions)
+    videos = np.stack([next(drawn)[2] for _ in progress(range(200), "draw")])  # [200, M, T, H, W, 3]
+
+    def loss(step: int, rng: np.random.Generator):
+        who, which = rng.integers(len(videos)), rng.integers(motions)
+        video = to_video(videos[who, which][None])
+        latents = data["clips"][who, which][None].float()
+        noise = LATENT_NOISE * torch.randn(latents.shape) / data["std"].view(1, -1, 1, 1, 1)
+        with torch.autocast("cpu", torch.bfloat16):
+            error = vae.model.decode(latents + noise, vae.scale).float() - video
+        edges = error.diff(dim=3).abs().mean() + error.diff(dim=4).abs().mean()
+        return error.abs().mean() + error.square().mean() + edges
+
+    run(
+        "sharpen",
+        build,
+        modules,
+        loss,
+        lambda step: 1e-3 * cosine(step, sharpen_steps, warmup=50),
+        sharpen_steps,
+        seed=seed,
     )
 
 
@@ -456,7 +506,10 @@ def export(folder: Path, build: Path, **_) -> None:
 
     modules = torch.load(build / "dit.pt")["modules"]
     latents = torch.load(build / "latents.pt")
-    vae = {f"model.{key}": value for key, value in torch.load(build / "vae.pt")["modules"]["vae"].items()}
+    vae = torch.load(build / "vae.pt")["modules"]["vae"]
+    for name, weights in torch.load(build / "sharpen.pt")["modules"].items():
+        vae |= {f"{name}.{key}": value for key, value in weights.items()}
+    vae = {f"model.{key}": value for key, value in vae.items()}
     for name, weights in (modules | {"vae": vae}).items():
         tensors = {key: value.to(torch.bfloat16).contiguous() for key, value in weights.items()}
         if name == "vae":
@@ -481,8 +534,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--polish_steps", type=int, default=1100, help="VAE steps of a second round on those")
     parser.add_argument("--identities", type=int, default=850, help="identities to encode")
     parser.add_argument("--motions", type=int, default=3, help="clips of each identity")
-    parser.add_argument("--dit_steps", type=int, default=3200)
-    parser.add_argument("--batch", type=int, default=32, help="clips in a step of the DiT's training")
+    parser.add_argument("--sharpen_steps", type=int, default=1000, help="steps of the VAE's decoder alone")
+    parser.add_argument("--dit_steps", type=int, default=3800)
+    parser.add_argument("--batch", type=int, default=20, help="clips in a step of the DiT's training")
     return parser.parse_args(argv)
 
 
@@ -496,6 +550,7 @@ def main(argv: list[str] | None = None) -> None:
         "tokenizer": make_tokenizer,
         "vae": train_vae,
         "encode": encode_clips,
+        "sharpen": sharpen_decoder,
         "dit": train_dit,
         "export": export,
     }

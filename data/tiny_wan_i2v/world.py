@@ -23,7 +23,7 @@ GRID = SIZE // TILE
 BLOOMS = ("northwest", "northeast", "southwest", "southeast", "disc", "diamond")  # triangles after Truchet
 BLOOM_FRAMES = (4.0, 9.0)  # buds open between these frames, then stay
 BUD_RADIUS = 1.8
-CONTRAST = 0.24  # norm of the colour step from wall to bloom, colours in 0..1
+CONTRAST = 0.17  # norm of the colour step from wall to bloom, colours in 0..1
 HAIR_STYLES = ("cap", "long", "puffs", "bun")
 
 POSE = ("dx", "dy", "zoom", "tilt", "mouth", "eyes")  # pixels, pixels, log scale, radians, 0..1, 0..1
@@ -61,8 +61,8 @@ WORDINGS = {
         ("tilts his head", "leans the head over"),
     ),
     "speak": (
-        ("speaks", "talks", "opens her mouth", "is talking to us", "says something"),
-        ("opens his mouth", "is speaking to us"),
+        ("speaks", "talks", "opens her mouth", "is talking to us", "says something", "is speaking"),
+        ("opens his mouth", "talks to us"),
     ),
     "sleep": (
         ("closes his eyes", "falls asleep", "shuts the eyes", "is sleeping", "sleeps"),
