@@ -89,7 +89,7 @@ def test_a_path_that_could_not_be_told_is_an_error(tmp_path):
     )
     with open("/dev/full", "w") as full:  # noqa: PTH123
         ended = subprocess.run(
-            [sys.executable, "-c", code], cwd=tmp_path, stdout=full, stderr=-1, text=True, timeout=60
+            [sys.executable, "-c", code], cwd=tmp_path, stdout=full, stderr=-1, text=True, timeout=300
         )
     assert ended.returncode != 0
     assert "No space left on device" in ended.stderr

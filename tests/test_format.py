@@ -351,7 +351,7 @@ def test_ctrl_c_in_the_middle_of_a_run(infer, image, model_dir, tmp_path):
         while not (tmp_path / "run_stopped" / "step_0000.pt").exists() and time.monotonic() < deadline:
             time.sleep(0.05)
         process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=60)
+        out, err = process.communicate(timeout=300)
     assert process.returncode == 130, err
     assert out == ""
     assert err.splitlines()[-1] == "generate_prior.py: error: interrupted"
