@@ -341,12 +341,20 @@ def test_a_killed_run_leaves_an_unfinished_prior(infer, image, model_dir, tmp_pa
     assert_unfinished(tmp_path / "run_killed", infer, steps=3)
 
 
+def listen_to_interrupts() -> None:
+    """A shell's background job, which may run these tests, starts with interrupts ignored."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def test_ctrl_c_in_the_middle_of_a_run(infer, image, model_dir, tmp_path):
     """A real interrupt, from outside, as soon as the first step is on disk."""
     flags = ["--model", "tiny", "--model_dir", model_dir, "--image", image, "--output_dir", tmp_path]
     command = [sys.executable, ROOT / "generate_prior.py", *flags, "--run_id", "stopped"]
     command += ["--num_inference_steps", "5000"]
-    with subprocess.Popen(list(map(str, command)), stdout=-1, stderr=-1, text=True, cwd=tmp_path) as process:
+    command = list(map(str, command))
+    with subprocess.Popen(
+        command, stdout=-1, stderr=-1, text=True, cwd=tmp_path, preexec_fn=listen_to_interrupts
+    ) as process:
         deadline = time.monotonic() + 300
         while not (tmp_path / "run_stopped" / "step_0000.pt").exists() and time.monotonic() < deadline:
             time.sleep(0.05)
