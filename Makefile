@@ -9,9 +9,9 @@ FACE := data/tiny_wan_i2v/inputs/mila.png
 demo: $(VENV)/installed
 	set -e; \
 	prior=$$($(BIN)/python generate_prior.py --model tiny --image $(FACE)); \
-	look=$$($(BIN)/python infer_from_prior.py --prior_dir "$$prior" --prompt "the character moves left"); \
-	talk=$$($(BIN)/python infer_from_prior.py --prior_dir "$$prior" --prompt "the character speaks"); \
-	printf '%s\n' "prior: $$prior/output_full.mp4" "two new prompts:" "$$look" "$$talk"
+	left=$$($(BIN)/python infer_from_prior.py --prior_dir "$$prior" --prompt "she moves to the left"); \
+	talk=$$($(BIN)/python infer_from_prior.py --prior_dir "$$prior" --prompt "she speaks"); \
+	printf '%s\n' "prior: $$prior/output_full.mp4" "two new prompts:" "$$left" "$$talk"
 
 test: $(VENV)/installed-tests lint
 	$(BIN)/python -m pytest tests

@@ -69,9 +69,12 @@ def main() -> None:
         )
 
     pairs = []
-    for _ in range(own.runs + 1):
+    for run in range(own.runs + 1):
         with tempfile.TemporaryDirectory() as folder:
-            pairs.append((seconds(bare), seconds(saving, folder)))
+            if run % 2:  # each goes first in turn
+                pairs.append((seconds(bare), seconds(saving, folder)))
+            else:
+                pairs.append((seconds(saving, folder), seconds(bare))[::-1])
     pairs = pairs[1:]  # the first pair warms up
     ratios = [with_saving / without for without, with_saving in pairs]
     result = {

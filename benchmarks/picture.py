@@ -73,8 +73,7 @@ def main() -> None:
             )
         ]
         for prompt in args.prompts:
-            flags = [f"--{flag}" if not flag[0].isdigit() else flag for flag in args.flags]
-            video = run("infer_from_prior.py", "--prior_dir", prior, "--prompt", prompt, *flags)
+            video = run("infer_from_prior.py", "--prior_dir", prior, "--prompt", prompt, *args.flags)
             forwards = json.loads(video.with_suffix(".json").read_text())["forwards"]
             rows.append((f'"{prompt}"\n{forwards} forwards', strip(video, zoom=args.zoom)))
         args.output.parent.mkdir(parents=True, exist_ok=True)

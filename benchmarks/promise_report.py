@@ -16,10 +16,11 @@ NUMBERS = (
     "bloom_error",
     "decided",
     "psnr",
-    "shared_blooms",
+    "shared_with_prior",
+    "shared_with_full",
     "denoise_seconds",
 )
-TABLE = ("obeyed", "old_kept", "identity_error", "sharpness", "decided", "psnr", "shared_blooms")
+TABLE = ("obeyed", "old_kept", "identity_error", "sharpness", "decided", "psnr", "shared_with_prior")
 Row = dict[str, str]
 
 
@@ -88,7 +89,7 @@ def plot_start_step(summary: list[dict], path: Path) -> None:
     ):
         for prior, colour in (("motion", "#c0392b"), ("empty", "#2471a3")):
             lines = [ln for ln in summary if ln["method"] == "resume" and ln["prior"] == prior]
-            x = [9 - ln["forwards"] // 2 for ln in lines]
+            x = [int(ln["steps"].split()[0]) - 1 for ln in lines]
             axis.plot(x, [ln[name] for ln in lines], "o-", color=colour, label=f"{prior} prior")
             axis.fill_between(
                 x,

@@ -1,0 +1,221 @@
+"""The ways to make a new prompt's clip that promise.py compares, and what they all start from.
+
+Each runs through DiffSynth's own pipeline, except FlowEdit, which needs velocities at two places a step and
+calls the pipeline's model_fn itself.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "data" / "tiny_wan_i2v")]
+
+import world  # noqa: E402
+
+STEPS = 10
+PRIOR_PROMPTS = {"motion": "old", "empty": "empty", "scene": "scene", "mean": "mean"}  # kind -> context
+DIFFERENTIAL_STEPS = ((0, 3, 6, 8), (2, 5, 8), (0, 4, 8), (2, 6, 9), (0, 6), (2, 7), (0,), (4,))
+
+
+@dataclass
+class Case:
+    """One identity with two motions; what every method starts from. Tensors as in wan_pipeline."""
+
+    index: int
+    seed: int
+    pipe: object
+    settings: object  # prior_utils.RunSettings of the full run
+    identity: world.Identity
+    old_motion: str
+    new_motion: str
+    contexts: dict[str, object]  # old, new, empty, scene, mean
+    image: dict[str, object]  # y, clip_feature
+    noise: object
+
+    def conditioning(self, posi: str, nega: str = "empty"):
+        """The conditioning of one prompt against another."""
+        from wan_pipeline import Conditioning
+
+        return Conditioning(**self.image, context_posi=self.contexts[posi], context_nega=self.contexts[nega])
+
+    @functools.cached_property
+    def priors(self) -> dict[str, Prior]:
+        """A prior of each kind, from the same noise."""
+        return {kind: make_prior(self, prompt) for kind, prompt in PRIOR_PROMPTS.items()}
+
+
+@dataclass
+class Prior:
+    """A full run in memory: latents before each step and at the end, guided velocities, the clip."""
+
+    latents: list[object]
+    noise_pred: list[object]
+    frames: np.ndarray
+
+
+def make_prior(case: Case, prompt: str) -> Prior:
+    """What generate_prior.py saves."""
+    from wan_pipeline import run_from
+
+    steps = []
+    result = run_from(
+        case.pipe,
+        case.settings,
+        start_step=-1,
+        latents=case.noise,
+        conditioning=case.conditioning(prompt),
+        on_step=steps.append,
+    )
+    latents = [steps[0].latents_before, *(step.latents for step in steps)]
+    return Prior(latents, [step.noise_pred for step in steps], as_array(result.frames))
+
+
+def as_array(frames) -> np.ndarray:
+    """Frames as uint8 [T, H, W, 3]."""
+    return np.stack([np.asarray(frame) for frame in frames])
+
+
+# --- methods: each makes the new prompt's clip, and says what it cost ---------------------------------------
+
+
+def from_noise(case: Case, prior: Prior | None, *, steps: int):
+    """What anyone can do: fewer steps, DiffSynth's own schedule."""
+    from wan_pipeline import run_from
+
+    settings = replace(case.settings, num_inference_steps=steps)
+    conditioning = case.conditioning("new")
+    return run_from(case.pipe, settings, start_step=-1, latents=case.noise, conditioning=conditioning)
+
+
+def from_noise_on(case: Case, prior: Prior | None, *, steps: tuple[int, ...]):
+    """Fewer steps on chosen sigmas of the ten-step schedule; the first must be 0."""
+    from wan_pipeline import ReportingScheduler, run_scheduler
+
+    scheduler = ReportingScheduler(lambda _: steps)
+    return run_scheduler(
+        case.pipe,
+        case.settings,
+        scheduler=scheduler,
+        latents=case.noise,
+        conditioning=case.conditioning("new"),
+    )
+
+
+def resume(case: Case, prior: Prior, *, start_step: int, contrast: bool = False):
+    """--start_step: the steps after it, new prompt; `contrast`: with the old prompt as the negative one."""
+    from wan_pipeline import run_from
+
+    return run_from(
+        case.pipe,
+        case.settings,
+        start_step=start_step,
+        latents=prior.latents[start_step + 1],
+        conditioning=case.conditioning("new", "old" if contrast else "empty"),
+    )
+
+
+def differential(case: Case, prior: Prior, *, steps: tuple[int, ...]):
+    """--steps: a few steps along the prior's path, spent on what the new prompt changes."""
+    from wan_pipeline import Trajectory, run_differential
+
+    latents = [prior.latents[step] for step in steps] + [prior.latents[-1]]
+    trajectory = Trajectory(steps, latents, [prior.noise_pred[step] for step in steps])
+    return run_differential(
+        case.pipe, case.settings, trajectory=trajectory, conditioning=case.conditioning("new")
+    )
+
+
+def video_to_video(case: Case, prior: Prior, *, steps: int, strength: float):
+    """What SDEdit users do: noise the prior's finished clip again and denoise it with the new prompt."""
+    import torch
+
+    from wan_pipeline import compute_schedule, run_from
+
+    settings = replace(case.settings, num_inference_steps=steps, denoising_strength=strength)
+    schedule = {"num_inference_steps": steps, "denoising_strength": strength}
+    sigma = compute_schedule(**schedule, sigma_shift=settings.sigma_shift)[1][0]
+    video = torch.from_numpy(prior.frames).permute(3, 0, 1, 2)[None].float() / 127.5 - 1
+    with torch.no_grad():
+        clean = case.pipe.vae.encode(video, device=case.pipe.device)
+    latents = (1 - sigma) * clean + sigma * case.noise
+    return run_from(
+        case.pipe, settings, start_step=-1, latents=latents, conditioning=case.conditioning("new")
+    )
+
+
+def flow_edit(case: Case, prior: Prior, *, steps: tuple[int, ...]):
+    """FlowEdit (arXiv 2412.08629, algorithm 1, n_avg 1): both velocities anew from the clip's noised latents.
+
+    Costs twice the forwards of the others per step, for it doesn't have the old prompt's velocity on disk.
+    """
+    import torch
+
+    from wan_pipeline import RunResult, compute_schedule, decode
+
+    s = case.settings
+    schedule = {
+        name: getattr(s, name) for name in ("num_inference_steps", "denoising_strength", "sigma_shift")
+    }
+    sigmas = compute_schedule(**schedule)[1]
+    chosen = [sigmas[step] for step in steps] + [0.0]
+    source = prior.latents[-1]
+    edited = source.clone()
+    for sigma, sigma_next in zip(chosen, chosen[1:], strict=False):
+        noised = (1 - sigma) * source + sigma * case.noise
+        target = edited + noised - source
+        difference = velocity(case, target, sigma, "new") - velocity(case, noised, sigma, "old")
+        edited = edited + (sigma_next - sigma) * difference
+    with torch.no_grad():
+        frames = decode(case.pipe, edited, tiled=s.tiled)
+    return RunResult(frames, edited, list(steps), 4 * len(steps))
+
+
+def velocity(case: Case, latents, sigma: float, prompt: str):
+    """The guided velocity at any latents and noise level."""
+    import torch
+
+    conditioning = case.conditioning(prompt)
+    models = {"dit": case.pipe.dit, "y": conditioning.y, "clip_feature": conditioning.clip_feature}
+    timestep = torch.tensor([1000 * sigma], dtype=case.pipe.torch_dtype)
+    with torch.no_grad():
+        posi, nega = (
+            case.pipe.model_fn(**models, latents=latents, timestep=timestep, context=context)
+            for context in (conditioning.context_posi, conditioning.context_nega)
+        )
+    return nega + case.settings.cfg_scale * (posi - nega)
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to make the clip: its name in the table, the prior it starts from, how it runs."""
+
+    name: str
+    run: Callable
+    prior: str = "none"
+
+
+def methods() -> Iterator[Method]:
+    """Everything on the chart, the cheapest last within each family."""
+    bind = functools.partial
+    yield Method("full run", bind(from_noise, steps=STEPS))
+    for steps in (6, 4, 3, 2, 1):
+        yield Method("fewer steps", bind(from_noise, steps=steps))
+    for steps in ((0, 3, 6, 8), (0, 4, 8), (0, 5, 8), (0, 7)):
+        yield Method("fewer steps, chosen sigmas", bind(from_noise_on, steps=steps))
+    for kind in PRIOR_PROMPTS:
+        for start_step in (3, 5, 6, 7, 8) if kind in ("motion", "empty") else (6,):
+            yield Method("resume", bind(resume, start_step=start_step), kind)
+    yield Method("resume, old prompt as negative", bind(resume, start_step=6, contrast=True), "motion")
+    for kind in PRIOR_PROMPTS:
+        for steps in DIFFERENTIAL_STEPS if kind in ("motion", "empty") else ((2, 5, 8),):
+            yield Method("differential", bind(differential, steps=steps), kind)
+    for strength in (0.9, 0.7):
+        yield Method(f"video to video {strength}", bind(video_to_video, steps=3, strength=strength), "motion")
+    yield Method("FlowEdit", bind(flow_edit, steps=(0, 6)), "motion")
