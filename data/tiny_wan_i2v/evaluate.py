@@ -357,8 +357,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--folder", type=Path, default=HERE, help="config.json, tokenizer and weights")
     parser.add_argument("--results", type=Path, default=HERE / "results", help="where tables and pictures go")
     parser.add_argument("--pairs", type=int, default=200, help="identities for the runs at the defaults")
-    parser.add_argument("--curve", type=int, default=60, help="identities for the curve over steps")
-    parser.add_argument("--seeds", type=int, default=20, help="identities for the comparison of seeds")
+    parser.add_argument("--held_out", type=int, default=100, help="identities asked in held-out wordings")
+    parser.add_argument("--true", type=int, default=100, help="true clips, measured and through the VAE")
+    parser.add_argument("--curve", type=int, default=24, help="identities for the curve over steps")
+    parser.add_argument("--seeds", type=int, default=10, help="identities for the comparison of seeds")
     parser.add_argument("--workers", type=int, default=2, help="processes")
     return parser.parse_args(argv)
 
@@ -367,10 +369,10 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     args.results.mkdir(parents=True, exist_ok=True)
     counts = {
-        "true": args.pairs,
         "default": args.pairs,
-        "held_out": args.pairs,
         "steps": args.curve,
+        "held_out": args.held_out,
+        "true": args.true,
         "other_seed": args.seeds,
     }
     jobs = [(name, index) for name, count in counts.items() for index in range(count)]

@@ -184,13 +184,6 @@ def train_vae(
         wide = step % 4 == 0
         return crops(pool, rng, batch=2 if wide else 8, frames=9, size=64 if wide else 32)
 
-    def rate(step: int) -> float:
-        for length, peak in rounds:
-            if step < length:
-                return peak * cosine(step, length, warmup=50)
-            step -= length
-        raise ValueError("step beyond the last round")
-
     def loss(step: int, rng: np.random.Generator):
         video = cut(step, rng)
         with torch.autocast("cpu", torch.bfloat16, enabled=step >= image_steps):
@@ -199,9 +192,7 @@ def train_vae(
             error = model.decode(noisy, vae.scale).float() - video
         return error.abs().mean() + error.square().mean() + 1e-4 * latents.float().square().mean()
 
-    run(
-        "vae", build, {"vae": model}, loss, rate, sum(length for length, _ in rounds), seed=seed, average=None
-    )
+    run("vae", build, {"vae": model}, loss, rounds, seed=seed, average=None)
 
 
 # latents
@@ -283,21 +274,13 @@ def sharpen_decoder(folder: Path, build: Path, *, seed: int, motions: int, sharp
         edges = error.diff(dim=3).abs().mean() + error.diff(dim=4).abs().mean()
         return error.abs().mean() + error.square().mean() + edges
 
-    run(
-        "sharpen",
-        build,
-        modules,
-        loss,
-        lambda step: 1e-3 * cosine(step, sharpen_steps, warmup=50),
-        sharpen_steps,
-        seed=seed,
-    )
+    run("sharpen", build, modules, loss, ((sharpen_steps, 1e-3),), seed=seed)
 
 
 # DiT, text encoder, image encoder
 
 
-def train_dit(folder: Path, build: Path, *, seed: int, dit_steps: int, batch: int, **_) -> None:
+def train_dit(folder: Path, build: Path, *, seed: int, dit_steps: int, more_dit_steps: int, batch: int, **_):
     """Flow matching on the latents; prompts, and with them the encoders, learned together with the DiT."""
     import torch
     from diffsynth.pipelines.wan_video import model_fn_wan_video
@@ -331,15 +314,7 @@ def train_dit(folder: Path, build: Path, *, seed: int, dit_steps: int, batch: in
             )
         return (noise_pred.float() - (noise - clean)).square().mean()
 
-    run(
-        "dit",
-        build,
-        modules,
-        loss,
-        lambda step: 1e-3 * cosine(step, dit_steps, warmup=200),
-        dit_steps,
-        seed=seed,
-    )
+    run("dit", build, modules, loss, ((dit_steps, 1e-3), (more_dit_steps, 1e-3)), seed=seed, warmup=200)
 
 
 def initialise_dit(dit) -> None:
@@ -418,15 +393,19 @@ def run(
     build: Path,
     modules: dict,
     loss: Callable,
-    rate: Callable[[int], float],
-    steps: int,
+    rounds: tuple[tuple[int, float], ...],
     *,
     seed: int,
+    warmup: int = 50,
     average: float | None = AVERAGE,
 ) -> None:
-    """AdamW, clipped gradients, averaged weights; continues from `build/name.pt`, saved every 200 steps."""
+    """AdamW, clipped gradients, averaged weights; continues from `build/name.pt`, saved every 200 steps.
+
+    rounds: (steps, highest learning rate) of each.
+    """
     import torch
 
+    steps = sum(length for length, _ in rounds)
     path = build / f"{name}.pt"
     params = [p for module in modules.values() for p in module.parameters()]
     optimizer = torch.optim.AdamW(params, betas=(0.9, 0.99), weight_decay=0.01)
@@ -441,7 +420,7 @@ def run(
     for step in (bar := progress(range(first, steps), name)):
         torch.manual_seed(seed * 1_000_003 + step)
         for group in optimizer.param_groups:
-            group["lr"] = rate(step)
+            group["lr"] = learning_rate(step, rounds, warmup=warmup)
         value = loss(step, np.random.default_rng([seed, step]))
         optimizer.zero_grad()
         value.backward()
@@ -484,9 +463,14 @@ def save(value: dict, path: Path) -> None:
     path.with_suffix(".tmp").rename(path)
 
 
-def cosine(step: int, steps: int, *, warmup: int) -> float:
-    """Linear warm-up, then half a cosine down to 2%."""
-    return min(1.0, (step + 1) / warmup) * (0.02 + 0.98 * (1 + math.cos(math.pi * step / steps)) / 2)
+def learning_rate(step: int, rounds: tuple[tuple[int, float], ...], *, warmup: int) -> float:
+    """In every round a linear warm-up, then half a cosine down to 2% of its peak."""
+    for length, peak in rounds:
+        if step < length:
+            half = (1 + math.cos(math.pi * step / length)) / 2
+            return peak * min(1.0, (step + 1) / warmup) * (0.02 + 0.98 * half)
+        step -= length
+    raise ValueError("step beyond the last round")
 
 
 def progress(items: range, name: str):
@@ -534,8 +518,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--polish_steps", type=int, default=1100, help="VAE steps of a second round on those")
     parser.add_argument("--identities", type=int, default=850, help="identities to encode")
     parser.add_argument("--motions", type=int, default=3, help="clips of each identity")
-    parser.add_argument("--sharpen_steps", type=int, default=1000, help="steps of the VAE's decoder alone")
-    parser.add_argument("--dit_steps", type=int, default=3800)
+    parser.add_argument("--sharpen_steps", type=int, default=600, help="steps of the VAE's decoder alone")
+    parser.add_argument("--dit_steps", type=int, default=3800, help="steps of the DiT's training")
+    parser.add_argument("--more_dit_steps", type=int, default=0, help="steps of a second round of it")
     parser.add_argument("--batch", type=int, default=20, help="clips in a step of the DiT's training")
     return parser.parse_args(argv)
 
