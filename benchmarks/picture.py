@@ -40,7 +40,7 @@ def strip(video: Path, *, zoom: float) -> list[Image.Image]:
 def draw(rows: list[tuple[str, list[Image.Image]]]) -> Image.Image:
     """Rows of frames with their labels on the left."""
     width, height = rows[0][1][0].size
-    sheet = Image.new("RGB", (LABEL + len(FRAMES) * (width + GAP), len(rows) * (height + GAP)), "white")
+    sheet = Image.new("RGB", (LABEL + len(rows[0][1]) * (width + GAP), len(rows) * (height + GAP)), "white")
     pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(16)
     for row, (label, frames) in enumerate(rows):
         top = row * (height + GAP)

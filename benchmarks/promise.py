@@ -210,9 +210,7 @@ def check_same_setup(path: Path) -> None:
     }
     text = json.dumps(setup, indent=2)
     if path.exists() and path.read_text() != text:
-        sys.exit(
-            f"promise.py: error: {path} is of other weights, methods or versions; use another --output"
-        )
+        sys.exit(f"promise.py: error: {path} is of other weights, methods or versions; use another --output")
     path.write_text(text)
 
 

@@ -1,0 +1,134 @@
+"""The core of the promise's table on a real model, for whoever has the GPU and the weights.
+
+    python benchmarks/promise_real.py --model I2V-480P --images a.jpg b.jpg \\
+        --prompts "She turns her head and laughs." "She looks up at the sky." --output real
+    python benchmarks/promise_real.py --model tiny --images data/tiny_wan_i2v/inputs/mila.png \\
+        --prompts "she moves to the left" "she comes closer" --output real
+
+No truth is known here, so obedience is for the eye: contact_sheet.png shows first, middle and last frame of
+every method. The number is the distance in latents to the full run with the same noise, as a share
+of the distance between the full runs of two prompts: 0 is the full run itself, 1 is the other prompt's.
+The first prompt makes the motion prior, the others are asked for. Loads the model once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import sys
+from pathlib import Path
+
+from methods import ROOT, STEPS, Case, Method, differential, from_noise, make_prior, resume
+
+sys.path.insert(0, str(ROOT))
+
+import command_line  # noqa: E402
+import prior_utils  # noqa: E402
+import wan_models  # noqa: E402
+
+METHODS = (
+    Method("full run", lambda case, prior: from_noise(case, prior, steps=STEPS)),
+    Method("3 steps from noise", lambda case, prior: from_noise(case, prior, steps=3)),
+    Method("resume after 6", lambda case, prior: resume(case, prior, start_step=6), "motion"),
+    Method("resume after 6", lambda case, prior: resume(case, prior, start_step=6), "empty"),
+    Method("steps 0 4 8", lambda case, prior: differential(case, prior, steps=(0, 4, 8)), "motion"),
+    Method("steps 0 4 8", lambda case, prior: differential(case, prior, steps=(0, 4, 8)), "empty"),
+)
+
+
+def load(args: argparse.Namespace):
+    """The pipeline, all components."""
+    defaults = wan_models.model_defaults(args.model, args.model_dir)
+    args.device = wan_models.pick_device(args.model, args.device)
+    args.dtype = args.dtype or defaults.dtype
+    options = command_line.load_options(args)
+    return wan_models.load_pipeline(options, wan_models.weight_files(options)), defaults
+
+
+def make_case(pipe, defaults, image_path: Path, prompts: dict[str, str], *, seed: int) -> Case:
+    """One picture with the prompt its prior is made with and the one that is asked for."""
+    from wan_pipeline import encode_image, encode_prompt
+
+    sizes = {name: getattr(defaults, name) for name in ("height", "width", "num_frames")}
+    image = command_line.read_image(image_path, width=sizes["width"], height=sizes["height"])
+    settings = prior_utils.RunSettings(
+        num_inference_steps=STEPS,
+        denoising_strength=1.0,
+        sigma_shift=defaults.sigma_shift,
+        cfg_scale=defaults.cfg_scale,
+        **sizes,
+    )
+    texts = prompts | {"empty": defaults.negative_prompt}
+    contexts = {name: encode_prompt(pipe, text) for name, text in texts.items()}
+    contexts["neutral"] = encode_prompt(pipe, "")
+    noise = pipe.generate_noise(prior_utils.latents_shape(**sizes), seed=seed, rand_device="cpu")
+    identity = encode_image(pipe, image, num_frames=sizes["num_frames"])
+    return Case(0, seed, pipe, settings, None, "", "", contexts, identity, noise)
+
+
+def compare(case: Case) -> tuple[list[dict], list[list]]:
+    """One line and a few frames for every method."""
+    priors = {"motion": make_prior(case, "old"), "empty": make_prior(case, "neutral")}
+    rows, frames, full = [], [], None
+    for method in METHODS:
+        result = method.run(case, priors.get(method.prior))
+        latents = result.latents.float().cpu()
+        if full is None:
+            full = latents
+            scale = (priors["motion"].latents[-1].float().cpu() - full).square().mean().sqrt()
+        rows.append(
+            {
+                "method": method.name,
+                "prior": method.prior,
+                "forwards": result.forwards,
+                "denoise_seconds": round(result.seconds["denoise"], 2),
+                "distance": round(float((latents - full).square().mean().sqrt() / scale), 4),
+            }
+        )
+        frames.append([result.frames[i] for i in (0, len(result.frames) // 2, -1)])
+    return rows, frames
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """Parse the command line."""
+    parser = command_line.Parser(__doc__)
+    parser.add_argument("--images", type=Path, nargs="+", required=True)
+    parser.add_argument("--prompts", nargs="+", required=True, help="at least two; the first makes the prior")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--output", type=Path, required=True, help="folder for clips.csv and contact_sheet.png"
+    )
+    command_line.add_model_arguments(
+        parser, model="I2V-480P", model_help="tiny runs on a CPU", dtype_help="default: the model's"
+    )
+    args = parser.parse_args(argv)
+    if len(args.prompts) < 2:
+        parser.error("--prompts takes at least two")
+    return args
+
+
+def main(argv: list[str] | None = None) -> Path:
+    """Compare the methods on every picture and new prompt."""
+    from picture import draw
+
+    args = parse_args(argv)
+    pipe, defaults = load(args)
+    args.output.mkdir(parents=True, exist_ok=True)
+    table, sheet = [], []
+    for image in args.images:
+        for prompt in args.prompts[1:]:
+            case = make_case(pipe, defaults, image, {"old": args.prompts[0], "new": prompt}, seed=args.seed)
+            rows, frames = compare(case)
+            table += [{"image": image.name, "prompt": prompt} | row for row in rows]
+            labels = [f"{row['method']}\n{row['prior']} prior\n{row['distance']:.2f}" for row in rows]
+            sheet += list(zip(labels, frames, strict=True))
+    with (args.output / "clips.csv").open("w", newline="") as out:
+        writer = csv.DictWriter(out, table[0])
+        writer.writeheader()
+        writer.writerows(table)
+    draw(sheet).save(args.output / "contact_sheet.png")
+    return args.output / "clips.csv"
+
+
+if __name__ == "__main__":
+    command_line.run_script(main)
