@@ -26,7 +26,7 @@ Row = dict[str, str]
 
 def bootstrap(values: Iterable[float], *, draws: int = 2000) -> tuple[float, float, float]:
     """Mean and its 95% percentile interval over cases (Efron & Tibshirani 1993, ch. 13), seeded."""
-    values = np.asarray([value for value in values if np.isfinite(value)])
+    values = np.asarray([value for value in values if np.isfinite(value)], float)
     if not len(values):
         return (float("nan"),) * 3
     picks = np.random.default_rng(0).integers(len(values), size=(draws, len(values)))
@@ -72,6 +72,74 @@ def as_markdown(summary: list[dict]) -> str:
             cells.append(
                 f"{line[name]:.2f} ± {half:.2f}" if line[name] < 10 else f"{line[name]:.1f} ± {half:.1f}"
             )
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+HEADLINE = (
+    ("full run, 10 steps", "full run", "none", "0 1 2 3 4 5 6 7 8 9"),
+    ("the original recipe: prior of another motion, resumed after 6", "resume", "motion", "7 8 9"),
+    ("the same with the old prompt as the negative one", "resume, old prompt as negative", "motion", "7 8 9"),
+    ("neutral prior, resumed after 6", "resume", "empty", "7 8 9"),
+    ("3 steps from noise", "fewer steps", "none", "0 1 2"),
+    ("3 steps from noise on sigmas 0, 4, 8 of the 10", "fewer steps, chosen sigmas", "none", "0 4 8"),
+    ("video to video, strength 0.9, 3 steps", "video to video 0.9", "motion", "0 1 2"),
+    ("FlowEdit, 2 steps", "FlowEdit", "motion", "0 6"),
+    ("**differential 0 4 8, neutral prior**", "differential", "empty", "0 4 8"),
+    ("differential 0 4 8, prior of another motion", "differential", "motion", "0 4 8"),
+    ("2 steps from noise", "fewer steps", "none", "0 1"),
+    ("2 steps from noise on sigmas 0, 6 of the 10", "fewer steps, chosen sigmas", "none", "0 6"),
+    ("**differential 0 6, neutral prior**", "differential", "empty", "0 6"),
+    ("1 step from noise", "fewer steps", "none", "0"),
+    ("differential 0, neutral prior", "differential", "empty", "0"),
+)
+
+
+def headline(summary: list[dict]) -> str:
+    """The README's table: the rows a user chooses between."""
+    names = ("obeyed", "old_kept", "identity_error", "decided", "psnr")
+    head = ("how the new prompt's clip is made", "forwards", "obeyed", "old motion", "identity error")
+    lines = ["| " + " | ".join((*head, "details decided", "PSNR to full run")) + " |", "|" + " --- |" * 7]
+    found = {(line["method"], line["prior"], line["steps"]): line for line in summary}
+    for label, *key in HEADLINE:
+        line = found[tuple(key)]
+        cells = [
+            f"{line[name]:.2f}" if name not in ("identity_error", "psnr") else f"{line[name]:.1f}"
+            for name in names
+        ]
+        cells[-1] = "" if line["psnr"] == 99 else cells[-1]
+        lines.append(f"| {label} | {line['forwards']} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+CLAIMS = (  # difference of the first to the second, pair by pair
+    (("differential", "empty", "0 4 8"), ("full run", "none", "0 1 2 3 4 5 6 7 8 9")),
+    (("differential", "empty", "0 4 8"), ("fewer steps, chosen sigmas", "none", "0 4 8")),
+    (("differential", "empty", "0 4 8"), ("fewer steps", "none", "0 1 2")),
+    (("differential", "empty", "0 4 8"), ("differential", "motion", "0 4 8")),
+    (("differential", "empty", "0 4 8"), ("differential", "empty", "2 5 8")),
+    (("differential", "empty", "0 6"), ("fewer steps, chosen sigmas", "none", "0 6")),
+    (("differential", "empty", "0 6"), ("full run", "none", "0 1 2 3 4 5 6 7 8 9")),
+    (("differential", "empty", "0"), ("full run", "none", "0 1 2 3 4 5 6 7 8 9")),
+)
+
+
+def paired(rows: list[Row]) -> str:
+    """What beats what: mean differences over the same cases with their intervals."""
+    cases: dict[tuple, dict[tuple, Row]] = {}
+    for row in rows:
+        members = cases.setdefault((row["method"], row["prior"], row["steps"]), {})
+        members[row["index"], row["seed"]] = row
+    names = ("obeyed", "identity_error", "sharpness", "decided", "psnr")
+    head = ("difference of", "to", *(name.replace("_", " ") for name in names))
+    lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
+    for first, second in CLAIMS:
+        shared = sorted(cases[first].keys() & cases[second].keys())
+        cells = [", ".join(first), ", ".join(second)]
+        for name in names:
+            pairs = ((float(cases[first][key][name]), float(cases[second][key][name])) for key in shared)
+            mean, low, high = bootstrap(a - b for a, b in pairs)
+            cells.append(f"{mean:+.3f} ({low:+.3f} to {high:+.3f})")
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
@@ -126,38 +194,43 @@ FAMILIES: tuple[tuple[str, str, Callable[[dict], bool]], ...] = (
 )
 
 
+QUALITY = {
+    "obeyed": "new motion obeyed",
+    "decided": "details decided (share of tiles)",
+    "psnr": "PSNR to the full run, same noise (dB)",
+    "identity_error": "identity error (8-bit levels, less is better)",
+}
+
+
+def best_by_cost(lines: list[dict]) -> list[dict]:
+    """At every cost the line that is nearest to the full run."""
+    best: dict[int, dict] = {}
+    for line in lines:
+        if line["forwards"] not in best or line["psnr"] > best[line["forwards"]]["psnr"]:
+            best[line["forwards"]] = line
+    return [best[forwards] for forwards in sorted(best)]
+
+
 def plot_quality(summary: list[dict], path: Path) -> None:
-    """Every method over its cost: obedience, identity, detail, distance to the full run."""
+    """Every family's best at each cost: obedience, detail, distance to the full run, identity."""
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(2, 2, figsize=(11, 8), constrained_layout=True)
-    names = {
-        "obeyed": "new motion obeyed",
-        "identity_error": "identity error (8-bit levels, less is better)",
-        "decided": "details decided (share of tiles)",
-        "psnr": "PSNR to the full run, same noise (dB)",
-    }
-    for axis, (name, label) in zip(axes.flat, names.items(), strict=True):
-        for family, colour, belongs in FAMILIES:
-            lines = [
-                ln for ln in summary if belongs(ln) and not (name == "psnr" and ln["method"] == "full run")
-            ]
-            axis.errorbar(
-                [ln["forwards"] for ln in lines],
-                [ln[name] for ln in lines],
-                [
-                    [ln[name] - ln[f"{name}_low"] for ln in lines],
-                    [ln[f"{name}_high"] - ln[name] for ln in lines],
-                ],
-                fmt="o",
-                ms=4,
-                capsize=2,
-                color=colour,
-                label=family,
-            )
-        axis.set(xlabel="forwards (network evaluations)", title=label)
+    for axis, (name, label) in zip(axes.flat, QUALITY.items(), strict=True):
+        for place, (family, colour, belongs) in enumerate(FAMILIES):
+            lines = best_by_cost([line for line in summary if belongs(line)])
+            lines = [line for line in lines if not (name == "psnr" and line["psnr"] == 99)]
+            low, high = ([abs(ln[f"{name}_{end}"] - ln[name]) for ln in lines] for end in ("low", "high"))
+            x = [line["forwards"] * 1.012 ** (place - len(FAMILIES) / 2) for line in lines]
+            style = {"marker": "o", "ms": 4, "lw": 1, "elinewidth": 0.7, "color": colour, "label": family}
+            axis.errorbar(x, [line[name] for line in lines], [low, high], **style)
+        axis.set(xscale="log", title=label)
+        axis.set_xticks((2, 4, 6, 8, 12, 20), ("2", "4", "6", "8", "12", "20"))
+        axis.minorticks_off()
+    for axis in axes[1]:
+        axis.set_xlabel("forwards (network evaluations)")
     axes[0, 0].legend(fontsize=8)
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=110)
     plt.close(figure)
 
 
@@ -170,6 +243,8 @@ def write(clips: Path, output: Path) -> Path:
         writer.writeheader()
         writer.writerows(summary)
     (output / "summary.md").write_text(as_markdown(summary))
+    (output / "headline.md").write_text(headline(summary))
+    (output / "paired.md").write_text(paired(rows))
     plot_start_step(summary, output / "start_step.png")
     plot_quality(summary, output / "quality.png")
     return output / "summary.md"
