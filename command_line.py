@@ -14,12 +14,11 @@ import math
 import shutil
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
-from prior_utils import DTYPES, LIMITS, InputError, RunError, is_utf8, replacing
+from prior_utils import DTYPES, LIMITS, InputError, RunError, RunSettings, is_utf8, replacing
 from wan_models import MODEL_NAMES, LoadOptions
 
 if TYPE_CHECKING:
@@ -45,7 +44,7 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
     """Keeps the docstring's lines and adds "(default: ...)" where there is one to show."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        if action.default in (None, False, "", argparse.SUPPRESS):
+        if action.default in (None, "", argparse.SUPPRESS) or action.default is False:  # 0 is one to show
             return action.help
         return super()._get_help_string(action)
 
@@ -65,21 +64,24 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message} (--help explains every flag)\n")
 
 
-def add_model_arguments(parser: argparse.ArgumentParser, *, model: str | None, dtype_help: str) -> None:
+def add_model_arguments(
+    parser: argparse.ArgumentParser, *, model: str | None, model_help: str, dtype_help: str
+) -> None:
     """Add --model, --model_dir, --device, --dtype and --vram."""
     group = parser.add_argument_group("model and device")
-    group.add_argument(
-        "--model", choices=MODEL_NAMES, default=model, help="tiny runs on a CPU, the others need CUDA"
-    )
+    group.add_argument("--model", choices=MODEL_NAMES, default=model, help=model_help)
     group.add_argument(
         "--model_dir",
         type=Path,
         metavar="DIR",
-        help="folder of downloaded weights, laid out flat or as ModelScope does; without it DiffSynth "
-        "fetches them (DIFFSYNTH_MODEL_BASE_PATH, DIFFSYNTH_SKIP_DOWNLOAD and the like keep working)",
+        help="folder of downloaded weights, laid out flat or as ModelScope does; for tiny a folder with "
+        "config.json, tokenizer and weights (default: DiffSynth fetches them, by its own environment "
+        "variables, DIFFSYNTH_MODEL_BASE_PATH for example; tiny: data/tiny_wan_i2v)",
     )
     group.add_argument(
-        "--device", help="cpu, cuda, cuda:1 ...; without it CUDA where there is one, else the CPU"
+        "--device",
+        metavar="NAME",
+        help="cpu, cuda, cuda:1 ... (default: CUDA where there is one, else the CPU)",
     )
     group.add_argument("--dtype", choices=DTYPES, help=dtype_help)
     group.add_argument(
@@ -193,24 +195,14 @@ def warn(message: str) -> None:
     say(f"warning: {message}")
 
 
-class Stopwatch:
-    """Splits time into laps."""
-
-    def __init__(self):
-        self.mark = time.perf_counter()
-
-    def lap(self) -> float:
-        """Seconds since the last lap, or since the start."""
-        now = time.perf_counter()
-        elapsed, self.mark = now - self.mark, now
-        return elapsed
-
-
 # --- files the user names -----------------------------------------------------------------------------------
 
 
-def read_image(path: Path, *, width: int, height: int) -> Image:
+def read_image(path: Path, *, width: int, height: int, label: str = "--image") -> Image:
     """Read an image as the model will see it: upright, RGB, stretched to width x height pixels.
+
+    Args:
+        label: what an error calls it.
 
     Raises:
         InputError: no file, not an image, or too small or too large to be one.
@@ -218,20 +210,20 @@ def read_image(path: Path, *, width: int, height: int) -> Image:
     from PIL import Image, ImageOps, UnidentifiedImageError
 
     if not path.is_file():
-        raise InputError(f"--image {path} is not a file; name a picture")
+        raise InputError(f"{label} {path} is not a file; name a picture")
     try:
         with Image.open(path) as opened:
             image = ImageOps.exif_transpose(opened).convert("RGB")
     except UnidentifiedImageError:
-        raise InputError(f"--image {path} is not an image that can be read; use PNG, JPEG or WebP") from None
+        raise InputError(f"{label} {path} is not an image that can be read; use PNG, JPEG or WebP") from None
     except Exception as error:  # Pillow's readers raise whatever they meet in a broken file
         raise InputError(
-            f"--image {path} cannot be read ({str(error)[:100] or type(error).__name__}); "
+            f"{label} {path} cannot be read ({str(error)[:100] or type(error).__name__}); "
             "save it again as PNG or JPEG"
         ) from error
     if min(image.size) < MIN_IMAGE_SIDE:
         raise InputError(
-            f"--image {path} is {image.width} x {image.height} pixels, expected {MIN_IMAGE_SIDE} or more "
+            f"{label} {path} is {image.width} x {image.height} pixels, expected {MIN_IMAGE_SIDE} or more "
             "a side; use a larger picture"
         )
     if abs(math.log(image.width * height / (image.height * width))) > math.log(1.1):
@@ -282,6 +274,11 @@ def write_video(frames: list[Image], path: Path, *, fps: float) -> None:
             raise cut_off
 
 
+def video_bytes(settings: RunSettings) -> int:
+    """A safe upper bound of a video's size on disk: a quarter of its raw frames."""
+    return settings.num_frames * settings.height * settings.width * 3 // 4
+
+
 def is_whole_mp4(path: Path) -> bool:
     """Whether a file is a row of whole MP4 boxes, the index (moov) that ffmpeg writes last among them."""
     kinds, place, size = set(), 0, path.stat().st_size
@@ -319,6 +316,22 @@ def check_folder(folder: Path, needed: int) -> None:
             f"{there} has {free / 2**20:.0f} MiB free, and this needs {needed / 2**20:.0f}; "
             "free some space or write to another disk"
         )
+
+
+# --- where the numbers come from ----------------------------------------------------------------------------
+
+
+def machine(device: str) -> dict[str, Any]:
+    """What a run's last bits depend on besides versions: the device, its name, and the CPU's threads."""
+    import platform
+
+    import torch
+
+    if torch.device(device).type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    else:
+        name = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
+    return {"device": device, "device_name": name, "num_threads": torch.get_num_threads()}
 
 
 def versions() -> dict[str, Any]:

@@ -21,9 +21,10 @@ from typing import TYPE_CHECKING, Any
 import command_line as cli
 import prior_utils
 import wan_models
-from prior_utils import InputError, RunError, RunSettings
+from prior_utils import Clock, InputError, RunError, RunSettings
 
 if TYPE_CHECKING:
+    import torch
     from diffsynth.pipelines.wan_video import WanVideoPipeline
     from PIL.Image import Image
 
@@ -35,67 +36,124 @@ EXAMPLE_IMAGE = wan_models.ROOT / "data" / "examples" / "wan" / "input_image.jpg
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line and fill in the model's own defaults."""
     parser = cli.Parser(__doc__)
-    identity = parser.add_argument_group("identity")
-    source = identity.add_mutually_exclusive_group(required=True)
-    source.add_argument("--image", type=Path, help="the first frame: who and where")
-    source.add_argument(
-        "--download_example", action="store_true", help="fetch DiffSynth's example image and use it"
-    )
-    identity.add_argument("--prompt", type=cli.utf8_text, default="", help="without one the prior is neutral")
-    identity.add_argument("--negative_prompt", type=cli.utf8_text, help="without one the model's usual")
-    identity.add_argument(
-        "--input_video", type=Path, help="with --denoising_strength below 1: start from this video"
-    )
-
-    run = parser.add_argument_group("run")
-    run.add_argument("--num_inference_steps", type=cli.positive_int, default=10, help="steps of the full run")
-    run.add_argument(
-        "--sigma_shift", type=cli.positive_float, help="shift of the sigmas; without it the model's (5)"
-    )
-    run.add_argument(
-        "--denoising_strength", type=cli.strength, default=1.0, help="below 1 needs --input_video"
-    )
-    run.add_argument(
-        "--cfg_scale", type=cli.positive_float, help="guidance; 1 halves the cost; without it the model's (5)"
-    )
-    run.add_argument("--seed", type=cli.limited("seed", int), default=0, help="of the initial noise")
-    for name in ("height", "width", "num_frames"):
-        run.add_argument(
-            f"--{name}",
-            type=cli.limited(name, int),
-            help="without it the model's; rounded up as the model needs",
-        )
-    run.add_argument(
-        "--fps", type=cli.limited("fps", float), help="of the videos; without it the model's (16)"
-    )
-
-    output = parser.add_argument_group("output")
-    output.add_argument(
-        "--output_dir",
-        type=cli.utf8_path,
-        default=Path("prior_output"),
-        help="the prior is run_<id> in there",
-    )
-    output.add_argument("--run_id", help="letters, digits, . _ and -; without one, the date and time")
-    output.add_argument(
-        "--start_step", type=cli.non_negative_int, help="step to recommend for resuming; 6 of 10 if unset"
-    )
-    output.add_argument(
-        "--save_decoded_videos", action="store_true", help="also a video of each step's denoised estimate"
-    )
+    add_identity_arguments(parser)
+    add_run_arguments(parser)
+    add_output_arguments(parser)
     cli.add_model_arguments(
-        parser, model="I2V-480P", dtype_help="without it the model's (bfloat16; tiny: float32)"
+        parser,
+        model="I2V-480P",
+        model_help="tiny runs on a CPU, the others need CUDA",
+        dtype_help="(default: bfloat16; tiny: float32)",
     )
-
     args = parser.parse_args(argv)
-    for field in dataclasses.fields(wan_models.Defaults):
-        if getattr(args, field.name) is None:
-            setattr(
-                args, field.name, getattr(wan_models.model_defaults(args.model, args.model_dir), field.name)
-            )
+    defaults = wan_models.model_defaults(args.model, args.model_dir)
+    for name, value in dataclasses.asdict(defaults).items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
     if args.start_step is None:
         args.start_step = prior_utils.recommended_start_step(args.num_inference_steps)
     return args
+
+
+def add_identity_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what says who is seen and what happens."""
+    group = parser.add_argument_group("identity")
+    source = group.add_mutually_exclusive_group(required=True)
+    source.add_argument(
+        "--image", type=Path, metavar="FILE", help="picture of the identity, the first frame of every video"
+    )
+    source.add_argument(
+        "--download_example", action="store_true", help="fetch DiffSynth's example image and use it"
+    )
+    group.add_argument(
+        "--prompt",
+        type=cli.utf8_text,
+        default="",
+        metavar="TEXT",
+        help="what happens in the prior's own video; leave it out for a neutral prior, which later prompts "
+        "can move more freely",
+    )
+    group.add_argument(
+        "--negative_prompt",
+        type=cli.utf8_text,
+        metavar="TEXT",
+        help="what to steer away from (default: Wan's usual one; tiny: none)",
+    )
+    group.add_argument(
+        "--input_video",
+        type=Path,
+        metavar="FILE",
+        help="start from this video; needs --denoising_strength below 1",
+    )
+
+
+def add_run_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what fixes schedule, noise and size."""
+    group = parser.add_argument_group("run")
+    group.add_argument(
+        "--num_inference_steps", type=cli.positive_int, default=10, metavar="N", help="steps of the full run"
+    )
+    group.add_argument(
+        "--sigma_shift",
+        type=cli.positive_float,
+        metavar="X",
+        help="how much of the schedule is spent at high noise (default: 5)",
+    )
+    group.add_argument(
+        "--denoising_strength",
+        type=cli.strength,
+        default=1.0,
+        metavar="X",
+        help="below 1: start from --input_video with less noise",
+    )
+    group.add_argument(
+        "--cfg_scale",
+        type=cli.positive_float,
+        metavar="X",
+        help="how strongly the prompt is followed; 1 switches guidance off and halves the cost "
+        "(default: 5; tiny: 2)",
+    )
+    group.add_argument(
+        "--seed", type=cli.limited("seed", int), default=0, metavar="N", help="of the initial noise"
+    )
+    sizes = parser.add_argument_group(
+        "video",
+        "sizes are rounded up as the model needs (default: 480 x 832, 81 frames; I2V-720P: 720 x 1280; "
+        "tiny: 96 x 96, 17)",
+    )
+    for name, unit in (("height", "pixels"), ("width", "pixels"), ("num_frames", "frames")):
+        sizes.add_argument(f"--{name}", type=cli.limited(name, int), metavar="N", help=unit)
+    sizes.add_argument(
+        "--fps",
+        type=cli.limited("fps", float),
+        metavar="X",
+        help="frames per second (default: 16; tiny: 8)",
+    )
+
+
+def add_output_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add where the prior goes and what else is kept."""
+    group = parser.add_argument_group("output")
+    group.add_argument(
+        "--output_dir",
+        type=cli.utf8_path,
+        default=Path("prior_output"),
+        metavar="DIR",
+        help="the prior is run_<id> in there",
+    )
+    group.add_argument(
+        "--run_id", metavar="ID", help="letters, digits, . _ and - (default: the date and time)"
+    )
+    group.add_argument(
+        "--start_step",
+        type=cli.non_negative_int,
+        metavar="N",
+        help="recorded as the recommendation for infer_from_prior.py; does not change this run "
+        "(default: 6 of 10)",
+    )
+    group.add_argument(
+        "--save_decoded_videos", action="store_true", help="also a video of each step's denoised estimate"
+    )
 
 
 def check_args(args: argparse.Namespace) -> None:
@@ -145,14 +203,12 @@ def download_example() -> Path:
     return EXAMPLE_IMAGE
 
 
-def describe(args: argparse.Namespace, settings: RunSettings) -> dict[str, Any]:
+def describe(args: argparse.Namespace, settings: RunSettings, *, device: str) -> dict[str, Any]:
     """The metadata that is known before the run.
 
     Raises:
         InputError: the schedule is one that can't be resumed.
     """
-    import torch
-
     from wan_pipeline import TILING, compute_schedule
 
     timesteps, sigmas = compute_schedule(
@@ -161,7 +217,6 @@ def describe(args: argparse.Namespace, settings: RunSettings) -> dict[str, Any]:
         sigma_shift=settings.sigma_shift,
     )
     prior_utils.check_distinct(timesteps)
-    on_cuda = torch.device(args.device).type == "cuda"
     return {
         **dataclasses.asdict(settings),
         "scheduler_timesteps": timesteps,
@@ -174,7 +229,7 @@ def describe(args: argparse.Namespace, settings: RunSettings) -> dict[str, Any]:
         "lora": [],
         "dtype": args.dtype,
         **TILING,
-        "device": torch.cuda.get_device_name(args.device) if on_cuda else "cpu",
+        **cli.machine(device),
         "versions": cli.versions(),
         "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
@@ -206,8 +261,8 @@ def bytes_needed(settings: RunSettings, *, videos: int) -> int:
         height=settings.height, width=settings.width, num_frames=settings.num_frames
     )
     latents = math.prod(shape) * 4
-    video = settings.num_frames * settings.height * settings.width * 3 // 4  # a quarter of the raw frames
-    return (2 * settings.num_inference_steps + 4) * latents + videos * video + 32 * 2**20
+    saved = 2 * settings.num_inference_steps + 4  # latents and velocity of each step, the noise, y
+    return saved * latents + videos * cli.video_bytes(settings) + 32 * 2**20
 
 
 def read_inputs(args: argparse.Namespace, settings: RunSettings) -> tuple[Image, list[Image] | None]:
@@ -220,7 +275,10 @@ def read_inputs(args: argparse.Namespace, settings: RunSettings) -> tuple[Image,
 
 
 def save_conditioning(
-    writer: prior_utils.PriorWriter, args: argparse.Namespace, latents: Any, conditioning: Conditioning
+    writer: prior_utils.PriorWriter,
+    args: argparse.Namespace,
+    latents: torch.Tensor,
+    conditioning: Conditioning,
 ) -> None:
     """Save what a resumed run needs in place of image, image encoder and text encoder."""
     writer.save_tensor(prior_utils.INITIAL_LATENTS_FILE, latents)
@@ -243,7 +301,13 @@ def save_step(writer: prior_utils.PriorWriter, step: Step) -> None:
 
 
 def save_denoised_videos(
-    writer: prior_utils.PriorWriter, pipe: WanVideoPipeline, denoised: list[Any], *, tiled: bool, fps: float
+    writer: prior_utils.PriorWriter,
+    pipe: WanVideoPipeline,
+    *,
+    denoised: list[torch.Tensor],
+    tiled: bool,
+    fps: float,
+    clock: Clock,
 ) -> None:
     """Decode each step's denoised estimate: shows when the identity has formed.
 
@@ -255,16 +319,20 @@ def save_denoised_videos(
 
     for index, latents in enumerate(tqdm(denoised, desc="decode estimates", unit="video")):
         frames = decode(pipe, latents, tiled=tiled)
+        clock.add("decode_estimates")
         writer.save(f"denoised_{index:04d}.mp4", lambda path, f=frames: cli.write_video(f, path, fps=fps))
+        clock.add("save")
 
 
 def run(
     args: argparse.Namespace,
     settings: RunSettings,
+    *,
     writer: prior_utils.PriorWriter,
     pipe: WanVideoPipeline,
     image: Image,
     input_video: list[Image] | None,
+    clock: Clock,
 ) -> RunResult:
     """Run all steps, saving each as it comes, then the videos."""
     from wan_pipeline import run_full
@@ -286,50 +354,61 @@ def run(
         on_start=lambda latents, conditioning: save_conditioning(writer, args, latents, conditioning),
         on_step=on_step,
     )
-    started = time.perf_counter()
+    clock.include(result.seconds)
     writer.save(prior_utils.OUTPUT_FILE, lambda path: cli.write_video(result.frames, path, fps=args.fps))
+    clock.add("save")
     if denoised:
-        save_denoised_videos(writer, pipe, denoised, tiled=settings.tiled, fps=args.fps)
-    result.seconds["save"] += time.perf_counter() - started
+        save_denoised_videos(writer, pipe, denoised=denoised, tiled=settings.tiled, fps=args.fps, clock=clock)
     return result
+
+
+def resume_command(args: argparse.Namespace, directory: Path) -> str:
+    """The command line that resumes from the prior, from where the user is."""
+    script = Path(__file__).resolve().with_name("infer_from_prior.py")
+    if script.is_relative_to(Path.cwd()):
+        script = script.relative_to(Path.cwd())
+    words = ["python", script, "--prior_dir", directory, "--start_step", args.start_step]
+    for name, default in (("model_dir", None), ("device", None), ("vram", "auto")):
+        if getattr(args, name) != default:
+            words += [f"--{name}", getattr(args, name)]
+    return f'{shlex.join(map(str, words))} --prompt "..."'
 
 
 def main(argv: list[str] | None = None) -> Path:
     """Make one prior and return its folder."""
     args = parse_args(argv)
     check_args(args)
-    if args.download_example:
-        args.image = download_example()
     settings = run_settings(args)
-    image, video = read_inputs(args, settings)
     videos = 1 + settings.num_inference_steps * args.save_decoded_videos
     cli.check_folder(args.output_dir, bytes_needed(settings, videos=videos))
     prior_utils.check_run_id(args.output_dir, args.run_id)
-    args.device = wan_models.pick_device(args.model, args.device)
-    metadata = describe(args, settings)
-    options = cli.load_options(args)
+    device = wan_models.pick_device(args.model, args.device)
+    metadata = describe(args, settings, device=device)
+    if args.download_example:
+        args.image = download_example()
+    image, video = read_inputs(args, settings)
+    options = dataclasses.replace(cli.load_options(args), device=device)
     files = wan_models.weight_files(options)
     metadata["model_fingerprint"] = wan_models.fingerprint(files)
 
-    started = time.perf_counter()
+    clock = Clock()
     pipe = wan_models.load_pipeline(options, files)
-    load_seconds = time.perf_counter() - started
+    clock.add("load")
     directory, run_id = prior_utils.create_run_dir(args.output_dir, args.run_id)
     writer = prior_utils.PriorWriter(directory, {"run_id": run_id} | metadata)
     writer.save(prior_utils.IMAGE_FILE, image.save)
-    result = run(args, settings, writer, pipe, image, video)
+    result = run(args, settings, writer=writer, pipe=pipe, image=image, input_video=video, clock=clock)
     writer.finish(
         forwards=result.forwards,
         latents_sha256=prior_utils.sha256_tensor(result.latents),
-        seconds={"load": load_seconds, **result.seconds},
+        seconds=clock.seconds,
         seconds_per_step=result.seconds_per_step,
     )
-    skipped, seconds = args.start_step + 1, sum(result.seconds.values())
+    skipped, seconds = args.start_step + 1, sum(clock.seconds.values())
     cli.say(
         f"{directory}: {len(result.steps)} steps, {result.forwards} forwards, {seconds:.1f} s\n"
         f"A new prompt from step {args.start_step} skips {skipped} of {settings.num_inference_steps} steps:\n"
-        f"  python infer_from_prior.py --prior_dir {shlex.quote(str(directory))} "
-        f'--start_step {args.start_step} --prompt "..."'
+        f"  {resume_command(args, directory)}"
     )
     return directory
 

@@ -2,7 +2,7 @@
 
 A prior is a folder `run_<id>/`:
 
-    run_metadata.json        settings, schedule, SHA-256 of every other file; written last
+    run_metadata.json        settings, schedule, SHA-256 of every other file, shapes; written last
     initial_latents.pt       latents before step 0, at sigmas[0]: the noise (plus the video of --input_video)
     step_0000.pt ...         latents *after* step i, that is, at sigmas[i + 1]; the last ones are clean
     noise_pred_0000.pt ...   the velocity of step i after guidance (DiffSynth calls it noise_pred)
@@ -10,6 +10,8 @@ A prior is a folder `run_<id>/`:
     context_<hash>.pt        one encoded prompt each, named after the text
     input_image.png          the input image as the model saw it
     output_full.mp4          the prior's own video
+    denoised_0000.mp4 ...    with --save_decoded_videos: what step i points at, decoded
+    outputs/                 the videos infer_from_prior.py makes from it; no part of the prior
 
 Every .pt file holds one tensor in the pipeline's dtype: converting it would break bit-exactness.
 Resuming from `start_step` loads `step_<start_step>.pt` and runs steps start_step + 1 ... N - 1.
@@ -56,6 +58,7 @@ REQUIRED_KEYS = {
 VERSION_1_KEYS = {
     "status": str,
     "files": dict,
+    "shapes": dict,
     "model": str,
     "model_fingerprint": dict,
     "prompt": str,
@@ -104,6 +107,27 @@ class RunSettings:
     num_frames: int
     tiled: bool = True
     seed: int | None = None
+
+
+class Clock:
+    """Adds up the seconds of a run by phase."""
+
+    def __init__(self):
+        self.seconds = dict.fromkeys(("load", "encode", "denoise", "decode", "save"), 0.0)
+        self.mark = time.perf_counter()
+
+    def add(self, phase: str) -> float:
+        """Count the time since the last call as `phase`, and return it."""
+        now = time.perf_counter()
+        elapsed, self.mark = now - self.mark, now
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + elapsed
+        return elapsed
+
+    def include(self, seconds: Mapping[str, float]) -> None:
+        """Take over what another clock counted since the last call."""
+        for phase, elapsed in seconds.items():
+            self.seconds[phase] = self.seconds.get(phase, 0.0) + elapsed
+        self.mark = time.perf_counter()
 
 
 @dataclass(frozen=True)
@@ -201,8 +225,9 @@ def replacing(path: Path) -> Iterator[Path]:
 
 def write_json(path: Path, data: Mapping[str, Any]) -> None:
     """Write `data` as readable JSON, whole or not at all."""
-    with replacing(path) as temporary:
-        temporary.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    text = json.dumps(data, indent=2, ensure_ascii=False) + "\n"
+    with replacing(path) as temporary:  # what is no UTF-8, in a path for example, becomes JSON's own \udcff
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def sha256_file(path: Path) -> str:
@@ -227,7 +252,8 @@ class PriorWriter:
 
     def __init__(self, directory: Path, metadata: dict[str, Any]):
         self.directory = directory
-        self.metadata = metadata | {"format_version": FORMAT_VERSION, "status": "running", "files": {}}
+        empty = {"format_version": FORMAT_VERSION, "status": "running", "files": {}, "shapes": {}}
+        self.metadata = metadata | empty
         self.write_metadata()
 
     def write_metadata(self) -> None:
@@ -235,13 +261,14 @@ class PriorWriter:
         write_json(self.directory / METADATA_FILE, self.metadata)
 
     def save_tensor(self, name: str, tensor: torch.Tensor) -> None:
-        """Save one tensor as it is (no change of dtype) and record its checksum."""
+        """Save one tensor as it is (no change of dtype) and record its checksum and shape."""
         import torch
 
         # By way of memory: on a full disk write_bytes raises OSError, torch.save something of its own.
         content = io.BytesIO()
         torch.save(tensor.detach().cpu().contiguous().clone(), content)
         self.save(name, lambda path: path.write_bytes(content.getbuffer()))
+        self.metadata["shapes"][name] = list(tensor.shape)
 
     def save(self, name: str, write: Callable[[Path], object]) -> None:
         """Let `write(path)` make the file `name`, then record its checksum."""
@@ -443,6 +470,11 @@ def _check_version_1(directory: Path, metadata: Mapping[str, Any]) -> None:
             raise InputError(
                 f"{METADATA_FILE} has {_short(digest)} as the SHA-256 of {name}; make the prior again"
             )
+        shape = metadata["shapes"].get(name)
+        if name.endswith(".pt") and not _is_shape(shape):
+            raise InputError(
+                f"{METADATA_FILE} has {_short(shape)} as the shape of {name}; make the prior again"
+            )
     for step in range(metadata["num_inference_steps"]):
         if step_file(step) not in metadata["files"]:
             raise InputError(
@@ -450,32 +482,36 @@ def _check_version_1(directory: Path, metadata: Mapping[str, Any]) -> None:
             )
 
 
-def check_files(prior: Prior, names: Iterable[str]) -> None:
-    """Compare files with their recorded SHA-256. A legacy prior has none: only their presence is checked.
+def _is_shape(value: object) -> bool:
+    return isinstance(value, list) and all(type(size) is int and 0 < size < 2**31 for size in value)
+
+
+def check_files(prior: Prior, names: Iterable[str]) -> dict[str, str]:
+    """Compare files with their recorded SHA-256, and return it by name. A legacy prior recorded none.
 
     Raises:
         InputError: a file is missing, unreadable, leads out of the prior, or is not what was written.
     """
+    digests = {}
     for name in names:
         path = prior.directory / name
         if path.is_symlink():
             raise InputError(f"{path} is a symbolic link; a prior holds its own files: copy the file there")
         if not path.is_file():
             raise InputError(f"{path} is missing; copy the prior again or make it again")
-        if prior.is_legacy:
-            continue
-        expected = prior.metadata["files"].get(name)
-        if expected is None:
+        if not prior.is_legacy and not prior.has(name):
             raise InputError(f"{METADATA_FILE} lists no {name}; the prior is incomplete: make it again")
         try:
-            found = sha256_file(path)
+            digests[name] = found = sha256_file(path)
         except OSError as error:
             raise InputError(f"cannot read {path}: {error.strerror}") from error
+        expected = found if prior.is_legacy else prior.metadata["files"][name]
         if found != expected:
             raise InputError(
                 f"{path} is damaged: its SHA-256 is {found[:12]}..., expected {expected[:12]}...; "
                 "copy the prior again or make it again"
             )
+    return digests
 
 
 def load_latents(prior: Prior, name: str) -> torch.Tensor:
@@ -488,49 +524,70 @@ def load_latents(prior: Prior, name: str) -> torch.Tensor:
     return load_tensor(prior.directory / name, shape=prior.latents_shape, dtype=dtype)
 
 
-def load_tensor(
-    path: Path, *, shape: tuple[int, ...] | None = None, dtype: str | None = None
-) -> torch.Tensor:
-    """Load the one tensor a .pt file holds; nothing else in the file is ever unpickled.
-
-    Args:
-        shape: expected shape; also bounds what is read into memory.
-        dtype: expected dtype, "bfloat16" for example.
+def load_conditioning(prior: Prior, name: str) -> torch.Tensor:
+    """Load y, clip_feature or a context, in the prior's dtype and recorded shape, on the CPU.
 
     Raises:
         InputError: see `load_latents`.
     """
+    m = prior.metadata
+    return load_tensor(prior.directory / name, shape=tuple(m["shapes"][name]), dtype=m["dtype"])
+
+
+def load_tensor(path: Path, *, shape: tuple[int, ...], dtype: str | None = None) -> torch.Tensor:
+    """Load the one tensor a .pt file holds; nothing else in the file is ever unpickled.
+
+    Args:
+        shape: expected shape; also bounds what is read into memory.
+        dtype: expected dtype, "bfloat16" for example; None: any of DTYPES.
+
+    Raises:
+        InputError: see `load_latents`.
+    """
+    _check_archive(path, largest=math.prod(shape) * 4)
+    tensor = _unpickle(path)
+    _check_tensor(tensor, path, shape=shape, dtypes=DTYPES if dtype is None else (dtype,))
+    return tensor
+
+
+def _unpickle(path: Path) -> Any:
     import torch
 
-    _check_archive(path, largest=math.prod(shape) * 4 if shape else None)
     try:
-        tensor = torch.load(path, weights_only=True, map_location="cpu")
+        return torch.load(path, weights_only=True, map_location="cpu")
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}") from error
-    except (
-        Exception
-    ) as error:  # torch raises UnpicklingError, RuntimeError, EOFError, KeyError ... for bad files
+    except Exception as error:  # torch raises UnpicklingError, RuntimeError, EOFError ... for bad files
         raise InputError(
             f"{path} is not a tensor file ({_first_line(error)}); nothing in it was run; make the prior again"
         ) from error
+
+
+def _check_tensor(tensor: Any, path: Path, *, shape: tuple[int, ...], dtypes: tuple[str, ...]) -> None:
+    import torch
+
     if not isinstance(tensor, torch.Tensor) or tensor.layout != torch.strided or tensor.is_meta:
         raise InputError(
             f"{path} holds a {type(tensor).__name__}, expected a tensor with its data; make the prior again"
         )
-    found = str(tensor.dtype).removeprefix("torch.")
-    if shape is not None and tuple(tensor.shape) != tuple(shape):
+    if tuple(tensor.shape) != shape:
         raise InputError(
-            f"{path} has shape {list(tensor.shape)}, expected {list(shape)} for this size of video"
+            f"{path} has shape {list(tensor.shape)}, expected {list(shape)}; make the prior again"
         )
-    if found not in (DTYPES if dtype is None else (dtype,)):
-        raise InputError(f"{path} has dtype {found}, expected {dtype or ' or '.join(DTYPES)}")
+    dtype = dtype_name(tensor)
+    if dtype not in dtypes:
+        raise InputError(f"{path} has dtype {dtype}, expected {' or '.join(dtypes)}; make the prior again")
     if not tensor.is_contiguous():
         raise InputError(
             f"{path} holds a tensor that is not contiguous, as no prior does; make the prior again"
         )
     if not torch.isfinite(tensor).all():
         raise InputError(f"{path} holds NaN or infinite values; make the prior again")
-    return tensor
+
+
+def dtype_name(tensor: torch.Tensor) -> str:
+    """A tensor's dtype as the command line and the metadata say it: "bfloat16", for example."""
+    return str(tensor.dtype).removeprefix("torch.")
 
 
 def _first_line(error: Exception) -> str:
@@ -538,7 +595,7 @@ def _first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {lines[0][:120]}"
 
 
-def _check_archive(path: Path, *, largest: int | None) -> None:
+def _check_archive(path: Path, *, largest: int) -> None:
     """Refuse what torch.save never writes: no zip archive, compressed entries, too many bytes."""
     try:
         with zipfile.ZipFile(path) as archive:
@@ -551,10 +608,8 @@ def _check_archive(path: Path, *, largest: int | None) -> None:
     size = sum(entry.file_size for entry in entries)
     if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
         raise InputError(f"{path} is a compressed archive, which no prior holds; don't use it")
-    if largest is not None and size > largest + 2**20:
-        raise InputError(
-            f"{path} holds {size} bytes, expected at most {largest} for this size of video; don't use it"
-        )
+    if size > largest + 2**20:
+        raise InputError(f"{path} holds {size} bytes, expected at most {largest}; don't use it")
 
 
 # --- the schedule -------------------------------------------------------------------------------------------

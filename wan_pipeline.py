@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -32,7 +31,7 @@ from diffsynth.pipelines.wan_video import (
 from PIL import Image
 from tqdm import tqdm
 
-from prior_utils import RunError, RunSettings
+from prior_utils import Clock, RunError, RunSettings
 
 TILING = {"tile_size": (30, 52), "tile_stride": (15, 26)}  # latents; WanVideoPipeline's own defaults
 
@@ -80,7 +79,7 @@ class RunResult:
     latents: torch.Tensor  # clean, [B, C, T, H, W]
     steps: list[int]  # indices of the steps that ran
     forwards: int  # network evaluations
-    seconds: dict[str, float] = field(default_factory=dict)  # encode, denoise, save, decode
+    seconds: dict[str, float] = field(default_factory=dict)  # by phase: encode, denoise, ...
     seconds_per_step: list[float] = field(default_factory=list)
 
 
@@ -291,7 +290,7 @@ def run_full(
     Raises:
         RunError: latents became NaN or infinite; names the step.
     """
-    clock = RunClock()
+    clock = Clock()
 
     def report_start(latents: torch.Tensor, conditioning: Conditioning) -> None:
         clock.add("encode")
@@ -325,16 +324,18 @@ def run_from(
     """Run only the steps after `start_step`, from the latents after it; -1: all, from the initial latents.
 
     No unit that would load an encoder runs, so the pipeline needs only its DiT and VAE. After the last step
-    nothing is left to run: the latents are decoded, without DiT or conditioning.
+    nothing is left to run: the latents are decoded, without DiT, and only then conditioning may be None.
 
     Raises:
         RunError: latents became NaN or infinite; names the step.
     """
     if start_step == settings.num_inference_steps - 1:
-        clock = RunClock()
+        clock = Clock()
         frames = decode(pipe, latents, tiled=settings.tiled)
         clock.add("decode")
         return RunResult(frames, latents, [], 0, clock.seconds)
+    if conditioning is None:
+        raise ValueError(f"steps after {start_step} are left to run, and they need a conditioning")
     scheduler = ResumableScheduler(start_step=start_step)
     return run_scheduler(
         pipe, settings, scheduler=scheduler, latents=latents, conditioning=conditioning, on_step=on_step
@@ -376,28 +377,13 @@ def run_scheduler(
     """
     units = [unit for unit in pipe.units if not unit.onload_model_names]
     units.append(ReplaceStart(latents, conditioning))
-    return _call(pipe, settings, RunClock(), scheduler, units, on_step)
-
-
-class RunClock:
-    """Adds up the seconds of a run by phase: encode, denoise, save, decode."""
-
-    def __init__(self):
-        self.seconds = dict.fromkeys(("encode", "denoise", "save", "decode"), 0.0)
-        self.mark = time.perf_counter()
-
-    def add(self, phase: str) -> float:
-        """Count the time since the last call as `phase`, and return it."""
-        now = time.perf_counter()
-        elapsed, self.mark = now - self.mark, now
-        self.seconds[phase] += elapsed
-        return elapsed
+    return _call(pipe, settings, Clock(), scheduler, units, on_step)
 
 
 def _call(
     pipe: WanVideoPipeline,
     settings: RunSettings,
-    clock: RunClock,
+    clock: Clock,
     scheduler: ReportingScheduler,
     units: list[PipelineUnit],
     on_step: StepCallback | None,

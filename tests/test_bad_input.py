@@ -193,7 +193,9 @@ def test_a_video_that_would_not_be_used(prior, generate, refused, image):
         (("--prompt", NOT_UTF8), ["--prompt", "not valid UTF-8"]),
         (("--output", f"{NOT_UTF8}.mp4"), ["--output", "not valid UTF-8"]),
         (("--output", "video.avi"), ["--output video.avi", ".mp4"]),
-        (("--output", "a" * 300 + ".mp4"), ["too long"]),
+        (("--output", "a" * 300 + ".mp4"), ["304 bytes is too long"]),
+        (("--output", "a" * 251 + ".mp4"), ["255 bytes is too long"]),  # for the .json beside it
+        (("--overwrite",), ["--overwrite", "give --output"]),
         (("--image", "nowhere.png"), ["nowhere.png is not a file"]),
         (("--steps", 3, 2), ["--steps", "increasing"]),
         (("--steps", 2, 2), ["--steps", "increasing"]),
@@ -213,6 +215,13 @@ def test_another_image_than_the_prior(prior_copy, infer, refused, tmp_path):
 
 def test_the_same_image_again_is_fine(prior, infer, image, tmp_path):
     assert infer(prior, "--image", image, "--output", tmp_path / "video.mp4").code == 0
+
+
+def test_a_bad_image_of_the_priors_own_is_called_so(prior_copy, infer, refused, image):
+    own = prior_copy / "input_image.png"
+    own.write_bytes(b"not a picture")
+    record_checksum(prior_copy, own.name)
+    refused(lambda: infer(prior_copy, "--image", image), f"the prior's image {own} is not an image")
 
 
 def test_other_weights(prior_copy, run, refused, tmp_path):
@@ -245,6 +254,17 @@ def test_a_damaged_model_folder_is_one_line_too(generate, image, model_dir, tmp_
     assert outcome.code == 2
     assert str(folder) in outcome.error
     assert not (tmp_path / "priors").exists()
+
+
+def test_weights_that_do_not_fit_leave_no_folder(prior_copy, run, model_dir, tmp_path):
+    folder = shutil.copytree(model_dir, tmp_path / "model")
+    config = read_json(folder / "config.json")
+    config["dit"]["num_layers"] += 1
+    (folder / "config.json").write_text(json.dumps(config))
+    outcome = run("infer_from_prior", "--prior_dir", prior_copy, "--model_dir", folder)
+    assert outcome.code == 2
+    assert "do not fit" in outcome.error
+    assert not (prior_copy / "outputs").exists()
 
 
 # --- priors that are none, or not whole ---------------------------------------------------------------------
@@ -335,6 +355,10 @@ def test_metadata_far_too_large(prior_copy, infer, refused):
         ({"files": {"..": "0" * 64}}, ["'..'", "not inside the prior"]),
         ({"files": {"step_0000.pt": 7}}, ["7 as the SHA-256 of step_0000.pt"]),
         ({"files": {"step_0000.pt": "zz"}}, ["'zz' as the SHA-256 of step_0000.pt"]),
+        ({"shapes": ...}, ["lacks 'shapes'"]),
+        ({"shapes": {}}, ["None as the shape of", ".pt"]),
+        ({"shapes": {"initial_latents.pt": [1, -16, 3]}}, ["[1, -16, 3] as the shape of initial_latents.pt"]),
+        ({"shapes": {"initial_latents.pt": [True]}}, ["[True] as the shape of initial_latents.pt"]),
         ({"model_fingerprint": "x"}, ["model_fingerprint = 'x'", "dict"]),
         ({"versions": []}, ["versions = []", "dict"]),
     ],
@@ -474,15 +498,33 @@ def test_the_pickles_with_code_do_run_where_they_are_trusted(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["y.pt", "clip_feature.pt", "context"])
-@pytest.mark.parametrize("kind", ["code", "nan", "list", "dtype"])
+@pytest.mark.parametrize("kind", ["code", "list", "shape", "no shape"])
 def test_conditioning_that_holds_something_else(prior_copy, infer, refused, tmp_path, name, kind):
     write, words = BAD_TENSORS[kind]
+    words = words.removesuffix("[1, 16, 3, 4, 4]")
     path = prior_copy / needed_name(prior_copy, name)
     path.unlink()
     write(path)
     record_checksum(prior_copy, path.name)
     refused(lambda: infer(prior_copy), path.name, words)
     assert not (tmp_path / "code_was_run").exists()
+
+
+@pytest.mark.parametrize("name", ["y.pt", "clip_feature.pt", "context"])
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (lambda tensor: tensor * float("nan"), "NaN or infinite"),
+        (lambda tensor: tensor.bfloat16(), "dtype bfloat16, expected float32"),
+        (lambda tensor: tensor[..., :-1].clone(), "has shape"),
+        (lambda tensor: tensor[0], "has shape"),
+    ],
+)
+def test_conditioning_that_is_almost_right(prior_copy, infer, refused, name, spoil, words):
+    path = prior_copy / needed_name(prior_copy, name)
+    torch.save(spoil(torch.load(path, weights_only=True)), path)
+    record_checksum(prior_copy, path.name)
+    refused(lambda: infer(prior_copy), path.name, words)
 
 
 @pytest.mark.parametrize("name", ["noise_pred_0002.pt", "step_0001.pt", "step_0009.pt"])
@@ -546,6 +588,14 @@ def test_nothing_is_overwritten_unasked(prior, infer, refused, tmp_path, taken):
     refused(lambda: infer(prior, "--output", tmp_path / "video.mp4"), f"{taken} exists", "--overwrite")
     assert infer(prior, "--output", tmp_path / "video.mp4", "--overwrite").code == 0
     assert (tmp_path / taken).read_bytes() != b"precious"
+
+
+@pytest.mark.parametrize("name", ["run_metadata.mp4", "output_full.mp4", "RUN_METADATA.mp4"])
+def test_the_priors_own_files_are_never_replaced(prior_copy, infer, refused, tmp_path, name):
+    (tmp_path / "link").symlink_to(prior_copy)
+    for folder in (prior_copy, tmp_path / "link", prior_copy / ".." / prior_copy.name):
+        for flags in ((), ("--overwrite",)):
+            refused(lambda f=folder, o=flags: infer(prior_copy, "--output", f / name, *o), "the prior itself")
 
 
 def test_an_output_that_is_a_folder(prior, infer, refused, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -20,16 +21,19 @@ def test_both_scripts_from_another_folder(image, model_dir, tmp_path):
     (tmp_path / "model").symlink_to(model_dir)
     (tmp_path / "me.png").write_bytes(image.read_bytes())
     flags = ("--model", "tiny", "--model_dir", "model", "--image", "me.png", "--prompt", PROMPT)
-    made = run_as_user(ROOT / "generate_prior.py", *flags, "--start_step", 5, cwd=tmp_path)
+    more = ("--start_step", 5, "--device", "cpu")
+    made = run_as_user(ROOT / "generate_prior.py", *flags, *more, cwd=tmp_path)
     assert made.returncode == 0, made.stderr
     prior = made.stdout.removesuffix("\n")
     assert prior.startswith("prior_output/run_")
     assert "10/10" in made.stderr
     printed = made.stderr.splitlines()[-1].strip()
-    assert printed == f'python infer_from_prior.py --prior_dir {prior} --start_step 5 --prompt "..."'
+    script = shlex.quote(str(ROOT / "infer_from_prior.py"))
+    flags = f"--prior_dir {prior} --start_step 5 --model_dir model --device cpu"
+    assert printed == f'python {script} {flags} --prompt "..."'
 
-    flags = ("--prior_dir", prior, "--model_dir", "model", "--prompt", OTHER_PROMPT)
-    resumed = run_as_user(ROOT / "infer_from_prior.py", *flags, cwd=tmp_path)
+    command = shlex.split(printed.replace("...", OTHER_PROMPT))
+    resumed = run_as_user(*command[1:], cwd=tmp_path)
     assert resumed.returncode == 0, resumed.stderr
     video = tmp_path / resumed.stdout.removesuffix("\n")
     assert video.parent == tmp_path / prior / "outputs"
@@ -68,6 +72,38 @@ def test_help_answers_without_the_heavy_imports(script, tmp_path):
     assert "usage: " in ended.stdout
     for flag in ("--model", "--prompt", "--cfg_scale", "--device", "--dtype", "--vram"):
         assert flag in ended.stdout
+
+
+def test_the_command_printed_is_short_where_nothing_else_was_given(monkeypatch, tmp_path):
+    import generate_prior
+
+    args = generate_prior.parse_args(["--model", "tiny", "--image", "me.png"])
+    prior = Path("prior_output/run_my cat")
+    command = (
+        """infer_from_prior.py --prior_dir 'prior_output/run_my cat' --start_step 6 --prompt "..." """.strip()
+    )
+    monkeypatch.chdir(ROOT)
+    assert generate_prior.resume_command(args, prior) == f"python {command}"
+    monkeypatch.chdir(ROOT / "data")
+    assert generate_prior.resume_command(args, prior) == f"python {shlex.quote(str(ROOT))}/{command}"
+
+
+def test_the_defaults_in_the_help_are_those_that_hold(tmp_path):
+    from wan_models import model_defaults
+
+    text = " ".join(run_as_user(ROOT / "generate_prior.py", "--help", cwd=tmp_path).stdout.split())
+    real, large, tiny = (model_defaults(name) for name in ("I2V-480P", "I2V-720P", "tiny"))
+    for line in (
+        f"(default: {real.height} x {real.width}, {real.num_frames} frames; "
+        f"I2V-720P: {large.height} x {large.width}; tiny: {tiny.height} x {tiny.width}, {tiny.num_frames})",
+        f"frames per second (default: {real.fps}; tiny: {tiny.fps})",
+        f"halves the cost (default: {real.cfg_scale:g}; tiny: {tiny.cfg_scale:g})",
+        f"at high noise (default: {real.sigma_shift:g})",
+        f"(default: {real.dtype}; tiny: {tiny.dtype})",
+        "of the initial noise (default: 0)",
+    ):
+        assert line in text
+    assert (tiny.negative_prompt, tiny.sigma_shift) == ("", real.sigma_shift)
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

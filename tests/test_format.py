@@ -15,7 +15,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import FRAMES, OTHER_PROMPT, PROMPT, ROOT, SIZE, listing, read_json
+from conftest import save_image
+from helpers import FRAMES, OTHER_PROMPT, PROMPT, ROOT, SIZE, edit_metadata, listing, read_json
 
 import command_line
 import prior_utils
@@ -36,6 +37,7 @@ OWN_KEYS = {
     "format_version",
     "status",
     "files",
+    "shapes",
     "model",
     "model_fingerprint",
     "lora",
@@ -49,6 +51,9 @@ OWN_KEYS = {
     "tile_size",
     "tile_stride",
     "start_step",
+    "device",
+    "device_name",
+    "num_threads",
     "versions",
     "seconds",
     "seconds_per_step",
@@ -137,6 +142,12 @@ def test_every_file_is_recorded_with_its_checksum(prior):
     assert set(files) == steps | contexts | others
 
 
+def test_every_tensor_is_recorded_with_its_shape(prior):
+    found = {path.name: list(torch.load(path, weights_only=True).shape) for path in prior.glob("*.pt")}
+    assert read_json(prior / "run_metadata.json")["shapes"] == found
+    assert found["y.pt"] == [1, 20, *found["step_0000.pt"][2:]]
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_tensors_are_in_the_pipelines_dtype(make_prior, dtype):
     prior = make_prior("--dtype", dtype)
@@ -178,6 +189,7 @@ def test_decoded_videos_are_of_the_denoised_estimates(make_prior, prior):
     assert np.abs(np.subtract(last, full, dtype=float)).max() <= 3
     metadata = [read_json(folder / "run_metadata.json") for folder in (decoded, prior)]
     assert metadata[0]["latents_sha256"] == metadata[1]["latents_sha256"]
+    assert metadata[0]["seconds"]["decode_estimates"] > 0
 
 
 def test_a_prior_can_be_moved(prior, infer, tmp_path):
@@ -195,6 +207,39 @@ def test_the_report_says_how_to_make_the_video_again(prior, infer, tmp_path):
     }
     assert set(first["seconds"]) == {"load", "encode", "denoise", "decode", "save"}
     assert len(first["seconds_per_step"]) == 3
+
+
+def test_the_report_names_what_the_result_depends_on(prior, infer, image, model_dir, tmp_path):
+    metadata = read_json(prior / "run_metadata.json")
+    outcome = infer(prior, "--image", image, "--output", tmp_path / "video.mp4")
+    report = outcome.report
+    same = ("device", "device_name", "num_threads", "versions", "lora", "model", "dtype")
+    assert {key: report[key] for key in same} == {key: metadata[key] for key in same}
+    assert (report["model_dir"], report["vram"]) == (str(model_dir), "plain")
+    assert report["model_fingerprint"] == {
+        name: metadata["model_fingerprint"][name] for name in report["components_loaded"]
+    }
+    assert report["prior_files"] == {name: metadata["files"][name] for name in report["prior_files"]}
+    assert set(report["prior_files"]) >= {"step_0006.pt", "y.pt", "clip_feature.pt"}
+    assert report["image"] == str(image)
+    assert report["image_sha256"] == hashlib.sha256(image.read_bytes()).hexdigest()
+    assert "warning" not in outcome.err
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"device_name": "another GPU"}, "(then 'another GPU')"),
+        ({"device_name": ...}, "(then None)"),
+        ({"versions": {"torch": "1.13", "diffsynth": "2.0"}}, "(then '1.13'), diffsynth "),
+    ],
+)
+def test_another_machine_or_version_is_a_warning(prior_copy, infer, changes, words):
+    edit_metadata(prior_copy, **changes)
+    outcome = infer(prior_copy, "--start_step", 9)
+    warnings = [line for line in outcome.err.splitlines() if line.startswith("warning: ")]
+    assert (outcome.code, len(warnings)) == (0, 1)
+    assert words in warnings[0] and "the last bits" in warnings[0]
 
 
 # --- nothing is overwritten, nothing collides ---------------------------------------------------------------
@@ -228,11 +273,34 @@ def test_videos_of_other_prompts_and_settings_stand_side_by_side(prior_copy, inf
     assert paths[0].name.startswith("step06_")
 
 
-@pytest.mark.parametrize("prompt", ["", "../../etc/passwd", "一只小船", "a" * 5000, "-rf *", "a\nb\0c"[:3]])
-def test_any_prompt_makes_a_sound_file_name(prior_copy, infer, prompt):
+@pytest.mark.parametrize(
+    ("prompt", "words"),
+    [
+        ("", "no-prompt"),
+        ("../../etc/passwd", "etc-passwd"),
+        ("一只小船。", "一只小船"),
+        ("船" * 50, "船" * 20),
+        ("a" + "船" * 50, "a" + "船" * 19),
+        ("a" * 5000, "a" * 60),
+        ("-rf *", "rf"),
+        ("...", "prompt"),
+        ("a\nb", "a-b"),
+    ],
+)
+def test_any_prompt_makes_a_sound_file_name(prior_copy, infer, prompt, words):
     path = infer(prior_copy, "--start_step", 9, f"--prompt={prompt}").path
     assert path.parent == prior_copy / "outputs"
+    assert path.name.split("_")[1] == words
     assert read_json(path.with_suffix(".json"))["prompt"] == prompt
+
+
+def test_however_many_steps_make_a_sound_file_name(make_prior, infer, tmp_path):
+    prior = shutil.copytree(make_prior("--num_inference_steps", "60"), tmp_path / "run_many")
+    names = [infer(prior, "--num_steps", number).path.name for number in (2, 6, 7, 60)]
+    names.append(infer(prior, "--steps", *range(7)).path.name)
+    starts = [name.split("_")[0] for name in names]
+    assert starts == ["steps24-48", "steps9-18-27-36-46-55", "7steps", "60steps", "7steps"]
+    assert len({name.split("_")[-1] for name in names}) == len(names)  # the steps are in the hash, too
 
 
 def test_resuming_changes_nothing_of_the_prior(prior_copy, infer):
@@ -246,6 +314,13 @@ def test_any_output_name_that_the_disk_takes(prior, infer, tmp_path, name):
     outcome = infer(prior, "--start_step", 9, "--output", tmp_path / "new folder" / name)
     assert outcome.path == tmp_path / "new folder" / name
     assert set(listing(outcome.path.parent)) == {name, name.replace(".mp4", ".json")}
+
+
+def test_paths_that_are_no_utf8_can_be_written_down(prior, infer, image, tmp_path):
+    odd = tmp_path / os.fsdecode(b"me \xff.png")
+    odd.write_bytes(image.read_bytes())
+    outcome = infer(prior, "--start_step", 9, "--image", odd, "--output", tmp_path / "video.mp4")
+    assert outcome.report["image"] == str(odd)
 
 
 def test_replacing_leaves_the_old_file_when_writing_fails(tmp_path):
@@ -400,7 +475,7 @@ def test_nan_stops_a_resumed_run_at_that_step(prior_copy, infer, monkeypatch, fl
     assert outcome.code == 1
     assert f"NaN or infinite at step {step}" in outcome.error
     assert outcome.out == ""
-    assert list((prior_copy / "outputs").iterdir()) == []
+    assert not (prior_copy / "outputs").exists()
 
 
 @pytest.fixture
@@ -476,6 +551,17 @@ def test_an_older_prior_gives_what_the_full_one_gives(prior, older_prior, infer,
     outcome = infer(older_prior, "--model", "tiny", "--image", image, *flags)
     assert outcome.report["latents_sha256"] == full["latents_sha256"]
     assert outcome.report["steps_run"] == full["steps_run"]
+    latents = older_prior / f"step_{step:04d}.pt"
+    digest = hashlib.sha256(latents.read_bytes()).hexdigest()
+    assert outcome.report["prior_files"] == {latents.name: digest}
+    assert outcome.report["image_sha256"] == hashlib.sha256(image.read_bytes()).hexdigest()
+
+
+def test_an_older_priors_image_is_read_once(older_prior, infer, tmp_path):
+    wide = save_image(tmp_path / "wide.png", size=(2 * SIZE, SIZE))
+    outcome = infer(older_prior, "--model", "tiny", "--image", wide, "--prompt", PROMPT)
+    assert outcome.code == 0
+    assert outcome.err.count("stretched") == 1
 
 
 def test_an_older_prior_warns_of_what_could_not_be_checked(older_prior, infer, image):

@@ -218,6 +218,21 @@ def test_no_example_without_a_network(run, loads, tmp_path, monkeypatch):
         assert word in outcome.error
 
 
+def test_nothing_is_fetched_for_flags_that_cannot_be_used(run, refused, tmp_path, monkeypatch):
+    import modelscope
+
+    import generate_prior
+
+    fetched = []
+    monkeypatch.setattr(generate_prior, "EXAMPLE_IMAGE", tmp_path / "none.jpg")
+    monkeypatch.setattr(modelscope, "dataset_snapshot_download", lambda *_, **__: fetched.append(1))
+    (tmp_path / "run_mine").mkdir()
+    command = ("generate_prior", "--model", "tiny", "--download_example", "--output_dir", tmp_path)
+    for flags in (("--run_id", "../x"), ("--run_id", "mine"), ("--device", "gpu"), ("--sigma_shift", 1e9)):
+        refused(lambda f=flags: run(*command, *f), flags[0])
+    assert not fetched
+
+
 def test_the_example_is_fetched_once_and_used(run, model_dir, image, tmp_path, monkeypatch):
     import modelscope
 
