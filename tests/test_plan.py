@@ -1,0 +1,50 @@
+"""A plan is data for one video: made from flags and prior alone, run on a pipeline loaded once."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+from helpers import OTHER_PROMPT, PROMPT, read_json
+
+import infer_from_prior
+import wan_models
+from infer_from_prior import make_plan, make_video, read_inputs
+from prior_utils import Clock, read_prior, sha256_tensor
+
+
+def plan_of(prior, *flags):
+    args = infer_from_prior.parse_args(["--prior_dir", str(prior), *map(str, flags)])
+    before = copy.deepcopy(vars(args))
+    plan = make_plan(args, read_prior(prior))
+    assert vars(args) == before
+    return plan
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ((), ("resume", 6, [7, 8, 9], PROMPT, 5.0)),
+        (("--start_step", 9, "--cfg_scale", 1), ("resume", 9, [], PROMPT, 1.0)),
+        (("--steps", 0, 9, "--prompt", OTHER_PROMPT), ("differential", None, [0, 9], OTHER_PROMPT, 5.0)),
+        (("--num_steps", 3, "--prompt", ""), ("differential", None, [2, 5, 8], "", 5.0)),
+    ],
+)
+def test_a_plan_is_what_the_flags_say_and_else_the_prior(prior, model_dir, flags, expected):
+    plan = plan_of(prior, "--model_dir", model_dir, *flags)
+    assert (plan.method, plan.start_step, plan.steps_to_run, plan.prompt, plan.cfg_scale) == expected
+    assert (plan.model, plan.dtype, plan.fps, plan.negative_prompt) == ("tiny", "float32", 8, "Still.")
+
+
+def test_one_loaded_pipeline_makes_several_videos(prior, model_dir, tmp_path):
+    options = wan_models.LoadOptions("tiny", "cpu", "float32", model_dir=model_dir)
+    pipe = wan_models.load_pipeline(options, wan_models.weight_files(options, ["dit", "vae"]))
+    recorded = read_prior(prior)
+    expected = read_json(prior / "run_metadata.json")["latents_sha256"]
+    for flags in (("--start_step", 8), ("--steps", 3), ("--start_step", 9)):
+        plan, clock, path = plan_of(prior, *flags), Clock(), tmp_path / f"{flags[-1]}.mp4"
+        inputs = read_inputs(plan, recorded)
+        result = make_video(plan, recorded, inputs=inputs, pipe=pipe, path=path, clock=clock)
+        assert sha256_tensor(result.latents) == expected
+        assert result.steps == plan.steps_to_run
+        assert path.exists() and clock.seconds["save"] > 0 == clock.seconds["load"]
