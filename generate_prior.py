@@ -219,6 +219,7 @@ def describe(args: argparse.Namespace, settings: RunSettings, *, device: str) ->
     prior_utils.check_distinct(timesteps)
     return {
         **dataclasses.asdict(settings),
+        "prior_kind": "prompted" if args.prompt else "neutral",
         "scheduler_timesteps": timesteps,
         "scheduler_sigmas": sigmas,
         "prompt": args.prompt,
@@ -367,7 +368,7 @@ def resume_command(args: argparse.Namespace, directory: Path) -> str:
     script = Path(__file__).resolve().with_name("infer_from_prior.py")
     if script.is_relative_to(Path.cwd()):
         script = script.relative_to(Path.cwd())
-    words = ["python", script, "--prior_dir", directory, "--start_step", args.start_step]
+    words = ["python", script, "--prior_dir", directory]
     for name, default in (("model_dir", None), ("device", None), ("vram", "auto")):
         if getattr(args, name) != default:
             words += [f"--{name}", getattr(args, name)]
@@ -404,11 +405,13 @@ def main(argv: list[str] | None = None) -> Path:
         seconds=clock.seconds,
         seconds_per_step=result.seconds_per_step,
     )
-    skipped, seconds = args.start_step + 1, sum(clock.seconds.values())
+    steps, seconds = settings.num_inference_steps, sum(clock.seconds.values())
     cli.say(
         f"{directory}: {len(result.steps)} steps, {result.forwards} forwards, {seconds:.1f} s\n"
-        f"A new prompt from step {args.start_step} skips {skipped} of {settings.num_inference_steps} steps:\n"
-        f"  {resume_command(args, directory)}"
+        f"A new prompt in {prior_utils.recommended_num_steps(steps)} of {steps} steps:\n"
+        f"  {resume_command(args, directory)}\n"
+        f"Or resumed after step {args.start_step}, {steps - args.start_step - 1} of {steps} steps:\n"
+        f"  {resume_command(args, directory)} --start_step {args.start_step}"
     )
     return directory
 

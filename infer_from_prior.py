@@ -1,9 +1,10 @@
-"""Make a new video from a prior: load the latents after a step, run only the steps after it.
+"""Make a new video of a prior's identity, in a fraction of the steps.
 
-    python infer_from_prior.py --prior_dir prior_output/run_<id> --start_step 6 --prompt "She looks up."
-    python infer_from_prior.py --prior_dir prior_output/run_<id> --steps 2 5 8 --prompt "She looks up."
+    python infer_from_prior.py --prior_dir prior_output/run_<id> --prompt "She looks up."
+    python infer_from_prior.py --prior_dir prior_output/run_<id> --prompt "She looks up." --start_step 6
 
-The second is a differential resume: a few chosen steps, spent on what the new prompt changes.
+The first runs 3 of 10 steps, spread over the schedule and spent on what the new prompt changes: a
+differential resume. The second loads the latents after step 6 and runs 7, 8, 9: late for a new motion.
 Without --prompt the prior's own prompt is used, and the video is the prior's own, bit for bit.
 The last line on stdout is the video; a .json file beside it says how it was made.
 """
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
     from wan_pipeline import Conditioning, RunResult
 
 IDENTITY_FILES = ("y.pt", "clip_feature.pt")
+LATE = 0.5  # share of the schedule after which a resumed run rarely changes the motion
+LATE_FIGURES = {"prompted": "@P@", "neutral": "@N@"}
 SCHEDULE_FLAGS = ("num_inference_steps", "denoising_strength", "sigma_shift")
 MAX_NAME_BYTES = 255  # of a file name, on every usual file system
 
@@ -115,20 +118,21 @@ def add_method_arguments(parser: argparse.ArgumentParser) -> None:
         type=cli.non_negative_int,
         metavar="N",
         help="resume after this step; early: the prompt decides more, late: it costs less; the last step "
-        "only decodes (default: the prior's recommendation)",
+        "only decodes; an older prior is resumed after 6 of 10 unless told otherwise",
     )
     method.add_argument(
         "--steps",
         type=cli.non_negative_int,
         nargs="+",
         metavar="N",
-        help="differential resume: run only these steps, spent on what the new prompt changes",
+        help="differential resume: run only these steps, spent on what the new prompt changes "
+        "(default: 3 of 10, 0 4 8)",
     )
     method.add_argument(
         "--num_steps",
         type=cli.positive_int,
         metavar="N",
-        help="like --steps, spread evenly: 3 of 10 means 2 5 8",
+        help="like --steps, spread over the schedule: of 10 steps 2 are 2 7, 3 are 0 4 8",
     )
 
 
@@ -222,24 +226,36 @@ def choose_steps(args: argparse.Namespace, prior: Prior) -> tuple[str, int | Non
     Raises:
         InputError: a step the prior doesn't have, or a prior without what a differential resume needs.
     """
-    total = prior.num_inference_steps
-    if args.num_steps is not None and args.num_steps > total:
-        raise InputError(f"--num_steps {args.num_steps}: the prior has only {total} steps")
-    if args.steps is None and args.num_steps is None:
-        start_step = args.start_step
-        if start_step is None:
-            start_step = prior.metadata.get("start_step", prior_utils.recommended_start_step(total))
-        if start_step >= total:
-            raise InputError(f"--start_step {start_step}: the prior has steps 0 to {total - 1}")
-        return "resume", start_step, list(range(start_step + 1, total))
-    steps = args.steps or prior_utils.spread_steps(total, args.num_steps)
-    if sorted(set(steps)) != steps or steps[-1] >= total:
-        raise InputError(f"--steps {steps}: expected increasing steps between 0 and {total - 1}")
-    if prior.is_legacy:
+    differential = args.steps is not None or args.num_steps is not None
+    if prior.is_legacy and differential:
         raise InputError(
             "--steps needs the prior's velocities, which this older format lacks; use --start_step"
         )
-    return "differential", None, steps
+    if args.start_step is not None or prior.is_legacy:
+        return "resume", *resumed_steps(args.start_step, prior)
+    return "differential", None, differential_steps(args, prior)
+
+
+def resumed_steps(start_step: int | None, prior: Prior) -> tuple[int, list[int]]:
+    """start_step, by default the prior's recommendation, and the steps after it."""
+    total = prior.num_inference_steps
+    if start_step is None:
+        start_step = prior.metadata.get("start_step", prior_utils.recommended_start_step(total))
+    if start_step >= total:
+        raise InputError(f"--start_step {start_step}: the prior has steps 0 to {total - 1}")
+    return start_step, list(range(start_step + 1, total))
+
+
+def differential_steps(args: argparse.Namespace, prior: Prior) -> list[int]:
+    """The steps of a differential resume: those given, or so many spread over the schedule."""
+    total = prior.num_inference_steps
+    num_steps = args.num_steps or prior_utils.recommended_num_steps(total)
+    if num_steps > total:
+        raise InputError(f"--num_steps {num_steps}: the prior has only {total} steps")
+    steps = args.steps or prior_utils.spread_steps(total, num_steps)
+    if sorted(set(steps)) != steps or steps[-1] >= total:
+        raise InputError(f"--steps {steps}: expected increasing steps between 0 and {total - 1}")
+    return steps
 
 
 def run_settings(plan: Plan, prior: Prior) -> RunSettings:
@@ -408,6 +424,18 @@ def check_fingerprint(prior: Prior, found: Mapping[str, str]) -> None:
             )
 
 
+def warn_of_old_motion(plan: Plan, prior: Prior) -> None:
+    """Say so where a new prompt comes too late to be obeyed: motion is settled early."""
+    if plan.method == "differential" or plan.prompt == prior.metadata.get("prompt"):
+        return
+    if plan.start_step >= LATE * prior.num_inference_steps and plan.steps_to_run:
+        kind = prior.metadata.get("prior_kind", "prompted")
+        cli.warn(
+            f"resuming after step {plan.start_step} of {prior.num_inference_steps} mostly keeps what the "
+            f"prior shows: {LATE_FIGURES[kind]}; leave --start_step out to have the prompt obeyed"
+        )
+
+
 def warn_of_doubts(plan: Plan, prior: Prior, *, device: str) -> None:
     """Say what could not be checked, or what differs from when the prior was made and may change bits."""
     if prior.is_legacy:
@@ -543,6 +571,7 @@ def main(argv: list[str] | None = None) -> Path:
     path = args.output or free_output(plan, prior)
     device = wan_models.pick_device(plan.model, args.device)
     warn_of_doubts(plan, prior, device=device)
+    warn_of_old_motion(plan, prior)
     inputs = read_inputs(plan, prior)
     check_schedule(prior)
     cli.check_folder(path.parent, cli.video_bytes(run_settings(plan, prior)) + 2**20)

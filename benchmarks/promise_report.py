@@ -89,7 +89,7 @@ HEADLINE = (
     ("differential 0 4 8, prior of another motion", "differential", "motion", "0 4 8"),
     ("2 steps from noise", "fewer steps", "none", "0 1"),
     ("2 steps from noise on sigmas 0, 6 of the 10", "fewer steps, chosen sigmas", "none", "0 6"),
-    ("**differential 0 6, neutral prior**", "differential", "empty", "0 6"),
+    ("**differential 2 7, neutral prior**", "differential", "empty", "2 7"),
     ("1 step from noise", "fewer steps", "none", "0"),
     ("differential 0, neutral prior", "differential", "empty", "0"),
 )
@@ -118,8 +118,8 @@ CLAIMS = (  # difference of the first to the second, pair by pair
     (("differential", "empty", "0 4 8"), ("fewer steps", "none", "0 1 2")),
     (("differential", "empty", "0 4 8"), ("differential", "motion", "0 4 8")),
     (("differential", "empty", "0 4 8"), ("differential", "empty", "2 5 8")),
-    (("differential", "empty", "0 6"), ("fewer steps, chosen sigmas", "none", "0 6")),
-    (("differential", "empty", "0 6"), ("full run", "none", "0 1 2 3 4 5 6 7 8 9")),
+    (("differential", "empty", "2 7"), ("fewer steps, chosen sigmas", "none", "0 6")),
+    (("differential", "empty", "2 7"), ("full run", "none", "0 1 2 3 4 5 6 7 8 9")),
     (("differential", "empty", "0"), ("full run", "none", "0 1 2 3 4 5 6 7 8 9")),
 )
 

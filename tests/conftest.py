@@ -181,10 +181,12 @@ def generate(run: Callable[..., Outcome], model_dir: Path, tmp_path: Path) -> Ca
 
 @pytest.fixture
 def infer(run: Callable[..., Outcome], model_dir: Path) -> Callable[..., Outcome]:
-    """infer_from_prior.py with the small model."""
+    """infer_from_prior.py with the small model, resuming after step 6 unless the flags choose the steps."""
 
     def infer(prior: Path, *argv: object) -> Outcome:
-        return run("infer_from_prior", "--prior_dir", prior, "--model_dir", model_dir, *argv)
+        chosen = {"--start_step", "--steps", "--num_steps"} & set(map(str, argv))
+        method = () if chosen else ("--start_step", 6)
+        return run("infer_from_prior", "--prior_dir", prior, "--model_dir", model_dir, *method, *argv)
 
     return infer
 

@@ -29,8 +29,8 @@ def test_both_scripts_from_another_folder(image, model_dir, tmp_path):
     assert "10/10" in made.stderr
     printed = made.stderr.splitlines()[-1].strip()
     script = shlex.quote(str(ROOT / "infer_from_prior.py"))
-    flags = f"--prior_dir {prior} --start_step 5 --model_dir model --device cpu"
-    assert printed == f'python {script} {flags} --prompt "..."'
+    flags = f"--prior_dir {prior} --model_dir model --device cpu"
+    assert printed == f'python {script} {flags} --prompt "..." --start_step 5'
 
     command = shlex.split(printed.replace("...", OTHER_PROMPT))
     resumed = run_as_user(*command[1:], cwd=tmp_path)
@@ -79,9 +79,7 @@ def test_the_command_printed_is_short_where_nothing_else_was_given(monkeypatch, 
 
     args = generate_prior.parse_args(["--model", "tiny", "--image", "me.png"])
     prior = Path("prior_output/run_my cat")
-    command = (
-        """infer_from_prior.py --prior_dir 'prior_output/run_my cat' --start_step 6 --prompt "..." """.strip()
-    )
+    command = """infer_from_prior.py --prior_dir 'prior_output/run_my cat' --prompt "..." """.strip()
     monkeypatch.chdir(ROOT)
     assert generate_prior.resume_command(args, prior) == f"python {command}"
     monkeypatch.chdir(ROOT / "data")

@@ -125,3 +125,28 @@ def test_a_damaged_velocity_is_refused_only_where_it_is_needed(refused, infer, p
     path.write_bytes(path.read_bytes()[:-1])
     assert "noise_pred_0005.pt is damaged" in refused(lambda: infer(prior_copy, "--steps", "2", "5", "8"))
     assert infer(prior_copy, "--steps", "2", "8").code == 0
+
+
+def test_it_is_the_default(run, model_dir, prior_copy) -> None:
+    command = ("--prior_dir", prior_copy, "--model_dir", model_dir, "--prompt", OTHER_PROMPT)
+    report = run("infer_from_prior", *command).report
+    assert (report["method"], report["steps_run"]) == ("differential", [0, 4, 8])
+
+
+@pytest.mark.parametrize(
+    ("flags", "warned"),
+    [
+        (("--start_step", 6, "--prompt", OTHER_PROMPT), True),
+        (("--start_step", 6), False),
+        (("--start_step", 3, "--prompt", OTHER_PROMPT), False),
+        (("--steps", 4, 8, "--prompt", OTHER_PROMPT), False),
+    ],
+)
+def test_a_prompt_that_comes_too_late_is_warned_of(infer, prior_copy, flags, warned) -> None:
+    assert ("mostly keeps what the prior shows" in infer(prior_copy, *flags).err) == warned
+
+
+def test_a_prior_says_whether_it_was_made_with_a_prompt(generate, image, prior) -> None:
+    assert read_json(prior / "run_metadata.json")["prior_kind"] == "prompted"
+    neutral = generate("--image", image, "--num_inference_steps", 1).path
+    assert read_json(neutral / "run_metadata.json")["prior_kind"] == "neutral"

@@ -12,8 +12,10 @@ from prior_utils import (
     check_distinct,
     check_schedule,
     latents_shape,
+    recommended_num_steps,
     recommended_start_step,
     round_sizes,
+    spread_steps,
 )
 from wan_pipeline import ResumableScheduler, Step, compute_schedule
 
@@ -128,6 +130,18 @@ def test_a_schedule_that_repeats_itself_is_refused():
 def test_recommended_step_is_6_of_10_and_always_exists():
     assert [recommended_start_step(n) for n in (1, 2, 3, 10, 25, 50)] == [0, 1, 1, 6, 15, 30]
     assert all(0 <= recommended_start_step(n) < n for n in range(1, 200))
+
+
+def test_a_differential_resume_runs_as_many_steps_as_asked_spread_over_the_schedule():
+    assert [spread_steps(10, n) for n in (1, 2, 3, 4)] == [[0], [2, 7], [0, 4, 8], [0, 3, 6, 8]]
+    assert spread_steps(25, 3) == [0, 10, 20]
+    assert [recommended_num_steps(n) for n in (1, 2, 10, 25)] == [1, 1, 3, 8]
+    for total in (1, 2, 10, 50):
+        for number in range(1, total + 1):
+            steps = spread_steps(total, number)
+            assert (
+                steps[0] == 0 and steps[-1] < total and steps == sorted(set(steps)) and len(steps) == number
+            )
 
 
 def test_shapes_and_rounded_sizes():
