@@ -139,7 +139,7 @@ def test_a_differential_resume_runs_as_many_steps_as_asked_spread_over_the_sched
     for total in (1, 2, 10, 50):
         for number in range(1, total + 1):
             steps = spread_steps(total, number)
-            assert 0 <= steps[0] and steps[-1] < total and len(steps) == number
+            assert steps[0] >= 0 and steps[-1] < total and len(steps) == number
             assert steps == sorted(set(steps))
 
 
