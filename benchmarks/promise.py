@@ -30,6 +30,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "data" / "tiny_wan_i2v")]
 
 import world  # noqa: E402
 from methods import STEPS, Case, as_array, methods  # noqa: E402
+from promise_report import NUMBERS  # noqa: E402
 
 FIRST_IDENTITY = 2_000_000  # a stream of identities of its own, neither the training's nor evaluate.py's
 COLUMNS = (
@@ -42,16 +43,7 @@ COLUMNS = (
     "steps",
     "forwards",
     "shown",
-    "obeyed",
-    "old_kept",
-    "identity_error",
-    "sharpness",
-    "bloom_error",
-    "decided",
-    "psnr",
-    "shared_with_prior",
-    "shared_with_full",
-    "denoise_seconds",
+    *NUMBERS,
 )
 
 

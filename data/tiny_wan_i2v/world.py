@@ -1,7 +1,8 @@
 """The drawn world the embedded model lives in: who, which motion, what stays open, and how to measure it.
 
-    identity = sample_identity(np.random.default_rng(0))
-    frames = render(identity, "left", sample_open_part(rng, "left"))     # uint8 [T, H, W, 3]
+    rng = np.random.default_rng(0)
+    identity = sample_identity(rng)
+    frames = render(identity, "left", sample_open_part(rng))     # uint8 [T, H, W, 3]
     measure(frames, identity).motion                                     # "left"
 
 A clip is a cartoon character in front of a papered wall. The first frame gives the identity (colours, hair,
@@ -11,7 +12,7 @@ buds on the wall bloom into, one of six patterns on every tile, whatever the mot
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
@@ -492,8 +493,3 @@ def agreement(first: Measurement, second: Measurement) -> float:
     """Share of the tiles visible in both clips that show the same bloom (chance: one in six)."""
     both = (first.blooms >= 0) & (second.blooms >= 0)
     return float((first.blooms == second.blooms)[both].mean()) if both.any() else float("nan")
-
-
-def describe(identity: Identity) -> dict:
-    """The identity as plain numbers, for JSON."""
-    return asdict(identity)
