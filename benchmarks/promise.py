@@ -1,6 +1,7 @@
 """Measure the promise on the embedded model: is the new prompt obeyed, the identity kept, the time saved?
 
     python benchmarks/promise.py --identities 100
+    python benchmarks/promise.py --identities 100 --methods steps --output benchmarks/results/steps
     python benchmarks/promise.py --report_only
 
 Every case is an identity the model has not seen, a motion its prior was made with and another one that
@@ -29,7 +30,7 @@ ROOT = HERE.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "data" / "tiny_wan_i2v")]
 
 import world  # noqa: E402
-from methods import STEPS, Case, as_array, methods  # noqa: E402
+from methods import PRIOR_PROMPTS, SETS, STEPS, Case, Method, as_array, make_prior  # noqa: E402
 from promise_report import NUMBERS  # noqa: E402
 
 FIRST_IDENTITY = 2_000_000  # a stream of identities of its own, neither the training's nor evaluate.py's
@@ -84,13 +85,15 @@ def make_case(pipe, defaults, index: int, seed: int) -> Case:
     return Case(index, seed, pipe, settings, identity, old, new, contexts, image, noise)
 
 
-def measure_case(pipe, defaults, index: int, seed: int) -> Iterator[dict]:
+def measure_case(pipe, defaults, index: int, seed: int, methods: list[Method]) -> Iterator[dict]:
     """One line for every method."""
     case = make_case(pipe, defaults, index, seed)
-    before = {kind: world.measure(prior.frames, case.identity) for kind, prior in case.priors.items()}
+    kinds = {method.prior for method in methods} - {"none"}
+    priors = {kind: make_prior(case, PRIOR_PROMPTS[kind]) for kind in sorted(kinds)}
+    before = {kind: world.measure(prior.frames, case.identity) for kind, prior in priors.items()}
     full, full_found = None, None
-    for method in methods():
-        result = method.run(case, case.priors.get(method.prior))
+    for method in methods:
+        result = method.run(case, priors.get(method.prior))
         frames = as_array(result.frames)
         found = world.measure(frames, case.identity)
         if full is None:  # the first method is the full run
@@ -162,18 +165,19 @@ def start_worker(threads: int) -> None:
     _worker = (pipe, wan_models.model_defaults("tiny"))
 
 
-def work(job: tuple[int, int]) -> list[dict]:
-    """All lines of one case."""
-    return list(measure_case(*_worker, *job))
+def work(job: tuple[int, int, str]) -> list[dict]:
+    """All lines of one case: index, seed, name of the set of methods."""
+    index, seed, name = job
+    return list(measure_case(*_worker, index, seed, list(SETS[name]())))
 
 
-def run_cases(jobs: list[tuple[int, int]], path: Path, *, workers: int) -> None:
+def run_cases(jobs: list[tuple[int, int, str]], path: Path, *, workers: int) -> None:
     """Do the cases clips.csv doesn't hold yet."""
     from tqdm import tqdm
 
     rows = list(csv.DictReader(path.open())) if path.exists() else []
     done = {(int(row["index"]), int(row["seed"])) for row in rows}
-    jobs = [job for job in jobs if job not in done]
+    jobs = [job for job in jobs if job[:2] not in done]
     if not jobs:
         return
     os.environ["TQDM_DISABLE"] = "1"  # in the workers: only the bar over the cases is of interest
@@ -188,7 +192,7 @@ def run_cases(jobs: list[tuple[int, int]], path: Path, *, workers: int) -> None:
                 out.flush()
 
 
-def check_same_setup(path: Path) -> None:
+def check_same_setup(path: Path, methods: list[Method]) -> None:
     """Stop before clips of other weights or other methods are added to those that are there."""
     import command_line
     import wan_models
@@ -196,7 +200,7 @@ def check_same_setup(path: Path) -> None:
     options = wan_models.LoadOptions("tiny", "cpu", "float32")
     setup = {
         "weights": wan_models.fingerprint(wan_models.weight_files(options)),
-        "methods": [f"{method.name}, {method.prior}: {method.run.keywords}" for method in methods()],
+        "methods": [f"{method.name}, {method.prior}: {method.run.keywords}" for method in methods],
         "decoded_in": "bfloat16",
         "versions": command_line.versions(),
     }
@@ -212,6 +216,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
     parser.add_argument("--identities", type=int, default=100, help="unseen identities (default: 100)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="noises per identity (default: 0)")
+    parser.add_argument("--methods", choices=SETS, default="all", help="which to compare (default: all)")
     parser.add_argument("--output", type=Path, default=HERE / "results" / "promise")
     parser.add_argument("--workers", type=int, default=2, help="processes (default: 2)")
     parser.add_argument("--report_only", action="store_true", help="only redo summary and plots")
@@ -226,9 +231,13 @@ def main(argv: list[str] | None = None) -> None:
     args.output.mkdir(parents=True, exist_ok=True)
     clips = args.output / "clips.csv"
     if not args.report_only:
-        check_same_setup(args.output / "setup.json")
+        check_same_setup(args.output / "setup.json", list(SETS[args.methods]()))
         # the seed goes with the identity, so that no two cases share their noise
-        jobs = [(index, 1000 * seed + index) for seed in args.seeds for index in range(args.identities)]
+        jobs = [
+            (index, 1000 * seed + index, args.methods)
+            for seed in args.seeds
+            for index in range(args.identities)
+        ]
         run_cases(jobs, clips, workers=args.workers)
     print(promise_report.write(clips, args.output))
 

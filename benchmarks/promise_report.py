@@ -102,7 +102,8 @@ def headline(summary: list[dict]) -> str:
     lines = ["| " + " | ".join((*head, "details decided", "PSNR to full run")) + " |", "|" + " --- |" * 7]
     found = {(line["method"], line["prior"], line["steps"]): line for line in summary}
     for label, *key in HEADLINE:
-        line = found[tuple(key)]
+        if (line := found.get(tuple(key))) is None:
+            continue
         cells = [
             f"{line[name]:.2f}" if name not in ("identity_error", "psnr") else f"{line[name]:.1f}"
             for name in names
@@ -134,6 +135,8 @@ def paired(rows: list[Row]) -> str:
     head = ("difference of", "to", *(name.replace("_", " ") for name in names))
     lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
     for first, second in CLAIMS:
+        if first not in cases or second not in cases:
+            continue
         shared = sorted(cases[first].keys() & cases[second].keys())
         cells = [", ".join(first), ", ".join(second)]
         for name in names:
