@@ -128,13 +128,13 @@ def add_method_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         metavar="N",
         help="differential resume: run only these steps, spent on what the new prompt changes "
-        "(default: 3 of 10, 0 4 8)",
+        "(default: 3 of 10, 0 5 8)",
     )
     method.add_argument(
         "--num_steps",
         type=cli.positive_int,
         metavar="N",
-        help="like --steps, spread over the schedule: of 10 steps 2 are 2 7, 3 are 0 4 8",
+        help="like --steps, spread over the schedule: of 10 steps 2 are 0 7, 3 are 0 5 8",
     )
 
 

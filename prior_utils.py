@@ -80,8 +80,8 @@ LIMITS = {  # what can be made and read; far beyond what any machine holds
     "fps": (0.1, 1000),
     "seed": (0, 2**63 - 1),
 }
-# nearest to the full run of those tried, benchmarks/results/promise/summary.md
-BEST_STEPS_OF_TEN = {1: (0,), 2: (2, 7), 3: (0, 4, 8), 4: (0, 3, 6, 8)}
+# nearest to the full run of those tried, summary.md in benchmarks/results/promise and .../steps
+BEST_STEPS_OF_TEN = {1: (0,), 2: (0, 7), 3: (0, 5, 8), 4: (0, 3, 6, 8)}
 LATENT_CHANNELS = 16  # z_dim of the Wan2.1 VAE
 SPATIAL_FACTOR = 8  # pixels per latent, height and width
 TEMPORAL_FACTOR = 4  # frames per latent, after the first
@@ -209,7 +209,7 @@ def recommended_num_steps(num_inference_steps: int) -> int:
 
 
 def spread_steps(num_inference_steps: int, num_steps: int) -> list[int]:
-    """The steps of a differential resume: 0 4 8 for 3 of 10, and the same places of other schedules."""
+    """The steps of a differential resume: 0 5 8 for 3 of 10, and the same places of other schedules."""
     if num_steps in BEST_STEPS_OF_TEN:
         return [step * num_inference_steps // 10 for step in BEST_STEPS_OF_TEN[num_steps]]
     return [i * num_inference_steps // num_steps for i in range(num_steps)]

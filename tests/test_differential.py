@@ -130,7 +130,7 @@ def test_a_damaged_velocity_is_refused_only_where_it_is_needed(refused, infer, p
 def test_it_is_the_default(run, model_dir, prior_copy) -> None:
     command = ("--prior_dir", prior_copy, "--model_dir", model_dir, "--prompt", OTHER_PROMPT)
     report = run("infer_from_prior", *command).report
-    assert (report["method"], report["steps_run"]) == ("differential", [0, 4, 8])
+    assert (report["method"], report["steps_run"]) == ("differential", [0, 5, 8])
 
 
 @pytest.mark.parametrize(
