@@ -30,6 +30,7 @@ ROOT = HERE.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "data" / "tiny_wan_i2v")]
 
 import world  # noqa: E402
+from evaluate import psnr  # noqa: E402
 from methods import PRIOR_PROMPTS, SETS, STEPS, Case, Method, as_array, make_prior  # noqa: E402
 from promise_report import NUMBERS  # noqa: E402
 
@@ -120,12 +121,6 @@ def measure_case(pipe, defaults, index: int, seed: int, methods: list[Method]) -
             "shared_with_full": round(world.agreement(found, full_found), 4),
             "denoise_seconds": round(result.seconds.get("denoise", float("nan")), 3),
         }
-
-
-def psnr(first: np.ndarray, second: np.ndarray) -> float:
-    """Peak signal-to-noise ratio of two clips in dB, 99 where they are equal."""
-    error = np.mean((first.astype(np.float64) - second) ** 2)
-    return 99.0 if error == 0 else float(10 * np.log10(255**2 / error))
 
 
 class FastDecoder:
