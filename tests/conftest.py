@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the model is so small that threads only cost time
 
-from helpers import FRAMES, PROMPT, SIZE, Outcome, listing, run_in_process  # noqa: E402
+from helpers import FRAMES, PROMPT, PUBLISHED_KEYS, SIZE, Outcome, listing, run_in_process  # noqa: E402
 
 MODEL_CONFIG = {
     "dit": {
@@ -62,18 +62,6 @@ MODEL_CONFIG = {
         "sigma_shift": 5.0,
     },
 }
-
-OLDER_KEYS = (
-    "run_id",
-    "num_inference_steps",
-    "scheduler_timesteps",
-    "scheduler_sigmas",
-    "denoising_strength",
-    "sigma_shift",
-    "height",
-    "width",
-    "num_frames",
-)
 
 
 def build_model(folder: Path, *, seed: int = 0) -> Path:
@@ -154,7 +142,7 @@ def older_prior(prior: Path, tmp_path: Path) -> Path:
     for step in range(10):
         latents = torch.load(prior / f"step_{step:04d}.pt", weights_only=True)
         torch.save(latents.cpu(), folder / f"step_{step:04d}.pt")
-    (folder / "run_metadata.json").write_text(json.dumps({key: metadata[key] for key in OLDER_KEYS}))
+    (folder / "run_metadata.json").write_text(json.dumps({key: metadata[key] for key in PUBLISHED_KEYS}))
     return folder
 
 

@@ -18,6 +18,19 @@ SIZE = 32  # pixels, height and width
 FRAMES = 9
 PROMPT, OTHER_PROMPT = "The portrait moves left.", "The portrait sinks, eyes shut."
 
+# the names that the pull request's scripts read and write
+PUBLISHED_KEYS = {
+    "run_id",
+    "num_inference_steps",
+    "scheduler_timesteps",
+    "scheduler_sigmas",
+    "denoising_strength",
+    "sigma_shift",
+    "height",
+    "width",
+    "num_frames",
+}
+
 
 @dataclass
 class Outcome:

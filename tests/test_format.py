@@ -16,23 +16,21 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import save_image
-from helpers import FRAMES, OTHER_PROMPT, PROMPT, ROOT, SIZE, edit_metadata, listing, read_json
+from helpers import (
+    FRAMES,
+    OTHER_PROMPT,
+    PROMPT,
+    PUBLISHED_KEYS,
+    ROOT,
+    SIZE,
+    edit_metadata,
+    listing,
+    read_json,
+)
 
 import command_line
 import prior_utils
 
-# the names that the pull request's scripts read and write
-PUBLISHED_KEYS = {
-    "run_id",
-    "num_inference_steps",
-    "scheduler_timesteps",
-    "scheduler_sigmas",
-    "denoising_strength",
-    "sigma_shift",
-    "height",
-    "width",
-    "num_frames",
-}
 OWN_KEYS = {
     "format_version",
     "status",
