@@ -23,9 +23,9 @@ STEPS = 10
 PRIOR_PROMPTS = {"motion": "old", "empty": "empty", "scene": "scene", "mean": "mean"}  # kind -> context
 RESUMED = {"motion": (3, 5, 6, 7, 8), "empty": (5, 6, 7, 8), "scene": (6,), "mean": (6,)}
 DIFFERENTIAL = {
-    "motion": ((2, 5, 8), (0, 4, 8), (0, 6)),
-    "empty": ((0, 3, 6, 8), (2, 5, 8), (0, 4, 8), (2, 6, 9), (0, 6), (2, 7), (0,)),
-    "scene": ((0, 4, 8),),
+    "motion": ((2, 5, 8), (0, 5, 8), (0, 7)),
+    "empty": ((0, 3, 6, 8), (2, 5, 8), (0, 4, 8), (0, 5, 8), (2, 6, 9), (0, 6), (0, 7), (2, 7), (0,)),
+    "scene": ((0, 5, 8),),
 }
 
 
@@ -132,6 +132,68 @@ def differential(case: Case, prior: Prior, *, steps: tuple[int, ...]):
     )
 
 
+def differential_second_order(case: Case, prior: Prior, *, steps: tuple[int, ...]):
+    """The same with Adams-Bashforth steps of second order for the offset, from the second one on."""
+    from wan_pipeline import DifferentialScheduler, Trajectory, run_scheduler
+
+    class SecondOrder(DifferentialScheduler):
+        before = None  # the step's sigma and difference before this one
+
+        def advance(self, place, model_output, timestep, sample):
+            here, there = self.sigmas[place].item(), [*self.sigmas.tolist(), 0.0][place + 1]
+            difference = model_output.float() - self.trajectory.noise_pred[place].float()
+            change = 0.0  # of the difference, per sigma
+            if self.before is not None:
+                change = (difference - self.before[1]) / (here - self.before[0])
+            self.before = (here, difference)
+            self.offset = self.offset + (there - here) * difference + (there - here) ** 2 / 2 * change
+            return self.trajectory.latents[place + 1] + self.offset
+
+    latents = [prior.latents[step] for step in steps] + [prior.latents[-1]]
+    trajectory = Trajectory(steps, latents, [prior.noise_pred[step] for step in steps])
+    return run_scheduler(
+        case.pipe,
+        case.settings,
+        scheduler=SecondOrder(trajectory),
+        latents=latents[0],
+        conditioning=case.conditioning("new"),
+    )
+
+
+def differential_without_guidance(case: Case, prior: Prior, *, steps: tuple[int, ...], prompt: str):
+    """The difference of the conditional branches alone: half the forwards a step, twice the steps.
+
+    `prompt` is the prior's. Its conditional velocity is computed here, uncounted; a prior would keep it.
+    """
+    from wan_pipeline import Trajectory, run_differential
+
+    posi = [velocity(case, prior.latents[step], sigma_of(case, step), prompt, cfg_scale=1) for step in steps]
+    latents = [prior.latents[step] for step in steps] + [prior.latents[-1]]
+    return run_differential(
+        case.pipe,
+        replace(case.settings, cfg_scale=1.0),
+        trajectory=Trajectory(steps, latents, posi),
+        conditioning=case.conditioning("new"),
+    )
+
+
+def renoise(case: Case, prior: Prior, *, start_step: int, steps: tuple[int, ...]):
+    """The prior's clean latents noised again with other noise up to a step's sigma, then these steps."""
+    import torch
+
+    from wan_pipeline import ReportingScheduler, run_scheduler
+
+    sigma = sigma_of(case, start_step)
+    noise = torch.randn(case.noise.shape, generator=torch.Generator().manual_seed(case.seed + 500_000))
+    return run_scheduler(
+        case.pipe,
+        case.settings,
+        scheduler=ReportingScheduler(lambda _: steps),
+        latents=(1 - sigma) * prior.latents[-1] + sigma * noise,
+        conditioning=case.conditioning("new"),
+    )
+
+
 def video_to_video(case: Case, prior: Prior, *, steps: int, strength: float):
     """What SDEdit users do: noise the prior's finished clip again and denoise it with the new prompt."""
     import torch
@@ -157,14 +219,9 @@ def flow_edit(case: Case, prior: Prior, *, steps: tuple[int, ...]):
     """
     import torch
 
-    from wan_pipeline import RunResult, compute_schedule, decode
+    from wan_pipeline import RunResult, decode
 
-    s = case.settings
-    schedule = {
-        name: getattr(s, name) for name in ("num_inference_steps", "denoising_strength", "sigma_shift")
-    }
-    sigmas = compute_schedule(**schedule)[1]
-    chosen = [sigmas[step] for step in steps] + [0.0]
+    chosen = [sigma_of(case, step) for step in steps] + [0.0]
     source = prior.latents[-1]
     edited = source.clone()
     for sigma, sigma_next in zip(chosen, chosen[1:], strict=False):
@@ -173,11 +230,19 @@ def flow_edit(case: Case, prior: Prior, *, steps: tuple[int, ...]):
         difference = velocity(case, target, sigma, "new") - velocity(case, noised, sigma, "old")
         edited = edited + (sigma_next - sigma) * difference
     with torch.no_grad():
-        frames = decode(case.pipe, edited, tiled=s.tiled)
+        frames = decode(case.pipe, edited, tiled=case.settings.tiled)
     return RunResult(frames, edited, list(steps), 4 * len(steps))
 
 
-def velocity(case: Case, latents, sigma: float, prompt: str):
+def sigma_of(case: Case, step: int) -> float:
+    """The noise level a step of the full run starts at."""
+    from wan_pipeline import compute_schedule
+
+    names = ("num_inference_steps", "denoising_strength", "sigma_shift")
+    return compute_schedule(**{name: getattr(case.settings, name) for name in names})[1][step]
+
+
+def velocity(case: Case, latents, sigma: float, prompt: str, *, cfg_scale: float | None = None):
     """The guided velocity at any latents and noise level."""
     import torch
 
@@ -189,7 +254,7 @@ def velocity(case: Case, latents, sigma: float, prompt: str):
             case.pipe.model_fn(**models, latents=latents, timestep=timestep, context=context)
             for context in (conditioning.context_posi, conditioning.context_nega)
         )
-    return nega + case.settings.cfg_scale * (posi - nega)
+    return nega + (cfg_scale or case.settings.cfg_scale) * (posi - nega)
 
 
 @dataclass(frozen=True)
@@ -207,7 +272,7 @@ def methods() -> Iterator[Method]:
     yield Method("full run", bind(from_noise, steps=STEPS))
     for steps in (6, 4, 3, 2, 1):
         yield Method("fewer steps", bind(from_noise, steps=steps))
-    for steps in ((0, 3, 6, 8), (0, 4, 8), (0, 6)):
+    for steps in ((0, 3, 6, 8), (0, 4, 8), (0, 5, 8), (0, 6, 9), (0, 7)):
         yield Method("fewer steps, chosen sigmas", bind(from_noise_on, steps=steps))
     for kind, start_steps in RESUMED.items():
         for start_step in start_steps:
@@ -216,6 +281,13 @@ def methods() -> Iterator[Method]:
     for kind, choices in DIFFERENTIAL.items():
         for steps in choices:
             yield Method("differential", bind(differential, steps=steps), kind)
+    for steps in ((0, 4, 8), (0, 5, 8)):
+        yield Method("differential, second order", bind(differential_second_order, steps=steps), "empty")
+    for kind in ("empty", "motion"):
+        run = bind(differential_without_guidance, steps=(0, 2, 4, 6, 7, 8), prompt=PRIOR_PROMPTS[kind])
+        yield Method("differential, no guidance", run, kind)
+    for steps in ((0, 5, 8), (2, 5, 8)):
+        yield Method("noised again", bind(renoise, start_step=steps[0], steps=steps), "empty")
     for strength in (0.9, 0.7):
         yield Method(f"video to video {strength}", bind(video_to_video, steps=3, strength=strength), "motion")
     yield Method("FlowEdit", bind(flow_edit, steps=(0, 6)), "motion")
