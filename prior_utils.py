@@ -98,17 +98,29 @@ class RunError(RuntimeError):
 
 @dataclass(frozen=True, kw_only=True)
 class RunSettings:
-    """What fixes the schedule and the shape of a run; the names are WanVideoPipeline's."""
+    """What fixes the schedule, the shape and the cost of a run; the names are WanVideoPipeline's.
+
+    cfg_scale: one for all steps, or a tuple with one for each step that runs.
+    skip_cache: ours; one step in so many runs all blocks (skip_cache.py), None: all do.
+    """
 
     num_inference_steps: int
     denoising_strength: float
     sigma_shift: float
-    cfg_scale: float
+    cfg_scale: float | tuple[float, ...]
     height: int
     width: int
     num_frames: int
     tiled: bool = True
     seed: int | None = None
+    skip_cache: int | None = None
+    tea_cache_l1_thresh: float | None = None
+    tea_cache_model_id: str = ""
+
+    @property
+    def pipeline_inputs(self) -> dict[str, Any]:
+        """The settings that WanVideoPipeline takes."""
+        return {name: value for name, value in vars(self).items() if name != "skip_cache"}
 
 
 class Clock:

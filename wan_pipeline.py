@@ -3,10 +3,12 @@
 `WanVideoPipeline.__call__` reads three plain attributes; `hooked` puts ours in their place for one call:
 
     scheduler  ReportingScheduler: runs only some steps of the schedule and reports each;
-               ResumableScheduler those after start_step, DifferentialScheduler a few chosen ones
+               ResumableScheduler those after start_step, DifferentialScheduler a few chosen ones,
+               SigmasScheduler a schedule of its own
     units      run_full appends a unit that hands out the conditioning; run_from replaces every unit that
                would load an encoder by one that puts the prior's latents and conditioning in place
-    model_fn   ForwardCounter: counts network evaluations, both guidance branches
+    model_fn   ForwardCounter: counts network evaluations, both guidance branches;
+               around it what makes steps cheaper (cheaper_steps.py, skip_cache.py)
 
 Checked against diffsynth 2.1.12, diffsynth/pipelines/wan_video.py and diffsynth/diffusion/flow_match.py.
 """
@@ -31,7 +33,9 @@ from diffsynth.pipelines.wan_video import (
 from PIL import Image
 from tqdm import tqdm
 
+from cheaper_steps import LEFT_TO_MODEL_FN, BlockCounter, GuidanceByStep, TellTeaCache
 from prior_utils import Clock, RunError, RunSettings
+from skip_cache import skip_cache
 
 TILING = {"tile_size": (30, 52), "tile_stride": (15, 26)}  # latents; WanVideoPipeline's own defaults
 
@@ -79,6 +83,7 @@ class RunResult:
     latents: torch.Tensor  # clean, [B, C, T, H, W]
     steps: list[int]  # indices of the steps that ran
     forwards: int  # network evaluations
+    block_evaluations: int = 0  # of transformer blocks; a full forward runs all of them
     seconds: dict[str, float] = field(default_factory=dict)  # by phase: encode, denoise, ...
     seconds_per_step: list[float] = field(default_factory=list)
 
@@ -135,6 +140,19 @@ class ResumableScheduler(ReportingScheduler):
 
     def __init__(self, *, start_step: int = -1):
         super().__init__(lambda steps: range(start_step + 1, steps))
+
+
+class SigmasScheduler(ReportingScheduler):
+    """Runs these sigmas, decreasing and above 0, whatever schedule the settings would give."""
+
+    def __init__(self, sigmas: Sequence[float]):
+        super().__init__(range)
+        values = torch.tensor(sigmas)
+        self.set_timesteps_fn = lambda **_: (values, values * self.num_train_timesteps)
+
+    def set_timesteps(self, num_inference_steps: int = 100, **kwargs: Any) -> None:
+        """Take the sigmas; the number of steps is theirs."""
+        super().set_timesteps(len(self.set_timesteps_fn()[0]), **kwargs)
 
 
 class DifferentialScheduler(ReportingScheduler):
@@ -333,7 +351,7 @@ def run_from(
         clock = Clock()
         frames = decode(pipe, latents, tiled=settings.tiled)
         clock.add("decode")
-        return RunResult(frames, latents, [], 0, clock.seconds)
+        return RunResult(frames, latents, [], 0, seconds=clock.seconds)
     if conditioning is None:
         raise ValueError(f"steps after {start_step} are left to run, and they need a conditioning")
     scheduler = ResumableScheduler(start_step=start_step)
@@ -389,9 +407,9 @@ def _call(
     on_step: StepCallback | None,
     **inputs: Any,
 ) -> RunResult:
-    """Call the pipeline with this scheduler, these units and a counter in place."""
-    counter = ForwardCounter(pipe.model_fn)
-    result = RunResult([], torch.empty(0), [], 0, clock.seconds)
+    """Call the pipeline with this scheduler, these units, counters and what makes the steps cheaper."""
+    counter, blocks = ForwardCounter(pipe.model_fn), BlockCounter()
+    result = RunResult([], torch.empty(0), [], 0, seconds=clock.seconds)
 
     def report_step(step: Step) -> None:
         _check_finite(step)  # waits for the device, so that the time below is the step's own
@@ -404,11 +422,37 @@ def _call(
 
     scheduler.on_step = report_step
     progress = functools.partial(tqdm, desc="denoise", unit="step")
-    with hooked(pipe, scheduler=scheduler, units=units, model_fn=counter):
-        result.frames = pipe(**inputs, **vars(settings), **TILING, progress_bar_cmd=progress)
+    inputs |= settings.pipeline_inputs | TILING | {"progress_bar_cmd": progress}
+    with (
+        blocks.counting(pipe),
+        _cheaper(pipe, settings, inputs, units, counter) as (units, model_fn),
+        hooked(pipe, scheduler=scheduler, units=units, model_fn=model_fn),
+    ):
+        result.frames = pipe(**inputs)
     clock.add("decode")
-    result.forwards = counter.forwards
+    result.forwards, result.block_evaluations = counter.forwards, blocks.evaluations
     return result
+
+
+@contextlib.contextmanager
+def _cheaper(
+    pipe: WanVideoPipeline,
+    settings: RunSettings,
+    inputs: dict[str, Any],
+    units: list[PipelineUnit],
+    model_fn: ForwardCounter,
+) -> Iterator[tuple[list[PipelineUnit], Callable[..., torch.Tensor]]]:
+    """The units and the model_fn of a run, with Skip-Cache, TeaCache and guidance by step where asked for."""
+    guided_steps = None
+    with contextlib.ExitStack() as stack:
+        if settings.skip_cache is not None:
+            model_fn = stack.enter_context(skip_cache(pipe, every=settings.skip_cache, model_fn=model_fn))
+        if isinstance(settings.cfg_scale, tuple):
+            model_fn, inputs["cfg_scale"] = GuidanceByStep(model_fn, settings.cfg_scale), LEFT_TO_MODEL_FN
+            guided_steps = sum(scale != 1 for scale in settings.cfg_scale)
+        if settings.tea_cache_l1_thresh is not None:
+            units = [TellTeaCache(guided_steps), *units]
+        yield units, model_fn
 
 
 def _check_finite(step: Step) -> None:

@@ -56,7 +56,7 @@ def main() -> None:
     prompts = {"prompt": args.prompt, "negative_prompt": args.negative_prompt, "input_image": image}
 
     def bare() -> None:
-        pipe(**prompts, **vars(settings), **TILING)
+        pipe(**prompts, **settings.pipeline_inputs, **TILING)
 
     def saving(folder: str) -> None:
         writer = prior_utils.PriorWriter(Path(folder), {})

@@ -30,7 +30,7 @@ MODEL_CONFIG = {
         "eps": 1e-6,
         "patch_size": [1, 2, 2],
         "num_heads": 2,
-        "num_layers": 2,
+        "num_layers": 4,
         "has_image_input": True,
     },
     "text_encoder": {

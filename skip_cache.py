@@ -1,0 +1,97 @@
+"""Skip-Cache: every N-th step runs all of a DiT's blocks, the steps between only the first and the last.
+
+From one step to the next the deep blocks add nearly the same. So a full step keeps what the blocks between
+the first and the last added, and the steps after it put that in their place (the Skip-Cache of Skip-DiT,
+arXiv 2411.17616, in its form without training). Each guidance branch keeps its own.
+
+    with skip_cache(pipe, every=2, model_fn=pipe.model_fn) as model_fn:
+        ...  # steps 0, 2, 4 ... of those that run are full ones
+
+Nothing of DiffSynth's forward is copied: it loops over `dit.blocks`, which for the length of the `with` is
+[first, Middle, last]. Checked against diffsynth 2.1.12, diffsynth/pipelines/wan_video.py.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from diffsynth.pipelines.wan_video import WanVideoPipeline
+
+MIN_BLOCKS = 3  # with fewer there is nothing between the first and the last
+
+ModelFn = Callable[..., torch.Tensor]
+
+
+class Middle(torch.nn.Module):
+    """The blocks between a DiT's first and last: run, or replaced by what they added when they last ran.
+
+    Args:
+        blocks: those between; they stay modules of the DiT, so that offloading finds them.
+        every: what was kept is used for every - 1 steps.
+    """
+
+    def __init__(self, blocks: torch.nn.ModuleList, *, every: int):
+        super().__init__()
+        self.blocks = blocks
+        self.every = every
+        self.step, self.branch = 0, True
+        self.kept: dict[bool, tuple[int, torch.Tensor]] = {}  # by branch: the step, and what was added
+
+    def forward(self, x: torch.Tensor, *inputs: torch.Tensor) -> torch.Tensor:
+        """What the blocks make of x, [B, tokens, dim], exactly or as they did at an earlier step."""
+        step, added = self.kept.get(self.branch, (self.step - self.every, None))
+        if added is not None and self.step - step < self.every:
+            return x + added
+        deep = x
+        for block in self.blocks:
+            deep = block(deep, *inputs)
+        self.kept[self.branch] = self.step, deep - x
+        return deep
+
+
+class SkipCacheModelFn:
+    """A model_fn that tells the middles which step it is and which guidance branch."""
+
+    def __init__(self, model_fn: ModelFn, middles: Mapping[torch.nn.Module, Middle]):
+        self.model_fn = model_fn
+        self.middles = middles
+        self.step = -1
+
+    def __call__(self, *, dit: torch.nn.Module, positive: bool, **kwargs: Any) -> torch.Tensor:
+        self.step += positive  # the pipeline evaluates the positive branch once a step, and first
+        middle = self.middles[dit]
+        middle.step, middle.branch = self.step, positive
+        return self.model_fn(dit=dit, positive=positive, **kwargs)
+
+
+@contextlib.contextmanager
+def skip_cache(pipe: WanVideoPipeline, *, every: int, model_fn: ModelFn) -> Iterator[ModelFn]:
+    """Replace the middle of the pipeline's DiTs for the length of a `with`, and yield the model_fn to use.
+
+    Nothing is kept from one `with` to the next: the first step in it is a full one.
+
+    Args:
+        every: 2 or more; one full step in so many of those that run.
+        model_fn: the pipeline's, wrapped or not.
+
+    Raises:
+        ValueError: a DiT has too few blocks.
+    """
+    dits = [dit for dit in (pipe.dit, pipe.dit2) if dit is not None]
+    blocks = {dit: dit.blocks for dit in dits}
+    for each in blocks.values():
+        if len(each) < MIN_BLOCKS:
+            raise ValueError(f"a DiT of {len(each)} blocks has none to skip; it takes {MIN_BLOCKS} or more")
+    middles = {dit: Middle(each[1:-1], every=every) for dit, each in blocks.items()}
+    try:
+        for dit, each in blocks.items():
+            dit.blocks = torch.nn.ModuleList([each[0], middles[dit], each[-1]])
+        yield SkipCacheModelFn(model_fn, middles)
+    finally:
+        for dit, each in blocks.items():
+            dit.blocks = each
