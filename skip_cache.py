@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from prior_utils import InputError
+
 if TYPE_CHECKING:
     from diffsynth.pipelines.wan_video import WanVideoPipeline
 
@@ -80,13 +82,16 @@ def skip_cache(pipe: WanVideoPipeline, *, every: int, model_fn: ModelFn) -> Iter
         model_fn: the pipeline's, wrapped or not.
 
     Raises:
-        ValueError: a DiT has too few blocks.
+        InputError: a DiT has too few blocks.
     """
     dits = [dit for dit in (pipe.dit, pipe.dit2) if dit is not None]
     blocks = {dit: dit.blocks for dit in dits}
     for each in blocks.values():
         if len(each) < MIN_BLOCKS:
-            raise ValueError(f"a DiT of {len(each)} blocks has none to skip; it takes {MIN_BLOCKS} or more")
+            raise InputError(
+                f"--skip_cache needs a model of {MIN_BLOCKS} blocks or more, and this one has {len(each)}; "
+                "leave it out"
+            )
     middles = {dit: Middle(each[1:-1], every=every) for dit, each in blocks.items()}
     try:
         for dit, each in blocks.items():

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lora import Lora, load_loras
 from prior_utils import InputError, RunError
 
 if TYPE_CHECKING:
@@ -67,6 +68,7 @@ class LoadOptions:
     dtype: str
     vram: str = "auto"  # auto, plain or low
     model_dir: Path | None = None
+    loras: tuple[Lora, ...] = ()
 
 
 REAL_MODELS = {
@@ -257,7 +259,10 @@ def _fingerprint(paths: list[Path], *, pieces: int = 32, piece_bytes: int = 4096
 def load_pipeline(options: LoadOptions, files: Mapping[str, list[Path]]) -> WanVideoPipeline:
     """Load the components named in `files` (see `weight_files`), and no others, into a WanVideoPipeline."""
     load = _load_real if options.model in REAL_MODELS else _load_tiny
-    return load(options, files)
+    pipe = load(options, files)
+    if "dit" in files:
+        load_loras(pipe, options.loras)
+    return pipe
 
 
 def _load_tiny(options: LoadOptions, files: Mapping[str, list[Path]]) -> WanVideoPipeline:

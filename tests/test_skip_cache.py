@@ -11,7 +11,7 @@ import torch
 from helpers import read_json
 
 import wan_models
-from prior_utils import RunError, RunSettings, context_file, sha256_tensor
+from prior_utils import InputError, RunError, RunSettings, context_file, sha256_tensor
 from skip_cache import Middle, skip_cache
 from wan_pipeline import (
     Conditioning,
@@ -172,7 +172,7 @@ def test_a_dit_with_nothing_between_is_refused():
     dit = torch.nn.Module()
     dit.blocks = torch.nn.ModuleList([torch.nn.Identity(), torch.nn.Identity()])
     pipe = SimpleNamespace(dit=dit, dit2=None)
-    with pytest.raises(ValueError, match="2 blocks"), skip_cache(pipe, every=2, model_fn=print):
+    with pytest.raises(InputError, match="this one has 2"), skip_cache(pipe, every=2, model_fn=print):
         pass
 
 
