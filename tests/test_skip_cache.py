@@ -98,8 +98,7 @@ def test_the_first_step_of_a_resumed_run_is_a_full_one(run, start_step):
     assert first.block_evaluations == evaluated(1, left - 1)
 
 
-def test_with_as_many_steps_as_are_kept_apart_the_result_is_the_plain_one(run):
-    """One step is left: it is full, so nothing is approximated."""
+def test_a_single_step_is_the_plain_one(run):
     assert torch.equal(run(8, skip_cache=2).latents, run(8).latents)
     assert not torch.equal(run(7, skip_cache=2).latents, run(7).latents)
 
