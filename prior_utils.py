@@ -30,7 +30,7 @@ import os
 import re
 import time
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -86,6 +86,7 @@ LATENT_CHANNELS = 16  # z_dim of the Wan2.1 VAE
 SPATIAL_FACTOR = 8  # pixels per latent, height and width
 TEMPORAL_FACTOR = 4  # frames per latent, after the first
 DTYPES = ("bfloat16", "float16", "float32")
+SAME_SIGMA = 1e-6  # relative; sigmas are float32 and come by way of text
 
 
 class InputError(ValueError):
@@ -648,6 +649,29 @@ def check_distinct(timesteps: list[float]) -> None:
                 f"steps {step} and {step + 1} of this schedule are both at timestep {now:.6g}; "
                 "use a --sigma_shift nearer to 5 or a smaller --num_inference_steps"
             )
+
+
+def tail_sigmas(sigma: float, num_steps: int, *, sigma_shift: float) -> list[float]:
+    """Sigmas of so many steps from `sigma` to 0, spaced as FlowMatchScheduler("Wan") spaces a full run."""
+    even = sigma / (sigma_shift - (sigma_shift - 1) * sigma)  # what the shift makes sigma of
+    places = [even * (1 - i / num_steps) for i in range(num_steps)]
+    return [sigma, *(sigma_shift * s / (1 + (sigma_shift - 1) * s) for s in places[1:])]
+
+
+def place_on_path(sigma: float, sigmas: Sequence[float]) -> tuple[int, float]:
+    """The step in which a run passes `sigma`, and how far into it: 0 where it begins, below 1.
+
+    Args:
+        sigmas: the run's, decreasing, without the closing 0.
+
+    Raises:
+        ValueError: the run begins below it, or it isn't above 0.
+    """
+    if not 0 < sigma <= sigmas[0] * (1 + SAME_SIGMA):
+        raise ValueError(f"{sigma:g} is not between 0 and {sigmas[0]:.6g}")
+    step = max(i for i, begin in enumerate(sigmas) if sigma <= begin * (1 + SAME_SIGMA))
+    begin, end = sigmas[step], [*sigmas, 0.0][step + 1]
+    return step, 0.0 if sigma >= begin * (1 - SAME_SIGMA) else (begin - sigma) / (begin - end)
 
 
 def check_schedule(prior: Prior, *, timesteps: Iterable[float], sigmas: Iterable[float]) -> None:

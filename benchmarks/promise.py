@@ -2,6 +2,7 @@
 
     python benchmarks/promise.py --identities 100
     python benchmarks/promise.py --identities 100 --methods steps --output benchmarks/results/steps
+    python benchmarks/promise.py --identities 40 --methods cheaper --output benchmarks/results/cheaper
     python benchmarks/promise.py --report_only
 
 Every case is an identity the model has not seen, a motion its prior was made with and another one that
@@ -30,10 +31,13 @@ ROOT = HERE.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "data" / "tiny_wan_i2v")]
 
 import world  # noqa: E402
+from cheaper_methods import cheaper  # noqa: E402
 from evaluate import psnr  # noqa: E402
-from methods import PRIOR_PROMPTS, SETS, STEPS, Case, Method, as_array, make_prior  # noqa: E402
+from methods import PRIOR_PROMPTS, STEPS, Case, Method, as_array, make_prior  # noqa: E402
+from methods import SETS as STEP_SETS  # noqa: E402
 from promise_report import NUMBERS  # noqa: E402
 
+SETS = STEP_SETS | {"cheaper": cheaper}
 FIRST_IDENTITY = 2_000_000  # a stream of identities of its own, neither the training's nor evaluate.py's
 COLUMNS = (
     "index",
@@ -44,6 +48,7 @@ COLUMNS = (
     "prior",
     "steps",
     "forwards",
+    "block_evaluations",
     "shown",
     *NUMBERS,
 )
@@ -109,6 +114,7 @@ def measure_case(pipe, defaults, index: int, seed: int, methods: list[Method]) -
             "prior": method.prior,
             "steps": " ".join(map(str, result.steps)),
             "forwards": result.forwards,
+            "block_evaluations": result.block_evaluations,
             "shown": found.motion,
             "obeyed": int(found.motion == case.new_motion),
             "old_kept": int(found.motion == case.old_motion),
@@ -220,6 +226,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     """Run the cases that are missing, then report."""
+    import cheaper_report
     import promise_report
 
     args = parse_args(argv)
@@ -234,7 +241,8 @@ def main(argv: list[str] | None = None) -> None:
             for index in range(args.identities)
         ]
         run_cases(jobs, clips, workers=args.workers)
-    print(promise_report.write(clips, args.output))
+    report = cheaper_report if args.methods == "cheaper" else promise_report
+    print(report.write(clips, args.output))
 
 
 if __name__ == "__main__":

@@ -12,12 +12,14 @@ from prior_utils import (
     check_distinct,
     check_schedule,
     latents_shape,
+    place_on_path,
     recommended_num_steps,
     recommended_start_step,
     round_sizes,
     spread_steps,
+    tail_sigmas,
 )
-from wan_pipeline import ResumableScheduler, Step, compute_schedule
+from wan_pipeline import ResumableScheduler, SigmasScheduler, Step, compute_schedule
 
 # sigma = 5 s / (1 + 4 s) for s = 1, .9, ... .1
 SIGMAS = (1.0, 0.978, 0.952, 0.921, 0.882, 0.833, 0.769, 0.682, 0.556, 0.357)
@@ -165,3 +167,40 @@ def test_sizes_are_rounded_as_the_pipeline_does():
             rounded = pipe.check_resize_height_width(height, width, num_frames)
         ours = round_sizes(height=height, width=width, num_frames=num_frames)
         assert tuple(ours.values()) == tuple(rounded)
+
+
+@pytest.mark.parametrize("start", [0, 3, 9])
+def test_a_tail_of_as_many_steps_as_are_left_is_the_schedules_own(start):
+    sigmas = schedule()[1]
+    assert tail_sigmas(sigmas[start], 10 - start, sigma_shift=5.0) == pytest.approx(sigmas[start:], rel=1e-5)
+
+
+def test_a_tail_in_other_steps_is_the_schedule_of_that_many():
+    assert tail_sigmas(1.0, 4, sigma_shift=5.0) == pytest.approx(schedule(4)[1])
+    assert tail_sigmas(0.6, 3, sigma_shift=1.0) == pytest.approx([0.6, 0.4, 0.2])
+    assert tail_sigmas(0.5, 1, sigma_shift=3.0) == [0.5]
+
+
+def test_the_place_of_a_sigma_on_a_runs_path():
+    sigmas = [1.0, 0.8, 0.4]
+    assert [place_on_path(sigma, sigmas)[0] for sigma in (1.0, 0.9, 0.8, 0.5, 0.4, 0.1)] == [0, 0, 1, 1, 2, 2]
+    parts = [place_on_path(sigma, sigmas)[1] for sigma in (1.0, 0.9, 0.8, 0.5, 0.4, 0.1)]
+    assert parts == pytest.approx([0, 0.5, 0, 0.75, 0, 0.75])
+    assert place_on_path(0.8 * (1 + 1e-7), sigmas) == place_on_path(0.8 * (1 - 1e-7), sigmas) == (1, 0.0)
+    for sigma in (1.01, 0.0, -1.0):
+        with pytest.raises(ValueError, match="between 0 and 1"):
+            place_on_path(sigma, sigmas)
+
+
+def test_sigmas_of_ones_own_are_run_as_they_are():
+    """On a straight path any sigmas end at its end."""
+    noise, clean = torch.tensor([1.0, 4.0]), torch.tensor([-2.0, 0.5])
+    scheduler, taken = SigmasScheduler([0.9, 0.3, 0.1]), []
+    scheduler.on_step = taken.append
+    scheduler.set_timesteps(10, denoising_strength=1.0, shift=5.0)
+    latents = 0.1 * clean + 0.9 * noise
+    for timestep in scheduler.timesteps:
+        latents = scheduler.step(noise - clean, timestep, latents)
+    assert [step.sigma for step in taken] == pytest.approx([0.9, 0.3, 0.1])
+    assert scheduler.timesteps.tolist() == pytest.approx([900, 300, 100])
+    torch.testing.assert_close(latents, clean)

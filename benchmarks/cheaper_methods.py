@@ -1,0 +1,167 @@
+"""Ways to make each step cheaper that promise.py compares with --methods cheaper, alone and with the skip."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+from methods import STEPS, Case, Method, Prior, differential, from_noise, resume
+
+DISTILLED = Path(__file__).resolve().parents[1] / "data" / "tiny_wan_i2v" / "distilled_lora.safetensors"
+DISTILLED_SIGMAS = (1.0, 0.9375, 5 / 6, 0.625)  # 4 steps at shift 5, what distil.py trains it for
+GUIDED = 2.0  # the embedded model's cfg_scale
+
+
+def changed(run: Callable, **settings) -> Callable:
+    """The same method with other settings: skip_cache, cfg_scale by step."""
+
+    def method(case: Case, prior: Prior | None, *, settings=settings, **choices):
+        return run(replace(case, settings=replace(case.settings, **settings)), prior, **choices)
+
+    return functools.partial(method, settings=settings)
+
+
+class WholeResidual:
+    """Reuse what all blocks add, as TeaCache does, at fixed steps; put in TeaCache's place in model_fn."""
+
+    def __init__(self, every: int):
+        self.every, self.calls = every, 0
+
+    def check(self, dit, x, t_mod) -> bool:
+        """Whether this evaluation is spared."""
+        self.calls += 1
+        spared = (self.calls - 1) % self.every > 0
+        self.before = None if spared else x.clone()
+        return spared
+
+    def store(self, x) -> None:
+        """Keep what the blocks added."""
+        self.added = x - self.before
+
+    def update(self, x):
+        """Add it again."""
+        return x + self.added
+
+
+def with_whole_residual(run: Callable, every: int) -> Callable:
+    """The same method with the whole residual reused."""
+
+    def method(case: Case, prior: Prior | None, *, every=every, **choices):
+        from wan_pipeline import hooked
+
+        caches, model_fn = {True: WholeResidual(every), False: WholeResidual(every)}, case.pipe.model_fn
+
+        def with_cache(**inputs):
+            return model_fn(**inputs, tea_cache=caches[inputs["positive"]])
+
+        with hooked(case.pipe, model_fn=with_cache):
+            return run(case, prior, **choices)
+
+    return functools.partial(method, every=every)
+
+
+def on_sigmas(case: Case, prior: Prior | None, *, sigmas: tuple[float, ...]):
+    """--sigmas: these, from where the prior's path, or the noise, is at the first of them."""
+    from prior_utils import place_on_path
+    from wan_pipeline import SigmasScheduler, run_scheduler
+
+    latents = case.noise
+    if prior is not None:
+        step, part = place_on_path(sigmas[0], sigmas_of(case))
+        latents = (1 - part) * prior.latents[step] + part * prior.latents[step + 1]
+    return run_scheduler(
+        case.pipe,
+        case.settings,
+        scheduler=SigmasScheduler(sigmas),
+        latents=latents,
+        conditioning=case.conditioning("new"),
+    )
+
+
+def re_spaced(case: Case, prior: Prior, *, start_step: int, steps: int):
+    """--num_steps_after: from the prior's latents to the end in so many steps."""
+    from prior_utils import tail_sigmas
+
+    begin = sigmas_of(case)[start_step + 1]
+    sigmas = tail_sigmas(begin, steps, sigma_shift=case.settings.sigma_shift)
+    return on_sigmas(case, prior, sigmas=tuple(sigmas))
+
+
+def sigmas_of(case: Case) -> list[float]:
+    """The full run's."""
+    from wan_pipeline import compute_schedule
+
+    names = ("num_inference_steps", "denoising_strength", "sigma_shift")
+    return compute_schedule(**{name: getattr(case.settings, name) for name in names})[1]
+
+
+@functools.cache
+def distilled_dit(pipe):
+    """A copy of the pipeline's DiT with the distilled LoRA in it."""
+    dit = copy.deepcopy(pipe.dit)
+    pipe.load_lora(dit, str(DISTILLED))
+    return dit
+
+
+def distilled(case: Case, prior: Prior | None, *, sigmas: tuple[float, ...]):
+    """The distilled LoRA without guidance, from noise or from a prior of the base model."""
+    from wan_pipeline import hooked
+
+    unguided = replace(case, settings=replace(case.settings, cfg_scale=1.0))
+    with hooked(case.pipe, dit=distilled_dit(case.pipe)):
+        return on_sigmas(unguided, prior, sigmas=sigmas)
+
+
+def cheaper() -> Iterator[Method]:
+    """Everything on the chart of cheaper steps, the full run first."""
+    bind = functools.partial
+    bases = (  # name, how, prior, choices
+        ("full run", from_noise, "none", {"steps": STEPS}),
+        ("resume", resume, "empty", {"start_step": 5}),
+        ("differential", differential, "empty", {"steps": (0, 5, 8)}),
+        ("differential", differential, "empty", {"steps": (0, 2, 4, 6, 8)}),
+    )
+    for name, run, kind, choices in bases:
+        yield Method(name, bind(run, **choices), kind)
+    for steps in (6, 4, 3, 2, 1):
+        yield Method("fewer steps", bind(from_noise, steps=steps))
+    for name, run, kind, choices in bases:
+        for every in (2, 3, 4):
+            yield Method(f"{name}, skip-cache {every}", bind(changed(run, skip_cache=every), **choices), kind)
+            whole = bind(with_whole_residual(run, every), **choices)
+            yield Method(f"{name}, whole residual {every}", whole, kind)
+    yield from by_step(bases)
+    for start_step, numbers in ((3, (3, 2)), (5, (3, 2, 1))):
+        for steps in numbers:
+            run = bind(re_spaced, start_step=start_step, steps=steps)
+            yield Method(f"resume after {start_step}, re-spaced", run, "empty")
+    if DISTILLED.exists():
+        yield from with_lora()
+
+
+def by_step(bases) -> Iterator[Method]:
+    """Guidance on the first steps only."""
+    for name, run, kind, choices, lengths in (
+        (*bases[0], ((5, 5), (8, 2))),
+        (*bases[1], ((2, 2), (1, 3))),
+        (*bases[2], ((2, 1), (1, 2))),
+    ):
+        for guided, unguided in lengths:
+            cfg_scale = (GUIDED,) * guided + (1.0,) * unguided
+            method = functools.partial(changed(run, cfg_scale=cfg_scale), **choices)
+            yield Method(f"{name}, guided {guided} of {guided + unguided}", method, kind)
+    both = changed(from_noise, cfg_scale=(GUIDED,) * 5 + (1.0,) * 5, skip_cache=2)
+    yield Method("full run, guided 5 of 10, skip-cache 2", functools.partial(both, steps=STEPS))
+
+
+def with_lora() -> Iterator[Method]:
+    """The distilled LoRA on its own sigmas, from noise and from a prior, and the base model on the same."""
+    yield Method("distilled LoRA", functools.partial(distilled, sigmas=DISTILLED_SIGMAS))
+    for first in (1, 2, 3):
+        sigmas = DISTILLED_SIGMAS[first:]
+        for kind in ("empty", "motion"):
+            yield Method("distilled LoRA", functools.partial(distilled, sigmas=sigmas), kind)
+            yield Method("base on the same sigmas", functools.partial(on_sigmas, sigmas=sigmas), kind)
