@@ -2,7 +2,8 @@
 
 From one step to the next the deep blocks add nearly the same. So a full step keeps what the blocks between
 the first and the last added, and the steps after it put that in their place (the Skip-Cache of Skip-DiT,
-arXiv 2411.17616, in its form without training). Each guidance branch keeps its own.
+arXiv 2411.17616, in its form without training). Each guidance branch keeps its own. A DiT that has a
+`skip_branch` (Branch) corrects what is put in by it: the trained form.
 
     with skip_cache(pipe, every=2, model_fn=pipe.model_fn) as model_fn:
         ...  # steps 0, 2, 4 ... of those that run are full ones
@@ -29,31 +30,56 @@ MIN_BLOCKS = 3  # with fewer there is nothing between the first and the last
 ModelFn = Callable[..., torch.Tensor]
 
 
+class Branch(torch.nn.Module):
+    """A linear layer from shallow and kept deep features to what the plain reuse misses.
+
+    Args:
+        weight: [A, D, 2 D], one for each number of steps apart; the last also for those farther apart.
+        bias: [A, D]
+    """
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor):
+        super().__init__()
+        self.weight = torch.nn.Parameter(weight, requires_grad=False)
+        self.bias = torch.nn.Parameter(bias, requires_grad=False)
+
+    def forward(self, x: torch.Tensor, added: torch.Tensor, *, apart: int) -> torch.Tensor:
+        """x, added: [B, tokens, D]; apart: steps since `added` was kept"""
+        place = min(apart, len(self.weight)) - 1
+        inputs = torch.cat([x, added], -1)
+        return torch.nn.functional.linear(inputs, self.weight[place], self.bias[place])
+
+
 class Middle(torch.nn.Module):
     """The blocks between a DiT's first and last: run, or replaced by what they added when they last ran.
 
     Args:
         blocks: those between; they stay modules of the DiT, so that offloading finds them.
         every: what was kept is used for every - 1 steps.
+        branch: corrects what is used again; None: it is used as it is.
     """
 
-    def __init__(self, blocks: torch.nn.ModuleList, *, every: int):
+    def __init__(self, blocks: torch.nn.ModuleList, *, every: int, branch: Branch | None = None):
         super().__init__()
         self.blocks = blocks
         self.every = every
-        self.step, self.branch = 0, True
-        self.kept: dict[bool, tuple[int, torch.Tensor]] = {}  # by branch: the step, and what was added
+        self.branch = branch
+        self.step, self.positive = 0, True
+        self.kept: dict[bool, tuple[int, torch.Tensor]] = {}  # by guidance branch: step, what was added
 
     def forward(self, x: torch.Tensor, *inputs: torch.Tensor) -> torch.Tensor:
         """What the blocks make of x, [B, tokens, dim], exactly or as they did at an earlier step."""
-        step, added = self.kept.get(self.branch, (self.step - self.every, None))
+        step, added = self.kept.get(self.positive, (self.step - self.every, None))
         if added is not None and self.step - step < self.every:
-            return x + added
+            return x + added + self._correction(x, added, self.step - step)
         deep = x
         for block in self.blocks:
             deep = block(deep, *inputs)
-        self.kept[self.branch] = self.step, deep - x
+        self.kept[self.positive] = self.step, deep - x
         return deep
+
+    def _correction(self, x: torch.Tensor, added: torch.Tensor, apart: int) -> torch.Tensor | float:
+        return 0.0 if self.branch is None else self.branch(x, added, apart=apart)
 
 
 class SkipCacheModelFn:
@@ -67,7 +93,7 @@ class SkipCacheModelFn:
     def __call__(self, *, dit: torch.nn.Module, positive: bool, **kwargs: Any) -> torch.Tensor:
         self.step += positive  # the pipeline evaluates the positive branch once a step, and first
         middle = self.middles[dit]
-        middle.step, middle.branch = self.step, positive
+        middle.step, middle.positive = self.step, positive
         return self.model_fn(dit=dit, positive=positive, **kwargs)
 
 
@@ -92,7 +118,10 @@ def skip_cache(pipe: WanVideoPipeline, *, every: int, model_fn: ModelFn) -> Iter
                 f"--skip_cache needs a model of {MIN_BLOCKS} blocks or more, and this one has {len(each)}; "
                 "leave it out"
             )
-    middles = {dit: Middle(each[1:-1], every=every) for dit, each in blocks.items()}
+    middles = {
+        dit: Middle(each[1:-1], every=every, branch=getattr(dit, "skip_branch", None))
+        for dit, each in blocks.items()
+    }
     try:
         for dit, each in blocks.items():
             dit.blocks = torch.nn.ModuleList([each[0], middles[dit], each[-1]])

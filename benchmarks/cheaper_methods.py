@@ -10,7 +10,8 @@ from pathlib import Path
 
 from methods import STEPS, Case, Method, Prior, differential, from_noise, resume
 
-DISTILLED = Path(__file__).resolve().parents[1] / "data" / "tiny_wan_i2v" / "distilled_lora.safetensors"
+MODEL_DIR = Path(__file__).resolve().parents[1] / "data" / "tiny_wan_i2v"
+DISTILLED, BRANCH = MODEL_DIR / "distilled_lora.safetensors", MODEL_DIR / "skip_branch.safetensors"
 DISTILLED_SIGMAS = (1.0, 0.9375, 5 / 6, 0.625)  # 4 steps at shift 5, what distil.py trains it for
 GUIDED = 2.0  # the embedded model's cfg_scale
 
@@ -22,6 +23,20 @@ def changed(run: Callable, **settings) -> Callable:
         return run(replace(case, settings=replace(case.settings, **settings)), prior, **choices)
 
     return functools.partial(method, settings=settings)
+
+
+def without_branch(run: Callable) -> Callable:
+    """The same method with Skip-Cache in its form without training, whatever the DiT has."""
+
+    def method(case: Case, prior: Prior | None, **choices):
+        from wan_pipeline import hooked
+
+        if getattr(case.pipe.dit, "skip_branch", None) is None:
+            return run(case, prior, **choices)
+        with hooked(case.pipe.dit, skip_branch=None):
+            return run(case, prior, **choices)
+
+    return functools.partial(method, **run.keywords)
 
 
 class WholeResidual:
@@ -130,7 +145,10 @@ def cheaper() -> Iterator[Method]:
         yield Method("fewer steps", bind(from_noise, steps=steps))
     for name, run, kind, choices in bases:
         for every in (2, 3, 4):
-            yield Method(f"{name}, skip-cache {every}", bind(changed(run, skip_cache=every), **choices), kind)
+            cached = bind(changed(run, skip_cache=every), **choices)
+            yield Method(f"{name}, skip-cache {every}", without_branch(cached), kind)
+            if BRANCH.exists():
+                yield Method(f"{name}, skip-cache {every}, branch", cached, kind)
             whole = bind(with_whole_residual(run, every), **choices)
             yield Method(f"{name}, whole residual {every}", whole, kind)
     yield from by_step(bases)

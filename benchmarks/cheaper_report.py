@@ -17,9 +17,14 @@ COSTS = {
 QUALITY = ("obeyed", "identity_error", "decided", "psnr")
 FAMILIES: tuple[tuple[str, str, Callable[[str], bool]], ...] = (
     ("fewer steps", "#7f8c8d", lambda name: name in ("full run", "fewer steps")),
-    ("skip-cache", "#2471a3", lambda name: "skip-cache" in name and "guided" not in name),
+    (
+        "skip-cache",
+        "#2471a3",
+        lambda name: "skip-cache" in name and "guided" not in name and name[-1].isdigit(),
+    ),
+    ("skip-cache with the branch", "#1abc9c", lambda name: name.endswith("branch")),
     ("whole residual", "#c0392b", lambda name: "whole residual" in name),
-    ("guided on the first steps", "#8e44ad", lambda name: "guided" in name),
+    ("guided on the first steps", "#8e44ad", lambda name: "guided" in name and "skip" not in name),
     ("differential", "#1e8449", lambda name: name == "differential"),
     ("distilled LoRA", "#d4ac0d", lambda name: name.startswith("distilled")),
 )

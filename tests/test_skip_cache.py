@@ -12,7 +12,7 @@ from helpers import read_json
 
 import wan_models
 from prior_utils import InputError, RunError, RunSettings, context_file, sha256_tensor
-from skip_cache import Middle, skip_cache
+from skip_cache import Branch, Middle, skip_cache
 from wan_pipeline import (
     Conditioning,
     SigmasScheduler,
@@ -144,13 +144,25 @@ def test_both_branches_keep_their_own_and_a_step_without_one_does_not_age_it():
     middle = Middle(torch.nn.ModuleList([block]), every=2)
 
     def at(step, branch, amount):
-        middle.step, middle.branch, block.amount = step, branch, amount
+        middle.step, middle.positive, block.amount = step, branch, amount
         return float(middle(torch.tensor(100.0)))
 
     assert [at(0, True, 1), at(0, False, 2)] == [101, 102]
     assert [at(1, True, 5), at(1, False, 5)] == [101, 102]
     assert at(2, True, 3) == 103  # the negative branch is left out here
     assert [at(3, True, 5), at(3, False, 7)] == [103, 107]
+
+
+def test_a_branch_corrects_what_is_used_again_by_steps_apart():
+    weight, bias = torch.zeros(2, 1, 2), torch.tensor([[10.0], [20.0]])
+    weight[0, 0, 0], weight[1, 0, 1] = 0.5, 2.0  # one apart: half of x; two: twice what was added
+    branch = Branch(weight, bias)
+    x, added = torch.tensor([[[4.0]]]), torch.tensor([[[3.0]]])
+    assert [float(branch(x, added, apart=apart)) for apart in (1, 2, 3)] == [12, 26, 26]
+    middle = Middle(torch.nn.ModuleList([torch.nn.Identity()]), every=3, branch=branch)
+    assert float(middle(x)) == 4
+    middle.step = 1
+    assert float(middle(x)) == 4 + 0 + 12
 
 
 def test_the_blocks_are_put_back_also_after_an_error(pipe, run):
