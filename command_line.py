@@ -18,8 +18,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
+from lora import Lora, parse_lora
 from prior_utils import DTYPES, LIMITS, InputError, RunError, RunSettings, is_utf8, replacing
-from wan_models import MODEL_NAMES, LoadOptions
+from wan_models import MODEL_NAMES, LoadOptions, published_name
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -92,6 +93,69 @@ def add_model_arguments(
     )
 
 
+def add_cheaper_arguments(parser: argparse.ArgumentParser, *, lora_help: str) -> None:
+    """Add --skip_cache, --tea_cache_l1_thresh, --tea_cache_model_id and --lora."""
+    group = parser.add_argument_group(
+        "cheaper steps", "nearly the same result for less; a resumed run inherits only the LoRAs"
+    )
+    group.add_argument(
+        "--skip_cache",
+        type=period,
+        metavar="N",
+        help="run all blocks of the network in every N-th step that runs, from the first one on; the steps "
+        "between run the first and the last block and use again what the others added. Where steps are far "
+        "apart, as in --steps, what is used again is as old. Of 10 steps 3 is better than 2: the last is "
+        "then a full one",
+    )
+    group.add_argument(
+        "--tea_cache_l1_thresh",
+        type=positive_float,
+        metavar="X",
+        help="DiffSynth's TeaCache: skip all blocks until the timestep's embedding has changed by so much; "
+        "the first and the last step that run are full ones",
+    )
+    group.add_argument(
+        "--tea_cache_model_id",
+        metavar="ID",
+        help="whose coefficients TeaCache takes (default: the model's own; tiny has none)",
+    )
+    group.add_argument(
+        "--lora",
+        type=lora_argument,
+        nargs="*",
+        metavar="PATH[:ALPHA]",
+        help=f"LoRAs for the DiT; {lora_help}",
+    )
+
+
+def cheaper_settings(args: argparse.Namespace, model: str) -> dict[str, Any]:
+    """skip_cache and TeaCache as RunSettings has them, from the flags of `add_cheaper_arguments`.
+
+    Raises:
+        InputError: both at once, or a model without coefficients.
+    """
+    if args.tea_cache_l1_thresh is None:
+        if args.tea_cache_model_id is not None:
+            raise InputError("--tea_cache_model_id says nothing without --tea_cache_l1_thresh: give both")
+        return {"skip_cache": args.skip_cache, "tea_cache_l1_thresh": None, "tea_cache_model_id": ""}
+    if args.skip_cache is not None:
+        raise InputError("--skip_cache and --tea_cache_l1_thresh save the same work: give one of them")
+    from cheaper_steps import check_tea_cache_model_id
+
+    model_id = args.tea_cache_model_id or published_name(model)
+    check_tea_cache_model_id(model_id)
+    threshold = args.tea_cache_l1_thresh
+    return {"skip_cache": None, "tea_cache_l1_thresh": threshold, "tea_cache_model_id": model_id}
+
+
+def lora_argument(text: str) -> Lora:
+    """An argparse type: PATH or PATH:ALPHA."""
+    try:
+        return parse_lora(utf8_text(text))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
 def load_options(args: argparse.Namespace) -> LoadOptions:
     """The flags of `add_model_arguments`, once every default is filled in."""
     return LoadOptions(args.model, args.device, args.dtype, args.vram, args.model_dir)
@@ -110,6 +174,14 @@ def non_negative_int(text: str) -> int:
     value = int(text)
     if value < 0:
         raise argparse.ArgumentTypeError(f"{value} is below 0")
+    return value
+
+
+def period(text: str) -> int:
+    """An argparse type: 2, 3, 4 ..."""
+    value = positive_int(text)
+    if value == 1:
+        raise argparse.ArgumentTypeError("every step would be a full one: leave the flag out")
     return value
 
 

@@ -78,6 +78,11 @@ REAL_MODELS = {
 MODEL_NAMES = (*REAL_MODELS, "tiny")
 
 
+def published_name(name: str) -> str:
+    """A model's name where it was published, Wan2.1-I2V-14B-480P for example; tiny has no other."""
+    return REAL_MODELS[name][0].split("/")[-1] if name in REAL_MODELS else name
+
+
 def model_defaults(name: str, model_dir: Path | None = None) -> Defaults:
     """The defaults of a model; an embedded one keeps its own in its config.json."""
     if name in REAL_MODELS:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -30,6 +31,9 @@ FAMILIES: tuple[tuple[str, str, Callable[[str], bool]], ...] = (
 )
 
 
+MARKERS = {"resume": "s", "differential": "^"}  # others: a full run
+
+
 def summarise(rows: list[Row]) -> list[dict]:
     """One line for every method: means, and the half-widths of their intervals as <name>_half."""
     lines = []
@@ -49,32 +53,40 @@ def as_markdown(lines: list[dict]) -> str:
     for line in sorted(lines, key=lambda line: -line["block_evaluations"]):
         cost = f"{line['forwards']:.0f} | {line['block_evaluations']:.0f} | {line['denoise_seconds']:.2f}"
         cells = [f"{line[name]:.2f} ± {line[f'{name}_half']:.2f}" for name in QUALITY]
-        cells[-1] = "" if line["psnr"] == 99 else cells[-1]
+        cells[-1] = cells[-1] if shows(line, "psnr") else ""
         names = " | ".join((line["method"], line["prior"], line["steps"]))
         table.append(f"| {names} | {cost} | " + " | ".join(cells) + " |")
     return "\n".join(table) + "\n"
 
 
+def shows(line: dict, quality: str) -> bool:
+    """Whether a line belongs into a chart: the full run is infinitely near to itself."""
+    return not (quality == "psnr" and line["psnr"] == 99)
+
+
 def plot(lines: list[dict], path: Path) -> None:
     """Nearness to the full run and details decided, over blocks and over seconds."""
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import LogLocator
 
     labels = {"psnr": "PSNR to the full run (dB)", "decided": "details decided (share of tiles)"}
-    figure, axes = plt.subplots(2, 2, figsize=(11, 8), constrained_layout=True)
+    figure, axes = plt.subplots(2, 2, figsize=(11, 8.5), constrained_layout=True)
     for row, (quality, label) in zip(axes, labels.items(), strict=True):
         for axis, cost in zip(row, ("block_evaluations", "denoise_seconds"), strict=True):
             for family, colour, belongs in FAMILIES:
-                found = [
-                    line
-                    for line in lines
-                    if belongs(line["method"]) and not (quality == "psnr" and line["psnr"] == 99)
-                ]
-                x, y = [line[cost] for line in found], [line[quality] for line in found]
-                error = [line[f"{quality}_half"] for line in found]
-                style = {"fmt": "o", "ms": 4, "elinewidth": 0.7, "color": colour, "label": family}
-                axis.errorbar(x, y, error, **style)
+                found = [line for line in lines if belongs(line["method"]) and shows(line, quality)]
+                axis.plot([], [], "o", color=colour, label=family)
+                for line in found:
+                    marker = MARKERS.get(re.split(r"[ ,]", line["method"])[0], "o")
+                    style = {"fmt": marker, "ms": 5, "elinewidth": 0.7, "color": colour}
+                    axis.errorbar(line[cost], line[quality], line[f"{quality}_half"], **style)
             axis.set(xscale="log", xlabel=COSTS[cost], ylabel=label)
-    axes[0, 0].legend(fontsize=8)
+            axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axis.xaxis.set_major_formatter("{x:g}")
+            axis.minorticks_off()
+    for name, marker in {"full": "o", "differential": "^", "resumed": "s"}.items():
+        axes[0, 0].plot([], [], marker, color="black", label=f"({name})")
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=5, fontsize=9)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
