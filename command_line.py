@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import errno
 import math
+import re
 import shutil
 import sys
 import tempfile
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
 from lora import Lora, parse_lora
-from prior_utils import DTYPES, LIMITS, InputError, RunError, RunSettings, is_utf8, replacing
+from prior_utils import DTYPES, LIMITS, MAX_STEPS, InputError, RunError, RunSettings, is_utf8, replacing
 from wan_models import MODEL_NAMES, LoadOptions, published_name
 
 if TYPE_CHECKING:
@@ -185,6 +186,15 @@ def period(text: str) -> int:
     return value
 
 
+def start_steps(text: str) -> list[int]:
+    """An argparse type: 6, or 2-8 for 2 to 8."""
+    ends = re.fullmatch(r"(\d+)-(\d+)", text)
+    first, last = map(int, ends.groups()) if ends else [non_negative_int(text)] * 2
+    if not first <= last < MAX_STEPS:
+        raise argparse.ArgumentTypeError(f"{text} is no range of steps; write 2-8 for 2 to 8")
+    return list(range(first, last + 1))
+
+
 def positive_float(text: str) -> float:
     """An argparse type: a finite number above 0."""
     value = float(text)
@@ -227,12 +237,12 @@ def limited(name: str, kind: Callable[[str], Any]) -> Callable[[str], Any]:
     return parse
 
 
-def run_script(main: Callable[[], Path]) -> NoReturn:
-    """Run a script's main, print the path it made as the last line of stdout, exit with its code."""
+def run_script(main: Callable[[], Path | str]) -> NoReturn:
+    """Run a script's main, print what it returns, the path it made, last on stdout, exit with its code."""
     try:
         with contextlib.redirect_stdout(sys.stderr):
-            path = main()
-        print(path, flush=True)
+            result = main()
+        print(result, flush=True)
         sys.exit(0)
     except InputError as error:
         _exit(2, str(error))

@@ -11,6 +11,7 @@ A prior is a folder `run_<id>/`:
     input_image.png          the input image as the model saw it
     output_full.mp4          the prior's own video
     denoised_0000.mp4 ...    with --save_decoded_videos: what step i points at, decoded
+    contexts/                prompts that were encoded later (contexts.py); no part of the prior
     outputs/                 the videos infer_from_prior.py makes from it; no part of the prior
 
 Every .pt file holds one tensor in the pipeline's dtype: converting it would break bit-exactness.

@@ -421,7 +421,7 @@ def _call(
         clock.add("save")
 
     scheduler.on_step = report_step
-    progress = functools.partial(tqdm, desc="denoise", unit="step")
+    progress = functools.partial(tqdm, desc="denoise", unit="step", leave=None)  # leave: unless below another
     inputs |= settings.pipeline_inputs | TILING | {"progress_bar_cmd": progress}
     with (
         blocks.counting(pipe),

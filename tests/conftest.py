@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -123,6 +123,14 @@ def make_prior(tmp_path_factory: pytest.TempPathFactory, model_dir: Path, image:
 def prior(make_prior: Callable[..., Path]) -> Path:
     """A prior with every default, float32; tests only read it: give --output, or use prior_copy."""
     return make_prior()
+
+
+@pytest.fixture(autouse=True)
+def forget_contexts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A shared prior keeps the prompts it meets: take them out again, so that no test depends on others."""
+    yield
+    for folder in tmp_path_factory.getbasetemp().glob("priors*/run_*/contexts"):
+        shutil.rmtree(folder)
 
 
 @pytest.fixture

@@ -8,15 +8,17 @@ import pytest
 from helpers import OTHER_PROMPT, PROMPT, read_json
 
 import infer_from_prior
+import sweep
 import wan_models
-from infer_from_prior import make_plan, make_video, read_inputs
+from plan import load_inputs, read_inputs
 from prior_utils import Clock, read_prior, sha256_tensor
+from run_jobs import make_video
 
 
 def plan_of(prior, *flags):
     args = infer_from_prior.parse_args(["--prior_dir", str(prior), *map(str, flags)])
     before = copy.deepcopy(vars(args))
-    plan = make_plan(args, read_prior(prior))
+    [(_, plan)] = sweep.make_plans(args)
     assert vars(args) == before
     return plan
 
@@ -43,8 +45,9 @@ def test_one_loaded_pipeline_makes_several_videos(prior, model_dir, tmp_path):
     expected = read_json(prior / "run_metadata.json")["latents_sha256"]
     for flags in (("--start_step", 8), ("--steps", 3), ("--start_step", 9)):
         plan, clock, path = plan_of(prior, *flags), Clock(), tmp_path / f"{flags[-1]}.mp4"
-        inputs = read_inputs(plan, recorded)
-        result = make_video(plan, recorded, inputs=inputs, pipe=pipe, path=path, clock=clock)
+        inputs = read_inputs([plan], recorded)
+        load_inputs([plan], recorded, inputs)
+        result = make_video(sweep.Job(recorded, plan, path), inputs, pipe=pipe, clock=clock)
         assert sha256_tensor(result.latents) == expected
         assert result.steps == plan.steps_to_run
         assert path.exists() and clock.seconds["save"] > 0 == clock.seconds["load"]

@@ -1,0 +1,303 @@
+"""One video to make from a prior, as data: every choice, and what has to be read for it.
+
+Flags and a prior's metadata go in, a `Plan` comes out. Nothing is loaded and nothing shared: any machine that
+has the prior can run it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from collections.abc import Iterable, Mapping, Set
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import command_line as cli
+import contexts
+import prior_utils
+import wan_models
+from prior_utils import InputError, Prior, RunSettings
+
+if TYPE_CHECKING:
+    import torch
+    from PIL.Image import Image
+
+IDENTITY_FILES = ("y.pt", "clip_feature.pt")
+SCHEDULE_FLAGS = ("num_inference_steps", "denoising_strength", "sigma_shift")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """One video to make from a prior: every choice, nothing loaded."""
+
+    method: str  # "resume": all steps after start_step; "differential": a few chosen steps
+    start_step: int | None  # None for a differential resume
+    steps_to_run: list[int]
+    prompt: str
+    negative_prompt: str
+    cfg_scale: float
+    fps: float
+    image: Path | None  # an older prior needs it, others only compare it with their own
+    model: str
+    dtype: str | None  # None: the one an older prior's latents are in
+
+    @property
+    def texts(self) -> list[str]:
+        """The prompts that have to be encoded; without guidance the negative one is not used."""
+        if not self.steps_to_run:
+            return []
+        return [self.prompt] if self.cfg_scale == 1 else [self.prompt, self.negative_prompt]
+
+    @property
+    def forwards(self) -> int:
+        """Network evaluations."""
+        return len(self.steps_to_run) * (1 if self.cfg_scale == 1 else 2)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inputs:
+    """What a prior's plans need besides the model: checked, then loaded, the rest encoded, in that order."""
+
+    prior_files: dict[str, str]  # SHA-256 by name
+    image: Image | None
+    image_sha256: str | None
+    tensors: dict[str, torch.Tensor] = field(default_factory=dict)  # by file name
+    contexts: dict[str, torch.Tensor] = field(default_factory=dict)  # by prompt
+
+
+def make_plan(args: argparse.Namespace, prior: Prior) -> Plan:
+    """Take from the prior what the command line left open, and refuse what contradicts it.
+
+    Args:
+        args: flags of infer_from_prior.py, with at most one prompt and one start_step.
+
+    Raises:
+        InputError: with the flag, the prior's value and what to do.
+    """
+    check_flags(args, prior)
+    model = args.model or prior.metadata.get("model", "I2V-480P")
+    if model not in wan_models.MODEL_NAMES:
+        raise InputError(f"the prior was made with the model {model!r}, which this version doesn't know")
+    defaults = wan_models.model_defaults(model, args.model_dir)
+    given = {name: value for name, value in vars(args).items() if value is not None}
+    chosen = {**dataclasses.asdict(defaults), **prior.metadata, **given}
+    method, start_step, steps_to_run = choose_steps(args, prior)
+    return Plan(
+        method=method,
+        start_step=start_step,
+        steps_to_run=steps_to_run,
+        prompt=chosen["prompt"],
+        negative_prompt=chosen["negative_prompt"],
+        cfg_scale=chosen["cfg_scale"],
+        fps=chosen["fps"],
+        image=args.image,
+        model=model,
+        dtype=args.dtype or prior.metadata.get("dtype"),
+    )
+
+
+def check_flags(args: argparse.Namespace, prior: Prior) -> None:
+    """Refuse flags that contradict the prior, and an older prior without what it doesn't record.
+
+    Raises:
+        InputError: with the flag, the prior's value and what to do.
+    """
+    for name in (*SCHEDULE_FLAGS, "model", "dtype"):
+        given = getattr(args, name)
+        if given is not None and given != prior.metadata.get(name, given):
+            raise InputError(
+                f"--{name} {given}: the prior has {prior.metadata[name]}; "
+                "leave the flag out or make a prior with it"
+            )
+    for name in ("image", "prompt") if prior.is_legacy else ():
+        if getattr(args, name) is None:
+            raise InputError(f"{prior.directory} records no {name} (an older format): give --{name}")
+
+
+def choose_steps(args: argparse.Namespace, prior: Prior) -> tuple[str, int | None, list[int]]:
+    """Method, start_step and steps_to_run of a plan.
+
+    Raises:
+        InputError: a step the prior doesn't have, or a prior without what a differential resume needs.
+    """
+    differential = args.steps is not None or args.num_steps is not None
+    if prior.is_legacy and differential:
+        raise InputError(
+            "--steps needs the prior's velocities, which this older format lacks; use --start_step"
+        )
+    if args.start_step is not None or prior.is_legacy:
+        start_step = resolve_start_step(args.start_step, prior)
+        return "resume", start_step, list(range(start_step + 1, prior.num_inference_steps))
+    return "differential", None, differential_steps(args, prior)
+
+
+def resolve_start_step(choice: int | None, prior: Prior) -> int:
+    """The step of this prior that a --start_step means; None: the prior's recommendation.
+
+    Raises:
+        InputError: the prior has no such step.
+    """
+    total = prior.num_inference_steps
+    if choice is None:
+        return prior.metadata.get("start_step", prior_utils.recommended_start_step(total))
+    if choice >= total:
+        raise InputError(f"--start_step {choice}: the prior has steps 0 to {total - 1}")
+    return choice
+
+
+def differential_steps(args: argparse.Namespace, prior: Prior) -> list[int]:
+    """The steps of a differential resume: those given, or so many spread over the schedule."""
+    total = prior.num_inference_steps
+    num_steps = args.num_steps or prior_utils.recommended_num_steps(total)
+    if num_steps > total:
+        raise InputError(f"--num_steps {num_steps}: the prior has only {total} steps")
+    steps = args.steps or prior_utils.spread_steps(total, num_steps)
+    if sorted(set(steps)) != steps or steps[-1] >= total:
+        raise InputError(f"--steps {steps}: expected increasing steps between 0 and {total - 1}")
+    return steps
+
+
+def run_settings(plan: Plan, prior: Prior) -> RunSettings:
+    """The prior's settings with the plan's guidance."""
+    names = {field.name for field in dataclasses.fields(RunSettings)}
+    recorded = {name: value for name, value in prior.metadata.items() if name in names}
+    return RunSettings(**{**recorded, "cfg_scale": plan.cfg_scale})
+
+
+def latents_files(plan: Plan, prior: Prior) -> list[str]:
+    """The latents a plan starts from; for a differential resume those before each step, and the clean."""
+    if plan.method == "resume":
+        return [prior_utils.step_file(plan.start_step)]
+    last = prior_utils.step_file(prior.num_inference_steps - 1)
+    return [*map(prior_utils.latents_before_file, plan.steps_to_run), last]
+
+
+def velocity_files(plan: Plan) -> list[str]:
+    """The prior's velocities a plan needs: those of the steps of a differential resume."""
+    return [] if plan.method == "resume" else list(map(prior_utils.noise_pred_file, plan.steps_to_run))
+
+
+def conditioning_files(plan: Plan, prior: Prior) -> list[str]:
+    """The prior's conditioning a plan needs; contexts of other prompts are not there."""
+    if prior.is_legacy or not plan.steps_to_run:
+        return []
+    names = dict.fromkeys(map(prior_utils.context_file, plan.texts))
+    return [*IDENTITY_FILES, *filter(prior.has, names)]
+
+
+def input_files(plan: Plan, prior: Prior) -> list[str]:
+    """The prior's files a plan needs."""
+    return [*latents_files(plan, prior), *velocity_files(plan), *conditioning_files(plan, prior)]
+
+
+def needed_components(plan: Plan, prior: Prior, *, known: Set[str]) -> list[str]:
+    """The parts of the model a plan needs: encoders only for what is not encoded already.
+
+    Args:
+        known: the prompts whose contexts are there.
+    """
+    if not plan.steps_to_run:
+        return ["vae"]
+    components = ["dit", "vae"]
+    if not known >= set(plan.texts):
+        components.append("text_encoder")
+    if prior.is_legacy:
+        components.append("image_encoder")
+    return components
+
+
+# --- checks before anything is loaded -----------------------------------------------------------------------
+
+
+def read_inputs(plans: Iterable[Plan], prior: Prior) -> Inputs:
+    """Check every file that plans of one prior need, and read the image; no tensor is loaded yet.
+
+    Raises:
+        InputError: something is missing, damaged, or not the prior's.
+    """
+    plans = list(plans)
+    path = plans[0].image
+    names = dict.fromkeys(name for plan in plans for name in input_files(plan, prior))
+    return Inputs(
+        prior_files=prior_utils.check_files(prior, names),
+        image=read_image(path, prior),
+        image_sha256=None if path is None else prior_utils.sha256_file(path),
+    )
+
+
+def load_inputs(plans: Iterable[Plan], prior: Prior, inputs: Inputs) -> str:
+    """Load every tensor that plans of one prior need, each once, and the contexts the prior knows.
+
+    Returns:
+        The latents' dtype, "bfloat16" for example.
+
+    Raises:
+        InputError: a file holds something else, or not in --dtype.
+    """
+    tensors, known = inputs.tensors, inputs.contexts
+    for plan in plans:
+        latents = [*latents_files(plan, prior), *velocity_files(plan)]
+        for names, load in (
+            (latents, prior_utils.load_latents),
+            (conditioning_files(plan, prior), prior_utils.load_conditioning),
+        ):
+            tensors.update((name, load(prior, name)) for name in names if name not in tensors)
+        found = prior_utils.dtype_name(tensors[latents[0]])
+        if plan.dtype not in (None, found):
+            raise InputError(f"--dtype {plan.dtype}: the prior's latents are {found}; leave the flag out")
+        for text in plan.texts:
+            own = tensors.get(prior_utils.context_file(text))
+            context = contexts.load(prior, text) if own is None else own
+            if context is not None:
+                known[text] = context
+    return found
+
+
+def read_image(path: Path | None, prior: Prior) -> Image | None:
+    """Read --image and compare it with the image the prior was made from, where the prior holds it.
+
+    Raises:
+        InputError: it can't be read, or is another.
+    """
+    if path is None:
+        return None
+    sizes = {"width": prior.metadata["width"], "height": prior.metadata["height"]}
+    image = cli.read_image(path, **sizes)
+    if not prior.is_legacy:
+        prior_utils.check_files(prior, [prior_utils.IMAGE_FILE])
+        own = prior.directory / prior_utils.IMAGE_FILE
+        if image.tobytes() != cli.read_image(own, **sizes, label="the prior's image").tobytes():
+            raise InputError(
+                f"--image {path} is not the image the prior was made from ({own}); "
+                "leave the flag out, or make a prior of this image"
+            )
+    return image
+
+
+def check_schedule(prior: Prior) -> None:
+    """Recompute the schedule with the installed scheduler and compare every value.
+
+    Raises:
+        InputError: they differ.
+    """
+    from wan_pipeline import compute_schedule
+
+    timesteps, sigmas = compute_schedule(**{name: prior.metadata[name] for name in SCHEDULE_FLAGS})
+    prior_utils.check_schedule(prior, timesteps=timesteps, sigmas=sigmas)
+
+
+def check_fingerprint(prior: Prior, found: Mapping[str, str]) -> None:
+    """Compare the weights with those the prior was made with.
+
+    Raises:
+        InputError: they differ.
+    """
+    for component, digest in found.items():
+        recorded = prior.metadata["model_fingerprint"].get(component) if not prior.is_legacy else digest
+        if recorded != digest:
+            raise InputError(
+                f"the {component} weights are not those the prior was made with (fingerprint {digest[:12]}, "
+                f"expected {str(recorded)[:12]}); name the right ones with --model_dir or make the prior "
+                "again"
+            )
