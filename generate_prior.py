@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import command_line as cli
+import formation
 import prior_utils
 import wan_models
 from prior_utils import Clock, InputError, RunError, RunSettings
@@ -298,6 +299,7 @@ def save_step(writer: prior_utils.PriorWriter, step: Step) -> None:
     """Save the latents after a step and its guided velocity, then say so in the metadata."""
     writer.save_tensor(prior_utils.noise_pred_file(step.index), step.noise_pred)
     writer.save_tensor(prior_utils.step_file(step.index), step.latents)
+    formation.record_step(writer.metadata, step)
     writer.write_metadata()
 
 
@@ -357,6 +359,7 @@ def run(
     )
     clock.include(result.seconds)
     writer.save(prior_utils.OUTPUT_FILE, lambda path: cli.write_video(result.frames, path, fps=args.fps))
+    formation.save(writer)
     clock.add("save")
     if denoised:
         save_denoised_videos(writer, pipe, denoised=denoised, tiled=settings.tiled, fps=args.fps, clock=clock)

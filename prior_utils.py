@@ -10,6 +10,7 @@ A prior is a folder `run_<id>/`:
     context_<hash>.pt        one encoded prompt each, named after the text
     input_image.png          the input image as the model saw it
     output_full.mp4          the prior's own video
+    formation.png            how it took shape, step by step (formation.py)
     denoised_0000.mp4 ...    with --save_decoded_videos: what step i points at, decoded
     contexts/                prompts that were encoded later (contexts.py); no part of the prior
     outputs/                 the videos infer_from_prior.py makes from it; no part of the prior

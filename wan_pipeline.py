@@ -7,7 +7,7 @@
                SigmasScheduler a schedule of its own
     units      run_full appends a unit that hands out the conditioning; run_from replaces every unit that
                would load an encoder by one that puts the prior's latents and conditioning in place
-    model_fn   ForwardCounter: counts network evaluations, both guidance branches;
+    model_fn   ForwardCounter: counts network evaluations, sees how far both guidance branches are apart;
                around it what makes steps cheaper (cheaper_steps.py, skip_cache.py)
 
 Checked against diffsynth 2.1.12, diffsynth/pipelines/wan_video.py and diffsynth/diffusion/flow_match.py.
@@ -18,7 +18,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -68,6 +68,7 @@ class Step:
     latents_before: torch.Tensor
     noise_pred: torch.Tensor  # guided velocity, noise - sample
     latents: torch.Tensor  # at the next sigma
+    branch_distance: float | None = None  # norm of noise_pred_posi - noise_pred_nega; None without guidance
 
     @property
     def denoised(self) -> torch.Tensor:
@@ -185,15 +186,26 @@ class DifferentialScheduler(ReportingScheduler):
 
 
 class ForwardCounter:
-    """A model_fn that counts its calls: the network evaluations of a run."""
+    """A model_fn that counts its calls, the network evaluations of a run, and compares the two branches.
+
+    WanVideoPipeline calls it with positive=True and then, where cfg_scale isn't 1, with positive=False.
+    """
 
     def __init__(self, model_fn: Callable[..., torch.Tensor]):
         self.model_fn = model_fn
         self.forwards = 0
+        self.noise_pred_posi: torch.Tensor | None = None
+        self.branch_distance: torch.Tensor | None = None  # of the step that runs; a scalar, on the device
 
     def __call__(self, **kwargs: Any) -> torch.Tensor:
         self.forwards += 1
-        return self.model_fn(**kwargs)
+        noise_pred = self.model_fn(**kwargs)
+        if kwargs.get("positive", True):
+            self.noise_pred_posi, self.branch_distance = noise_pred, None
+        else:
+            difference = self.noise_pred_posi.float() - noise_pred.float()
+            self.noise_pred_posi, self.branch_distance = None, torch.linalg.vector_norm(difference)
+        return noise_pred
 
 
 class ReportStart(PipelineUnit):
@@ -417,7 +429,8 @@ def _call(
         result.steps.append(step.index)
         result.latents = step.latents
         if on_step is not None:
-            on_step(step)
+            distance = counter.branch_distance
+            on_step(replace(step, branch_distance=None if distance is None else float(distance)))
         clock.add("save")
 
     scheduler.on_step = report_step

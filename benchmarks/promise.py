@@ -21,7 +21,7 @@ import json
 import multiprocessing
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -172,7 +172,14 @@ def work(job: tuple[int, int, str]) -> list[dict]:
     return list(measure_case(*_worker, index, seed, list(SETS[name]())))
 
 
-def run_cases(jobs: list[tuple[int, int, str]], path: Path, *, workers: int) -> None:
+def run_cases(
+    jobs: list[tuple[int, int, str]],
+    path: Path,
+    *,
+    workers: int,
+    work: Callable[[tuple[int, int, str]], list[dict]] = work,
+    columns: Sequence[str] = COLUMNS,
+) -> None:
     """Do the cases clips.csv doesn't hold yet."""
     from tqdm import tqdm
 
@@ -183,7 +190,7 @@ def run_cases(jobs: list[tuple[int, int, str]], path: Path, *, workers: int) -> 
         return
     os.environ["TQDM_DISABLE"] = "1"  # in the workers: only the bar over the cases is of interest
     with path.open("a", newline="") as out:
-        writer = csv.DictWriter(out, COLUMNS)
+        writer = csv.DictWriter(out, columns)
         if not rows:
             writer.writeheader()
         spawn = multiprocessing.get_context("spawn")

@@ -64,7 +64,7 @@ def test_help_answers_without_the_heavy_imports(script, tmp_path):
         f"sys.path.insert(0, {str(ROOT)!r})\n"
         "try: runpy.run_path(sys.path[0] + '/' + sys.argv[0], run_name='__main__')\n"
         "except SystemExit as ended: code = ended.code\n"
-        "heavy = [m for m in ('torch', 'diffsynth', 'numpy', 'PIL') if m in sys.modules]\n"
+        "heavy = [m for m in ('torch', 'diffsynth', 'numpy', 'matplotlib', 'PIL') if m in sys.modules]\n"
         "print(heavy, code, file=sys.stderr)"
     )
     ended = run_as_user("-c", code, cwd=tmp_path)

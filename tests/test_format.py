@@ -49,6 +49,7 @@ OWN_KEYS = {
     "tile_size",
     "tile_stride",
     "start_step",
+    "formation",
     "device",
     "device_name",
     "num_threads",
@@ -136,8 +137,9 @@ def test_every_file_is_recorded_with_its_checksum(prior):
         assert hashlib.sha256((prior / name).read_bytes()).hexdigest() == digest
     steps = {f"{kind}_{step:04d}.pt" for kind in ("step", "noise_pred") for step in range(10)}
     contexts = {prior_utils.context_file(text) for text in (PROMPT, "Still.")}
-    others = {"initial_latents.pt", "y.pt", "clip_feature.pt", "input_image.png", "output_full.mp4"}
-    assert set(files) == steps | contexts | others
+    others = {"initial_latents.pt", "y.pt", "clip_feature.pt", "input_image.png"}
+    shown = {"output_full.mp4", "formation.png"}
+    assert set(files) == steps | contexts | others | shown
 
 
 def test_every_tensor_is_recorded_with_its_shape(prior):
