@@ -19,6 +19,7 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 import command_line as cli
+import lora
 import sweep
 import wan_models
 from plan import Inputs, Plan, check_schedule, load_inputs, read_inputs, run_settings
@@ -47,6 +48,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     add_method_arguments(parser)
     add_prompt_arguments(parser)
+    cli.add_cheaper_arguments(
+        parser,
+        lora_help="others than the prior's may be given, a distilled one for example; --lora alone: none "
+        "(default: the prior's)",
+    )
     add_output_arguments(parser)
     add_checked_arguments(parser)
     cli.add_model_arguments(
@@ -89,6 +95,21 @@ def add_method_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="like --steps, spread over the schedule: of 10 steps 2 are 0 7, 3 are 0 5 8",
     )
+    method.add_argument(
+        "--sigmas",
+        type=cli.strength,
+        nargs="+",
+        metavar="X",
+        help="resume on a schedule of your own (1 is noise), as a distilled LoRA wants it; it begins where "
+        "the prior's path is at the first: at its saved latents, or between two of them on the straight line "
+        "it took there, so that the latents are as noisy as the network is told",
+    )
+    group.add_argument(
+        "--num_steps_after",
+        type=cli.positive_int,
+        metavar="N",
+        help="with --start_step: N steps from there to the end, spaced as a full run's, not those left",
+    )
 
 
 def add_prompt_arguments(parser: argparse.ArgumentParser) -> None:
@@ -119,9 +140,10 @@ def add_prompt_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--cfg_scale",
         type=cli.positive_float,
+        nargs="+",
         metavar="X",
-        help="how strongly the prompt is followed; 1 switches guidance off and halves the cost "
-        "(default: the prior's)",
+        help="how strongly the prompt is followed; 1 switches guidance off and halves the cost; one, or one "
+        "for each step that runs: 5 5 1 drops the second forward of the third (default: the prior's)",
     )
 
 
@@ -206,6 +228,20 @@ def warn_of_doubts(plan: Plan, prior: Prior, *, device: str) -> None:
         )
 
 
+def warn_of_what_differs(plan: Plan, prior: Prior) -> None:
+    """Say where the prior was made in another way, so that its own prompt won't give its own video."""
+    own, given = (lora.summary(each) for each in (prior.metadata.get("lora", []), plan.lora))
+    if own != given:
+        cli.warn(f"runs with {given}, and the prior was made with {own}: a mix of two models, as asked for")
+    for name in ("skip_cache", "tea_cache_l1_thresh"):
+        value = prior.metadata.get(name)
+        if value is not None and value != getattr(plan, name):
+            cli.warn(
+                f"the prior was made with --{name} {value}, which is not taken over; give it, too, to have "
+                "steps as cheap, and without it the prior's own prompt gives nearly the prior's video"
+            )
+
+
 def say_what_runs(jobs: Collection[Job], *, there: int) -> None:
     """Tell what will run: a single video's steps, or a sweep's sums."""
     if len(jobs) + there > 1:
@@ -213,6 +249,9 @@ def say_what_runs(jobs: Collection[Job], *, there: int) -> None:
         return
     [job] = jobs
     total, running = job.prior.num_inference_steps, len(job.plan.steps_to_run)
+    if job.plan.sigmas is not None:
+        cli.say(f"runs {running} steps from sigma {job.plan.sigmas[0]:.3f}; the prior's run took {total}")
+        return
     cli.say(
         f"runs {running} of {total} steps, skips {total - running}"
         if running
@@ -274,12 +313,14 @@ def make_videos(
     device = wan_models.pick_device(model, args.device)
     for group in sweep.by_prior(jobs).values():
         warn_of_doubts(group[0].plan, group[0].prior, device=device)
+        warn_of_what_differs(group[0].plan, group[0].prior)
     warn_of_old_motion(jobs)
     dtype = load_all(jobs, inputs)
     sizes = [cli.video_bytes(run_settings(job.plan, job.prior)) for job in jobs]
     cli.check_folder(folder, sum(sizes) + 2**20)
     say_what_runs(jobs, there=there)
-    options = LoadOptions(model, device, dtype, args.vram, args.model_dir)
+    loras = lora.of(jobs[0].plan.lora)
+    options = LoadOptions(model, device, dtype, args.vram, args.model_dir, loras)
     return run_jobs(jobs, inputs, options=options)
 
 

@@ -10,6 +10,7 @@ and a leading `diffusion_model.`, and passes over layers that it doesn't find.
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -61,34 +62,58 @@ def describe(loras: Iterable[Lora]) -> list[dict[str, Any]]:
     ]
 
 
+def of(described: object) -> tuple[Lora, ...]:
+    """The LoRAs of what `describe` made, as metadata has it.
+
+    Raises:
+        InputError: the metadata says something else.
+    """
+    loras = []
+    for each in described if isinstance(described, list) else [described]:
+        match each:
+            case {"path": str(path), "alpha": int() | float() as alpha, "sha256": str()}:
+                loras.append(Lora(Path(path), alpha))
+            case _:
+                raise InputError(
+                    f"run_metadata.json has {str(each)[:60]!r} as a LoRA, expected path, alpha and sha256; "
+                    "make the prior again"
+                )
+    return tuple(loras)
+
+
+def summary(described: object) -> str:
+    """What a person is told of the LoRAs that `describe` described: the same for the same ones."""
+    names = [f"{lora.path.name}:{lora.alpha:g}" for lora in of(described)]
+    digests = [each["sha256"][:12] for each in described]
+    return ", ".join(f"{name} ({digest})" for name, digest in zip(names, digests, strict=True)) or "no LoRA"
+
+
 def recorded(described: object) -> tuple[Lora, ...]:
     """The LoRAs that a prior's metadata describes; their files must still be there, and the same.
 
     Raises:
         InputError: they are not, or the metadata says something else.
     """
-    loras = []
-    for each in described if isinstance(described, list) else [described]:
-        match each:
-            case {"path": str(path), "alpha": int() | float() as alpha, "sha256": str(digest)}:
-                lora = Lora(Path(path), alpha)
-            case _:
-                raise InputError(
-                    f"run_metadata.json has {str(each)[:60]!r} as a LoRA, expected path, alpha and sha256; "
-                    "make the prior again"
-                )
-        hint = "name it with --lora, or give --lora without a file to run without"
+    loras = of(described)
+    hint = "name it with --lora, or give --lora without a file to run without"
+    for lora, each in zip(loras, described, strict=True):
         if not lora.path.is_file():
-            raise InputError(f"the prior was made with the LoRA {path}, which is not there; {hint}")
-        if _sha256(lora.path) != digest:
-            raise InputError(f"the prior was made with another {path} than is there now; {hint}")
-        loras.append(lora)
-    return tuple(loras)
+            raise InputError(f"the prior was made with the LoRA {lora.path}, which is not there; {hint}")
+        if _sha256(lora.path) != each["sha256"]:
+            raise InputError(f"the prior was made with another {lora.path} than is there now; {hint}")
+    return loras
 
 
 def _sha256(path: Path) -> str:
     if not path.is_file():
         raise InputError(f"--lora {path} is not a file; name a .safetensors file")
+    stat = path.stat()
+    return _sha256_of(path, stat.st_size, stat.st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=64)
+def _sha256_of(path: Path, size: int, mtime_ns: int) -> str:
+    """Once for all videos of a sweep: a LoRA of a 14B model has hundreds of MB."""
     return sha256_file(path)
 
 

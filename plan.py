@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import command_line as cli
 import contexts
+import lora
 import prior_utils
 import wan_models
 from prior_utils import InputError, Prior, RunSettings
@@ -34,9 +36,14 @@ class Plan:
     method: str  # "resume": all steps after start_step; "differential": a few chosen steps
     start_step: int | None  # None for a differential resume
     steps_to_run: list[int]
+    sigmas: tuple[float, ...] | None  # None: the prior's schedule; else the steps are places in these
     prompt: str
     negative_prompt: str
-    cfg_scale: float
+    cfg_scale: float | tuple[float, ...]  # for all steps, or one for each
+    skip_cache: int | None
+    tea_cache_l1_thresh: float | None
+    tea_cache_model_id: str
+    lora: list[dict[str, Any]]  # as lora.describe
     fps: float
     image: Path | None  # an older prior needs it, others only compare it with their own
     model: str
@@ -52,6 +59,8 @@ class Plan:
     @property
     def forwards(self) -> int:
         """Network evaluations."""
+        if isinstance(self.cfg_scale, tuple):
+            return sum(1 if scale == 1 else 2 for scale in self.cfg_scale)
         return len(self.steps_to_run) * (1 if self.cfg_scale == 1 else 2)
 
 
@@ -82,14 +91,15 @@ def make_plan(args: argparse.Namespace, prior: Prior) -> Plan:
     defaults = wan_models.model_defaults(model, args.model_dir)
     given = {name: value for name, value in vars(args).items() if value is not None}
     chosen = {**dataclasses.asdict(defaults), **prior.metadata, **given}
-    method, start_step, steps_to_run = choose_steps(args, prior)
+    steps = choose_steps(args, prior)
+    given_loras = lora.recorded(prior.metadata.get("lora", [])) if args.lora is None else args.lora
     return Plan(
-        method=method,
-        start_step=start_step,
-        steps_to_run=steps_to_run,
+        **steps,
+        **cli.cheaper_settings(args, model),
+        lora=lora.describe(given_loras),
         prompt=chosen["prompt"],
         negative_prompt=chosen["negative_prompt"],
-        cfg_scale=chosen["cfg_scale"],
+        cfg_scale=guidance(chosen["cfg_scale"], len(steps["steps_to_run"])),
         fps=chosen["fps"],
         image=args.image,
         model=model,
@@ -115,12 +125,28 @@ def check_flags(args: argparse.Namespace, prior: Prior) -> None:
             raise InputError(f"{prior.directory} records no {name} (an older format): give --{name}")
 
 
-def choose_steps(args: argparse.Namespace, prior: Prior) -> tuple[str, int | None, list[int]]:
-    """Method, start_step and steps_to_run of a plan.
+def guidance(cfg_scale: float | list[float], num_steps: int) -> float | tuple[float, ...]:
+    """One cfg_scale for all steps, or a tuple with one for each.
+
+    Raises:
+        InputError: neither one value nor as many as there are steps.
+    """
+    values = cfg_scale if isinstance(cfg_scale, list) else [cfg_scale]
+    if len(values) not in (1, num_steps):
+        raise InputError(
+            f"--cfg_scale: {len(values)} values, and {num_steps} steps run; give one, or one for each step"
+        )
+    return values[0] if len(set(values)) == 1 else tuple(values)
+
+
+def choose_steps(args: argparse.Namespace, prior: Prior) -> dict[str, Any]:
+    """Method, start_step, steps_to_run and sigmas of a plan.
 
     Raises:
         InputError: a step the prior doesn't have, or a prior without what a differential resume needs.
     """
+    if args.sigmas is not None:
+        return own_sigmas(args.sigmas, prior)
     differential = args.steps is not None or args.num_steps is not None
     if prior.is_legacy and differential:
         raise InputError(
@@ -128,8 +154,60 @@ def choose_steps(args: argparse.Namespace, prior: Prior) -> tuple[str, int | Non
         )
     if args.start_step is not None or prior.is_legacy:
         start_step = resolve_start_step(args.start_step, prior)
-        return "resume", start_step, list(range(start_step + 1, prior.num_inference_steps))
-    return "differential", None, differential_steps(args, prior)
+        return remaining_steps(start_step, prior, num_steps=args.num_steps_after)
+    if args.num_steps_after is not None:
+        raise InputError("--num_steps_after spaces anew what is left after a step: give --start_step, too")
+    return {
+        "method": "differential",
+        "start_step": None,
+        "steps_to_run": differential_steps(args, prior),
+        "sigmas": None,
+    }
+
+
+def own_sigmas(sigmas: list[float], prior: Prior) -> dict[str, Any]:
+    """A resume on sigmas of its own, from where the prior's path is at the first of them.
+
+    Raises:
+        InputError: they don't decrease, or begin where the prior holds nothing.
+    """
+    if any(after >= now * (1 - prior_utils.SAME_SIGMA) for now, after in itertools.pairwise(sigmas)):
+        raise InputError(f"--sigmas {' '.join(map(str, sigmas))}: expected decreasing values")
+    known = prior.metadata["scheduler_sigmas"]
+    try:
+        step, _ = prior_utils.place_on_path(sigmas[0], known)
+    except ValueError:
+        raise InputError(
+            f"--sigmas {sigmas[0]}: the prior begins at sigma {known[0]:.6g}; begin there or below"
+        ) from None
+    if prior.is_legacy and step == 0:
+        raise InputError(
+            f"--sigmas {sigmas[0]}: this older format holds nothing before step 0; begin at "
+            f"{known[1]:.6g} or below"
+        )
+    steps = list(range(len(sigmas)))
+    return {"method": "resume", "start_step": step - 1, "steps_to_run": steps, "sigmas": tuple(sigmas)}
+
+
+def remaining_steps(start_step: int, prior: Prior, *, num_steps: int | None) -> dict[str, Any]:
+    """A resume after a step, in the steps that are left or in so many others.
+
+    Raises:
+        InputError: none are left.
+    """
+    steps = list(range(start_step + 1, prior.num_inference_steps))
+    if num_steps in (None, len(steps)):
+        return {"method": "resume", "start_step": start_step, "steps_to_run": steps, "sigmas": None}
+    if not steps:
+        raise InputError(f"--num_steps_after {num_steps}: step {start_step} is the prior's last")
+    m = prior.metadata
+    begin = m["scheduler_sigmas"][start_step + 1]
+    return {
+        "method": "resume",
+        "start_step": start_step,
+        "steps_to_run": list(range(num_steps)),
+        "sigmas": tuple(prior_utils.tail_sigmas(begin, num_steps, sigma_shift=m["sigma_shift"])),
+    }
 
 
 def resolve_start_step(choice: int | None, prior: Prior) -> int:
@@ -159,18 +237,30 @@ def differential_steps(args: argparse.Namespace, prior: Prior) -> list[int]:
 
 
 def run_settings(plan: Plan, prior: Prior) -> RunSettings:
-    """The prior's settings with the plan's guidance."""
+    """The prior's settings, and of the plan what it decides itself."""
     names = {field.name for field in dataclasses.fields(RunSettings)}
+    own = {name: value for name, value in vars(plan).items() if name in names}
     recorded = {name: value for name, value in prior.metadata.items() if name in names}
-    return RunSettings(**{**recorded, "cfg_scale": plan.cfg_scale})
+    return RunSettings(**{**recorded, **own})
 
 
 def latents_files(plan: Plan, prior: Prior) -> list[str]:
-    """The latents a plan starts from; for a differential resume those before each step, and the clean."""
+    """The latents a plan starts from; for a differential resume those before each step, and the clean.
+
+    Two where it starts between them, on the straight line the prior took.
+    """
     if plan.method == "resume":
-        return [prior_utils.step_file(plan.start_step)]
+        begin = prior_utils.latents_before_file(plan.start_step + 1)
+        return [begin, prior_utils.step_file(plan.start_step + 1)] if part_of_step(plan, prior) else [begin]
     last = prior_utils.step_file(prior.num_inference_steps - 1)
     return [*map(prior_utils.latents_before_file, plan.steps_to_run), last]
+
+
+def part_of_step(plan: Plan, prior: Prior) -> float:
+    """How far into the step after start_step a resume on its own sigmas begins, 0 ... 1."""
+    if plan.sigmas is None:
+        return 0.0
+    return prior_utils.place_on_path(plan.sigmas[0], prior.metadata["scheduler_sigmas"])[1]
 
 
 def velocity_files(plan: Plan) -> list[str]:

@@ -20,12 +20,14 @@ import contexts
 import prior_utils
 import sweep
 import wan_models
+from lora import check_loras
 from plan import (
     IDENTITY_FILES,
     Inputs,
     check_fingerprint,
     latents_files,
     needed_components,
+    part_of_step,
     run_settings,
     velocity_files,
 )
@@ -100,6 +102,8 @@ def load_model(jobs: Sequence[Job], inputs: Mapping[Path, Inputs], options: Load
     needed = {name for job in jobs for name in needed_components(job.plan, job.prior, known=known)}
     options = dataclasses.replace(options, vram=wan_models.pick_vram(options))
     files = wan_models.weight_files(options, [name for name in wan_models.COMPONENTS if name in needed])
+    for note in check_loras(options.loras, files.get("dit", [])):
+        cli.warn(note)
     fingerprint = wan_models.fingerprint(files)
     for group in sweep.by_prior(jobs).values():
         check_fingerprint(group[0].prior, fingerprint)
@@ -172,11 +176,14 @@ def make_video(job: Job, inputs: Inputs, *, pipe: WanVideoPipeline, clock: Clock
 
 def run_steps(job: Job, inputs: Inputs, *, pipe: WanVideoPipeline) -> RunResult:
     """Run the plan's steps, one after the other or differentially."""
-    from wan_pipeline import Trajectory, run_differential, run_from
+    from wan_pipeline import Trajectory, run_differential, run_from, run_on_sigmas
 
     plan, settings = job.plan, run_settings(job.plan, job.prior)
     latents = [inputs.tensors[name] for name in latents_files(plan, job.prior)]
     conditioning = conditioning_of(job, inputs) if plan.steps_to_run else None
+    if plan.sigmas is not None:
+        begin = between(latents[0], latents[-1], part_of_step(plan, job.prior))
+        return run_on_sigmas(pipe, settings, sigmas=plan.sigmas, latents=begin, conditioning=conditioning)
     if plan.method == "resume":
         return run_from(
             pipe, settings, start_step=plan.start_step, latents=latents[0], conditioning=conditioning
@@ -184,6 +191,11 @@ def run_steps(job: Job, inputs: Inputs, *, pipe: WanVideoPipeline) -> RunResult:
     velocities = [inputs.tensors[name] for name in velocity_files(plan)]
     trajectory = Trajectory(plan.steps_to_run, latents, velocities)
     return run_differential(pipe, settings, trajectory=trajectory, conditioning=conditioning)
+
+
+def between(begin: torch.Tensor, end: torch.Tensor, part: float) -> torch.Tensor:
+    """Latents a part of the way from one to the other: an Euler step goes straight. All [B, C, T, H, W]"""
+    return begin if part == 0 else begin.float().lerp(end.float(), part).to(begin.dtype)
 
 
 def conditioning_of(job: Job, inputs: Inputs) -> Conditioning:
@@ -207,7 +219,7 @@ def report(job: Job, inputs: Inputs, *, model: Model, result: RunResult, clock: 
         "image": None if plan.image is None else str(plan.image.absolute()),
         "model_dir": None if options.model_dir is None else str(options.model_dir.absolute()),
         "model_fingerprint": dict(model.fingerprint),
-        "lora": prior.metadata.get("lora", []),
+        "prior_lora": prior.metadata.get("lora", []),
         "dtype": options.dtype,
         "vram": options.vram,
         **cli.machine(options.device),
@@ -215,6 +227,7 @@ def report(job: Job, inputs: Inputs, *, model: Model, result: RunResult, clock: 
         "steps_run": result.steps,
         "steps_skipped": prior.num_inference_steps - len(result.steps),
         "forwards": result.forwards,
+        "block_evaluations": result.block_evaluations,
         "seconds": clock.seconds,
         "seconds_per_step": result.seconds_per_step,
         "latents_sha256": prior_utils.sha256_tensor(result.latents),

@@ -26,7 +26,7 @@ import wan_models
 from plan import Inputs, Plan
 from prior_utils import InputError, Prior
 
-METHOD_FLAGS = ("start_step", "steps", "num_steps")
+METHOD_FLAGS = ("start_step", "steps", "num_steps", "sigmas")
 OVERRIDES = {  # what a JSON line of --prompts_file may set, and the type of each value
     "prompt": cli.utf8_text,
     "negative_prompt": cli.utf8_text,
@@ -34,7 +34,9 @@ OVERRIDES = {  # what a JSON line of --prompts_file may set, and the type of eac
     "start_step": cli.start_steps,
     "steps": cli.non_negative_int,
     "num_steps": cli.positive_int,
+    "sigmas": cli.strength,
 }
+LISTS = ("cfg_scale", "start_step", "steps", "sigmas")  # of those, what may be a list
 MAX_PROMPTS_BYTES = 16 * 2**20
 MAX_NAME_BYTES = 255  # of a file name, on every usual file system
 
@@ -93,6 +95,7 @@ def check_one_model(plans: list[tuple[Prior, Plan]]) -> None:
         for name, one, other in (
             ("model", first_plan.model, plan.model),
             ("dtype", first_plan.dtype, plan.dtype),
+            ("lora", first_plan.lora, plan.lora),
             ("model_fingerprint", *(each.metadata.get("model_fingerprint") for each in (first, prior))),
         ):
             if one != other:
@@ -169,7 +172,7 @@ def read_override(name: str, value: Any, where: str) -> Any:
     Raises:
         InputError: the flag wouldn't take it.
     """
-    kind, many = OVERRIDES[name], name in ("start_step", "steps")
+    kind, many = OVERRIDES[name], name in LISTS
     values = value if many and isinstance(value, list) and value else [value]
     try:
         if kind is cli.utf8_text and not isinstance(value, str):
@@ -263,7 +266,9 @@ def free_output(plan: Plan, prior: Prior) -> Path:
 
 def video_name(plan: Plan) -> str:
     """A file name, without suffix, that tells steps and prompt, and differs for every choice."""
-    if plan.method == "resume":
+    if plan.sigmas is not None:
+        start = f"sigma{plan.sigmas[0]:.3f}-{len(plan.sigmas)}steps"
+    elif plan.method == "resume":
         start = f"step{plan.start_step:02d}"
     elif len(plan.steps_to_run) <= 6:
         start = "steps" + "-".join(map(str, plan.steps_to_run))

@@ -391,6 +391,26 @@ def run_differential(
     )
 
 
+def run_on_sigmas(
+    pipe: WanVideoPipeline,
+    settings: RunSettings,
+    *,
+    sigmas: Sequence[float],
+    latents: torch.Tensor,
+    conditioning: Conditioning,
+    on_step: StepCallback | None = None,
+) -> RunResult:
+    """Run these sigmas, decreasing, from latents at the first of them; the steps are places in them.
+
+    Raises:
+        RunError: latents became NaN or infinite; names the step.
+    """
+    scheduler = SigmasScheduler(sigmas)
+    return run_scheduler(
+        pipe, settings, scheduler=scheduler, latents=latents, conditioning=conditioning, on_step=on_step
+    )
+
+
 def run_scheduler(
     pipe: WanVideoPipeline,
     settings: RunSettings,

@@ -180,7 +180,7 @@ def infer(run: Callable[..., Outcome], model_dir: Path) -> Callable[..., Outcome
     """infer_from_prior.py with the small model, resuming after step 6 unless the flags choose the steps."""
 
     def infer(prior: Path, *argv: object) -> Outcome:
-        chosen = {"--start_step", "--steps", "--num_steps"} & set(map(str, argv))
+        chosen = {"--start_step", "--steps", "--num_steps", "--sigmas"} & set(map(str, argv))
         method = () if chosen else ("--start_step", 6)
         return run("infer_from_prior", "--prior_dir", prior, "--model_dir", model_dir, *method, *argv)
 

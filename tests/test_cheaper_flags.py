@@ -1,0 +1,176 @@
+"""The flags of cheaper steps on both scripts: what runs, what is recorded, what is refused before loading."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers import OTHER_PROMPT, read_json
+from safetensors.torch import save_file
+
+import infer_from_prior
+from plan import latents_files, load_inputs, make_plan, part_of_step, read_inputs
+from prior_utils import read_prior
+from run_jobs import between
+
+BLOCKS = 4  # of the tests' DiT
+
+
+def sha256(prior):
+    return read_json(prior / "run_metadata.json")["latents_sha256"]
+
+
+@pytest.fixture
+def lora_file(tmp_path_factory):
+    """A LoRA of random matrices for two layers."""
+    generator, weights = torch.Generator().manual_seed(0), {}
+    for layer, (outputs, inputs) in {"blocks.0.self_attn.q": (48, 48), "blocks.1.ffn.0": (64, 48)}.items():
+        weights[f"{layer}.lora_A.weight"] = torch.randn(2, inputs, generator=generator)
+        weights[f"{layer}.lora_B.weight"] = torch.randn(outputs, 2, generator=generator)
+    path = tmp_path_factory.mktemp("lora") / "random.safetensors"
+    save_file(weights, path)
+    return path
+
+
+# --- skip_cache and TeaCache --------------------------------------------------------------------------------
+
+
+def test_skip_cache_runs_fewer_blocks_and_is_recorded(prior, infer, tmp_path):
+    plain = infer(prior, "--output", tmp_path / "plain.mp4").report
+    assert (plain["skip_cache"], plain["block_evaluations"]) == (None, 3 * 2 * BLOCKS)
+    cached = infer(prior, "--skip_cache", 2, "--output", tmp_path / "cached.mp4").report
+    assert (cached["skip_cache"], cached["forwards"]) == (2, 6)
+    assert cached["block_evaluations"] == 2 * (2 * BLOCKS + 2)
+    assert cached["latents_sha256"] != plain["latents_sha256"] == sha256(prior)
+
+
+def test_skip_cache_of_a_differential_resume(prior, infer, tmp_path):
+    flags = ("--steps", 0, 5, 8, "--prompt", OTHER_PROMPT, "--skip_cache", 3)
+    report = infer(prior, *flags, "--output", tmp_path / "video.mp4").report
+    assert report["block_evaluations"] == 2 * (BLOCKS + 2 + 2)
+
+
+@pytest.mark.parametrize("value", ["1", "0", "-2", "x"])
+def test_no_period_of_full_steps(prior, infer, refused, value):
+    refused(lambda: infer(prior, "--skip_cache", value), "--skip_cache")
+
+
+def test_a_model_without_coefficients_for_tea_cache_is_refused_by_name(prior, infer, refused):
+    refused(lambda: infer(prior, "--tea_cache_l1_thresh", 0.1), "no coefficients for tiny", "Wan2.1-I2V")
+    other = ("--tea_cache_l1_thresh", 0.1, "--tea_cache_model_id", "Wan9")
+    refused(lambda: infer(prior, *other), "no coefficients for Wan9")
+    refused(lambda: infer(prior, *other[2:]), "--tea_cache_l1_thresh")
+    refused(lambda: infer(prior, *other[:2], "--skip_cache", 2), "give one of them")
+
+
+def test_tea_cache_with_the_coefficients_of_another_model(prior, infer, tmp_path):
+    flags = ("--tea_cache_l1_thresh", 1e9, "--tea_cache_model_id", "Wan2.1-I2V-14B-480P")
+    report = infer(prior, "--start_step", 4, *flags, "--output", tmp_path / "video.mp4").report
+    assert (report["forwards"], report["block_evaluations"]) == (10, 2 * 2 * BLOCKS)
+    assert report["tea_cache_l1_thresh"] == 1e9
+
+
+# --- guidance by step ---------------------------------------------------------------------------------------
+
+
+def test_guidance_by_step(prior, infer, tmp_path):
+    report = infer(prior, "--cfg_scale", 5, 5, 1, "--output", tmp_path / "video.mp4").report
+    assert (report["cfg_scale"], report["forwards"]) == ([5, 5, 1], 5)
+    same = infer(prior, "--cfg_scale", 5, 5, 5, "--output", tmp_path / "same.mp4").report
+    assert (same["cfg_scale"], same["latents_sha256"]) == (5, sha256(prior))
+
+
+def test_as_many_guidances_as_steps(prior, infer, refused):
+    refused(lambda: infer(prior, "--cfg_scale", 5, 1), "2 values, and 3 steps run")
+
+
+# --- other sigmas -------------------------------------------------------------------------------------------
+
+
+def test_the_priors_own_sigmas_give_its_own_video(prior, infer, tmp_path):
+    sigmas = read_json(prior / "run_metadata.json")["scheduler_sigmas"]
+    for begin in (0, 7):
+        path = tmp_path / f"{begin}.mp4"
+        report = infer(prior, "--sigmas", *sigmas[begin:], "--output", path).report
+        assert report["latents_sha256"] == sha256(prior)
+        assert report["sigmas"] == pytest.approx(sigmas[begin:])
+        assert report["steps_run"] == list(range(10 - begin))
+
+
+@pytest.mark.parametrize(("sigma", "step"), [(0.99, 0), (0.9, 3), (0.2, 9)])
+def test_sigmas_begin_on_the_straight_line_between_two_steps(prior, sigma, step):
+    args = infer_from_prior.parse_args(["--prior_dir", str(prior), "--sigmas", str(sigma), "0.1"])
+    recorded = read_prior(prior)
+    plan = make_plan(one_video(args), recorded)
+    assert plan.start_step == step - 1
+    inputs = read_inputs([plan], recorded)
+    load_inputs([plan], recorded, inputs)
+    ends = [inputs.tensors[name] for name in latents_files(plan, recorded)]
+    begin = between(ends[0], ends[-1], part_of_step(plan, recorded))
+    noise_pred = torch.load(prior / f"noise_pred_{step:04d}.pt", weights_only=True)
+    expected = ends[0] + (sigma - recorded.metadata["scheduler_sigmas"][step]) * noise_pred
+    torch.testing.assert_close(begin, expected, atol=1e-5, rtol=0)
+
+
+def one_video(args):
+    args.prompt = None
+    args.prior_dir = args.prior_dir[0]
+    return args
+
+
+def test_sigmas_that_no_run_could_follow(prior, infer, refused, older_prior):
+    refused(lambda: infer(prior, "--sigmas", 0.5, 0.5), "expected decreasing values")
+    refused(lambda: infer(prior, "--sigmas", 0.5, 0.7), "expected decreasing values")
+    refused(lambda: infer(prior, "--sigmas", 1.5), "--sigmas")
+    refused(lambda: infer(prior, "--sigmas", 0.5, 0), "--sigmas")
+    refused(lambda: infer(prior, "--sigmas", 0.5, "--start_step", 3), "not allowed with")
+
+
+def test_an_older_prior_begins_after_its_first_step(older_prior, image, infer, refused, tmp_path):
+    flags = (
+        "--image",
+        image,
+        "--prompt",
+        OTHER_PROMPT,
+        "--model",
+        "tiny",
+        "--output",
+        tmp_path / "video.mp4",
+    )
+    refused(lambda: infer(older_prior, "--sigmas", 0.99, *flags), "begin at 0.97")
+    assert infer(older_prior, "--sigmas", 0.95, 0.5, *flags).report["steps_run"] == [0, 1]
+
+
+def test_a_tail_of_no_step_or_after_none(prior, infer, refused):
+    refused(lambda: infer(prior, "--steps", 0, 5, "--num_steps_after", 2), "give --start_step")
+    refused(lambda: infer(prior, "--start_step", 9, "--num_steps_after", 2), "step 9 is the prior's last")
+
+
+def test_a_tail_spaced_anew(prior, infer, tmp_path):
+    flags = ("--start_step", 6, "--num_steps_after")
+    same = infer(prior, *flags, 3, "--output", tmp_path / "same.mp4").report
+    assert (same["latents_sha256"], same["steps_run"]) == (sha256(prior), [7, 8, 9])
+    report = infer(prior, *flags, 2, "--output", tmp_path / "two.mp4").report
+    assert (report["steps_run"], report["forwards"]) == ([0, 1], 4)
+    assert report["sigmas"] == pytest.approx([1.5 / 2.2, 0.75 / 1.6])  # s = .3, .15
+
+
+# --- LoRAs --------------------------------------------------------------------------------------------------
+
+
+def test_a_resumed_run_may_have_another_lora_than_its_prior(prior, infer, lora_file, tmp_path):
+    outcome = infer(prior, "--lora", f"{lora_file}:0.5", "--cfg_scale", 1, "--output", tmp_path / "video.mp4")
+    report = outcome.report
+    assert [(each["path"], each["alpha"]) for each in report["lora"]] == [(str(lora_file), 0.5)]
+    assert report["prior_lora"] == []
+    assert "random.safetensors:0.5" in outcome.err and "the prior was made with no LoRA" in outcome.err
+    plain = infer(prior, "--cfg_scale", 1, "--output", tmp_path / "plain.mp4")
+    assert plain.report["latents_sha256"] != report["latents_sha256"]
+    assert "LoRA" not in plain.err
+
+
+def test_a_lora_that_fits_no_layer_is_an_error(prior, infer, refused, tmp_path):
+    other = tmp_path / "other.safetensors"
+    save_file({f"unet.q.lora_{half}.weight": torch.zeros(2, 2) for half in "AB"}, other)
+    refused(lambda: infer(prior, "--lora", other), "matches no layer", "unet.q")
+    refused(lambda: infer(prior, "--lora", tmp_path / "none.safetensors"), "is not a file")
+    refused(lambda: infer(prior, "--lora", f"{other}:0"), "alpha 0")
