@@ -69,6 +69,8 @@ class Step:
     noise_pred: torch.Tensor  # guided velocity, noise - sample
     latents: torch.Tensor  # at the next sigma
     branch_distance: float | None = None  # norm of noise_pred_posi - noise_pred_nega; None without guidance
+    forwards: int = 0  # network evaluations it took
+    seconds: float = 0.0
 
     @property
     def denoised(self) -> torch.Tensor:
@@ -80,8 +82,8 @@ class Step:
 class RunResult:
     """What a run made and what it cost."""
 
-    frames: list[Image.Image]
-    latents: torch.Tensor  # clean, [B, C, T, H, W]
+    frames: list[Image.Image]  # none where the run was stopped early
+    latents: torch.Tensor  # after its last step, [B, C, T, H, W]
     steps: list[int]  # indices of the steps that ran
     forwards: int  # network evaluations
     block_evaluations: int = 0  # of transformer blocks; a full forward runs all of them
@@ -102,16 +104,23 @@ class Trajectory:
     noise_pred: Sequence[torch.Tensor]  # the guided velocity of each of the steps
 
 
+class _Stopped(Exception):
+    """Leaves the pipeline's loop after the last step that was asked for."""
+
+
 class ReportingScheduler(FlowMatchScheduler):
     """FlowMatchScheduler("Wan") that runs only some steps of the schedule and reports each one it takes.
 
     Args:
         keep: from the number of steps to the indices of those to run, in order.
+        stop_after: the step whose report ends the run early; the steps after it stay in the schedule,
+            because its latents are at the sigma of the next one.
     """
 
-    def __init__(self, keep: Callable[[int], Sequence[int]]):
+    def __init__(self, keep: Callable[[int], Sequence[int]], *, stop_after: int | None = None):
         super().__init__("Wan")
         self.keep = keep
+        self.stop_after = stop_after
         self.on_step: StepCallback | None = None
 
     def set_timesteps(self, num_inference_steps: int = 100, **kwargs: Any) -> None:
@@ -127,6 +136,8 @@ class ReportingScheduler(FlowMatchScheduler):
         latents = self.advance(place, model_output, timestep, sample)
         if self.on_step is not None:
             self.on_step(Step(self.steps[place], float(self.sigmas[place]), sample, model_output, latents))
+        if self.steps[place] == self.stop_after:
+            raise _Stopped
         return latents
 
     def advance(
@@ -139,8 +150,8 @@ class ReportingScheduler(FlowMatchScheduler):
 class ResumableScheduler(ReportingScheduler):
     """Leaves out the steps up to and with `start_step`."""
 
-    def __init__(self, *, start_step: int = -1):
-        super().__init__(lambda steps: range(start_step + 1, steps))
+    def __init__(self, *, start_step: int = -1, stop_after: int | None = None):
+        super().__init__(lambda steps: range(start_step + 1, steps), stop_after=stop_after)
 
 
 class SigmasScheduler(ReportingScheduler):
@@ -312,10 +323,13 @@ def run_full(
     negative_prompt: str,
     input_image: Image.Image,
     input_video: list[Image.Image] | None = None,
+    stop_after: int | None = None,
     on_start: StartCallback | None = None,
     on_step: StepCallback | None = None,
 ) -> RunResult:
-    """Run every step. `on_start` gets the initial latents and the conditioning, `on_step` each step.
+    """Run every step, or those up to `stop_after`, which decodes nothing.
+
+    `on_start` gets the initial latents and the conditioning, `on_step` each step.
 
     Raises:
         RunError: latents became NaN or infinite; names the step.
@@ -332,7 +346,7 @@ def run_full(
         pipe,
         settings,
         clock,
-        ResumableScheduler(),
+        ResumableScheduler(stop_after=stop_after),
         [*pipe.units, ReportStart(report_start)],
         on_step,
         prompt=prompt,
@@ -349,12 +363,14 @@ def run_from(
     start_step: int,
     latents: torch.Tensor,
     conditioning: Conditioning | None,
+    stop_after: int | None = None,
     on_step: StepCallback | None = None,
 ) -> RunResult:
     """Run only the steps after `start_step`, from the latents after it; -1: all, from the initial latents.
 
     No unit that would load an encoder runs, so the pipeline needs only its DiT and VAE. After the last step
     nothing is left to run: the latents are decoded, without DiT, and only then conditioning may be None.
+    Where a later step `stop_after` is given it is the last to run, and nothing is decoded.
 
     Raises:
         RunError: latents became NaN or infinite; names the step.
@@ -366,7 +382,7 @@ def run_from(
         return RunResult(frames, latents, [], 0, seconds=clock.seconds)
     if conditioning is None:
         raise ValueError(f"steps after {start_step} are left to run, and they need a conditioning")
-    scheduler = ResumableScheduler(start_step=start_step)
+    scheduler = ResumableScheduler(start_step=start_step, stop_after=stop_after)
     return run_scheduler(
         pipe, settings, scheduler=scheduler, latents=latents, conditioning=conditioning, on_step=on_step
     )
@@ -445,12 +461,14 @@ def _call(
 
     def report_step(step: Step) -> None:
         _check_finite(step)  # waits for the device, so that the time below is the step's own
-        result.seconds_per_step.append(clock.add("denoise"))
+        seconds, forwards = clock.add("denoise"), counter.forwards - result.forwards
+        result.seconds_per_step.append(seconds)
         result.steps.append(step.index)
+        result.forwards += forwards
         result.latents = step.latents
         if on_step is not None:
-            distance = counter.branch_distance
-            on_step(replace(step, branch_distance=None if distance is None else float(distance)))
+            distance = None if counter.branch_distance is None else float(counter.branch_distance)
+            on_step(replace(step, branch_distance=distance, forwards=forwards, seconds=seconds))
         clock.add("save")
 
     scheduler.on_step = report_step
@@ -460,10 +478,11 @@ def _call(
         blocks.counting(pipe),
         _cheaper(pipe, settings, inputs, units, counter) as (units, model_fn),
         hooked(pipe, scheduler=scheduler, units=units, model_fn=model_fn),
+        contextlib.suppress(_Stopped),
     ):
         result.frames = pipe(**inputs)
     clock.add("decode")
-    result.forwards, result.block_evaluations = counter.forwards, blocks.evaluations
+    result.block_evaluations = blocks.evaluations
     return result
 
 
