@@ -1,7 +1,8 @@
 """What both scripts share: flags, exit codes, and who may write to stdout.
 
 Results go to stdout, everything else to stderr, DiffSynth's own prints included.
-Exit codes: 0 done; 1 the run failed (network, memory, NaN); 2 bad input; 130 interrupted.
+Exit codes: 0 done; 1 the run failed (network, memory, NaN); 2 bad input; 130 interrupted;
+143 terminated (SIGTERM).
 Importing this module is cheap; what needs torch is imported inside functions.
 """
 
@@ -13,6 +14,7 @@ import errno
 import math
 import re
 import shutil
+import signal
 import sys
 import tempfile
 from collections.abc import Callable
@@ -20,7 +22,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
 from lora import Lora, parse_lora
-from prior_utils import DTYPES, LIMITS, MAX_STEPS, InputError, RunError, RunSettings, is_utf8, replacing
+from prior_utils import (
+    DTYPES,
+    LIMITS,
+    MAX_STEPS,
+    DiskError,
+    InputError,
+    RunError,
+    RunSettings,
+    is_utf8,
+    replacing,
+)
 from wan_models import MODEL_NAMES, LoadOptions, published_name
 
 if TYPE_CHECKING:
@@ -39,7 +51,23 @@ DISK_ERRORS = (  # the disk's or the user's fault, not the program's
     errno.ELOOP,
     errno.ENOTDIR,
     errno.EPIPE,
+    errno.ESTALE,  # a network drive that went away
+    errno.ENODEV,
+    errno.ENXIO,
+    errno.ENOTCONN,
+    errno.ETIMEDOUT,
 )
+
+
+OUT_OF_MEMORY = re.compile("out of memory|can't allocate memory")  # how torch's allocators say it
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, which a machine sends before it is taken away: ends a run as Ctrl-C does."""
+
+
+def _terminate(*_: object) -> NoReturn:
+    raise Terminated
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -239,6 +267,7 @@ def limited(name: str, kind: Callable[[str], Any]) -> Callable[[str], Any]:
 
 def run_script(main: Callable[[], Path | str]) -> NoReturn:
     """Run a script's main, print what it returns, the path it made, last on stdout, exit with its code."""
+    signal.signal(signal.SIGTERM, _terminate)
     try:
         with contextlib.redirect_stdout(sys.stderr):
             result = main()
@@ -247,16 +276,18 @@ def run_script(main: Callable[[], Path | str]) -> NoReturn:
     except InputError as error:
         _exit(2, str(error))
     except OSError as error:
-        if error.errno not in DISK_ERRORS:
+        if error.errno not in DISK_ERRORS and not isinstance(error, DiskError):
             raise
         what = f"{error.filename or 'the output'}: {error.strerror}"
         _exit(2, f"cannot read or write {what}; use another disk or folder")
     except RunError as error:
         _exit(1, str(error))
+    except Terminated:
+        _exit(143, "terminated")
     except KeyboardInterrupt:
         _exit(130, "interrupted")
-    except RuntimeError as error:
-        if "out of memory" not in str(error) and "can't allocate memory" not in str(error):
+    except (RuntimeError, MemoryError) as error:
+        if isinstance(error, RuntimeError) and not OUT_OF_MEMORY.search(str(error)):
             raise
         _exit(1, "the device is out of memory; try --vram low, fewer --num_frames or a smaller size")
 

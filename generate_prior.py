@@ -2,36 +2,55 @@
 
     python generate_prior.py --model tiny --image data/tiny_wan_i2v/inputs/mila.png
     python generate_prior.py --download_example --prompt "A small boat sails bravely through the waves."
+    python generate_prior.py --image ann.jpg ben.jpg --stop_after 3
+    python generate_prior.py --resume prior_output/run_<id>
 
 infer_from_prior.py then makes new videos of the same identity from it, in a fraction of the steps.
-The last line on stdout is the prior's folder.
+Several images share one loading of the model; stopped after a step, a prior is a draft with a preview.
+--resume goes on after the last whole step of a run that was interrupted or stopped, and makes again what was
+damaged. The last lines on stdout are the priors' folders.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import math
 import re
 import shlex
+import sys
 import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import command_line as cli
-import formation
+import prior_run
 import prior_utils
+import prior_writer
 import wan_models
+from plan import check_schedule
 from prior_utils import Clock, InputError, RunError, RunSettings
+from prior_writer import PriorWriter
+from wan_models import LoadOptions
 
 if TYPE_CHECKING:
-    import torch
     from diffsynth.pipelines.wan_video import WanVideoPipeline
     from PIL.Image import Image
 
-    from wan_pipeline import Conditioning, RunResult, Step
-
 EXAMPLE_IMAGE = wan_models.ROOT / "data" / "examples" / "wan" / "input_image.jpg"
+RESUME_FLAGS = {"--resume", "--model_dir", "--device", "--vram"}
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """One prior to make."""
+
+    image: Image  # of the video's size
+    prompt: str
+    run_id: str | None
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -51,9 +70,19 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     for name, value in dataclasses.asdict(defaults).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
+    if args.resume is not None:
+        refuse_settings(parser, sys.argv[1:] if argv is None else argv)
     if args.start_step is None:
         args.start_step = prior_utils.recommended_start_step(args.num_inference_steps)
     return args
+
+
+def refuse_settings(parser: cli.Parser, argv: list[str]) -> None:
+    """End with an error where --resume stands beside a flag whose value the run has recorded."""
+    given = {word.partition("=")[0] for word in argv if word.startswith("--")}
+    settings = sorted(given - RESUME_FLAGS)
+    if settings:
+        parser.error(f"--resume takes every setting from the run it goes on with: leave out {settings[0]}")
 
 
 def add_identity_arguments(parser: argparse.ArgumentParser) -> None:
@@ -61,18 +90,30 @@ def add_identity_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("identity")
     source = group.add_mutually_exclusive_group(required=True)
     source.add_argument(
-        "--image", type=Path, metavar="FILE", help="picture of the identity, the first frame of every video"
+        "--image",
+        type=Path,
+        nargs="+",
+        metavar="FILE",
+        help="picture of the identity, the first frame of every video; of several, each becomes a prior",
     )
     source.add_argument(
         "--download_example", action="store_true", help="fetch DiffSynth's example image and use it"
     )
+    source.add_argument(
+        "--resume",
+        type=cli.utf8_path,
+        metavar="RUN_DIR",
+        help="finish this prior; its settings are recorded, so only --model_dir, --device and --vram go with "
+        "it",
+    )
     group.add_argument(
         "--prompt",
         type=cli.utf8_text,
-        default="",
+        nargs="+",
+        default=[""],
         metavar="TEXT",
         help="what happens in the prior's own video; leave it out for a neutral prior, which later prompts "
-        "can move more freely",
+        "can move more freely; one for all images or one for each",
     )
     group.add_argument(
         "--negative_prompt",
@@ -115,6 +156,13 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
         "(default: 5; tiny: 2)",
     )
     group.add_argument(
+        "--stop_after",
+        type=cli.non_negative_int,
+        metavar="N",
+        help="stop after this step and decode what it points at: a draft, that infer_from_prior.py resumes "
+        "from this step or an earlier one, and --resume finishes",
+    )
+    group.add_argument(
         "--seed", type=cli.limited("seed", int), default=0, metavar="N", help="of the initial noise"
     )
     sizes = parser.add_argument_group(
@@ -143,7 +191,10 @@ def add_output_arguments(parser: argparse.ArgumentParser) -> None:
         help="the prior is run_<id> in there",
     )
     group.add_argument(
-        "--run_id", metavar="ID", help="letters, digits, . _ and - (default: the date and time)"
+        "--run_id",
+        nargs="+",
+        metavar="ID",
+        help="letters, digits, . _ and -, one for each image (default: the date and time)",
     )
     group.add_argument(
         "--start_step",
@@ -176,8 +227,14 @@ def check_args(args: argparse.Namespace) -> None:
         raise InputError(
             "--input_video is not used at --denoising_strength 1: give a strength below 1, 0.7 say"
         )
-    if args.run_id is not None and not re.fullmatch(r"[\w.-]+", args.run_id, flags=re.ASCII):
-        raise InputError(f"--run_id {args.run_id!r}: use letters, digits, . _ and - only")
+    if args.stop_after is not None and args.stop_after >= args.num_inference_steps - 1:
+        raise InputError(
+            f"--stop_after {args.stop_after}: expected 0 to {args.num_inference_steps - 2}; "
+            "leave it out to run all steps"
+        )
+    for run_id in args.run_id or ():
+        if not re.fullmatch(r"[\w.-]+", run_id, flags=re.ASCII):
+            raise InputError(f"--run_id {run_id!r}: use letters, digits, . _ and - only")
 
 
 def download_example() -> Path:
@@ -205,7 +262,7 @@ def download_example() -> Path:
 
 
 def describe(args: argparse.Namespace, settings: RunSettings, *, device: str) -> dict[str, Any]:
-    """The metadata that is known before the run.
+    """The metadata that is known before the run, but for the prompt.
 
     Raises:
         InputError: the schedule is one that can't be resumed.
@@ -220,12 +277,12 @@ def describe(args: argparse.Namespace, settings: RunSettings, *, device: str) ->
     prior_utils.check_distinct(timesteps)
     return {
         **dataclasses.asdict(settings),
-        "prior_kind": "prompted" if args.prompt else "neutral",
         "scheduler_timesteps": timesteps,
         "scheduler_sigmas": sigmas,
-        "prompt": args.prompt,
         "negative_prompt": args.negative_prompt,
         "start_step": args.start_step,
+        "stop_after": args.stop_after,
+        "save_decoded_videos": args.save_decoded_videos,
         "fps": args.fps,
         "model": args.model,
         "lora": [],
@@ -233,7 +290,8 @@ def describe(args: argparse.Namespace, settings: RunSettings, *, device: str) ->
         **TILING,
         **cli.machine(device),
         "versions": cli.versions(),
-        "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "seconds_per_step": [],
+        "forwards_per_step": [],
     }
 
 
@@ -267,130 +325,50 @@ def bytes_needed(settings: RunSettings, *, videos: int) -> int:
     return saved * latents + videos * cli.video_bytes(settings) + 32 * 2**20
 
 
-def read_inputs(args: argparse.Namespace, settings: RunSettings) -> tuple[Image, list[Image] | None]:
-    """The input image and, for --denoising_strength below 1, the frames of the input video."""
-    image = cli.read_image(args.image, width=settings.width, height=settings.height)
-    if args.input_video is None:
-        return image, None
-    sizes = {"width": settings.width, "height": settings.height, "num_frames": settings.num_frames}
-    return image, cli.read_video(args.input_video, **sizes)
+def read_wanted(args: argparse.Namespace, settings: RunSettings) -> list[Wanted]:
+    """The priors to make: one for each image, each with its prompt.
 
-
-def save_conditioning(
-    writer: prior_utils.PriorWriter,
-    args: argparse.Namespace,
-    latents: torch.Tensor,
-    conditioning: Conditioning,
-) -> None:
-    """Save what a resumed run needs in place of image, image encoder and text encoder."""
-    writer.save_tensor(prior_utils.INITIAL_LATENTS_FILE, latents)
-    tensors = {
-        "y.pt": conditioning.y,
-        "clip_feature.pt": conditioning.clip_feature,
-        prior_utils.context_file(args.prompt): conditioning.context_posi,
-        prior_utils.context_file(args.negative_prompt): conditioning.context_nega,
-    }
-    for name, tensor in tensors.items():
-        if tensor is not None:
-            writer.save_tensor(name, tensor)
-
-
-def save_step(writer: prior_utils.PriorWriter, step: Step) -> None:
-    """Save the latents after a step and its guided velocity, then say so in the metadata."""
-    writer.save_tensor(prior_utils.noise_pred_file(step.index), step.noise_pred)
-    writer.save_tensor(prior_utils.step_file(step.index), step.latents)
-    formation.record_step(writer.metadata, step)
-    writer.write_metadata()
-
-
-def save_denoised_videos(
-    writer: prior_utils.PriorWriter,
-    pipe: WanVideoPipeline,
-    *,
-    denoised: list[torch.Tensor],
-    tiled: bool,
-    fps: float,
-    clock: Clock,
-) -> None:
-    """Decode each step's denoised estimate: shows when the identity has formed.
-
-    Done after the run, so that the network never has to make room for the VAE between two steps.
+    Raises:
+        InputError: an image that can't be used, a --run_id that is taken, or as many prompts or ids as fit
+            no reading.
     """
-    from tqdm import tqdm
-
-    from wan_pipeline import decode
-
-    for index, latents in enumerate(tqdm(denoised, desc="decode estimates", unit="video")):
-        frames = decode(pipe, latents, tiled=tiled)
-        clock.add("decode_estimates")
-        writer.save(f"denoised_{index:04d}.mp4", lambda path, f=frames: cli.write_video(f, path, fps=fps))
-        clock.add("save")
-
-
-def run(
-    args: argparse.Namespace,
-    settings: RunSettings,
-    *,
-    writer: prior_utils.PriorWriter,
-    pipe: WanVideoPipeline,
-    image: Image,
-    input_video: list[Image] | None,
-    clock: Clock,
-) -> RunResult:
-    """Run all steps, saving each as it comes, then the videos."""
-    from wan_pipeline import run_full
-
-    denoised = []
-
-    def on_step(step: Step) -> None:
-        save_step(writer, step)
-        if args.save_decoded_videos:
-            denoised.append(step.denoised.cpu())
-
-    result = run_full(
-        pipe,
-        settings,
-        prompt=args.prompt,
-        negative_prompt=args.negative_prompt,
-        input_image=image,
-        input_video=input_video,
-        on_start=lambda latents, conditioning: save_conditioning(writer, args, latents, conditioning),
-        on_step=on_step,
-    )
-    clock.include(result.seconds)
-    writer.save(prior_utils.OUTPUT_FILE, lambda path: cli.write_video(result.frames, path, fps=args.fps))
-    formation.save(writer)
-    clock.add("save")
-    if denoised:
-        save_denoised_videos(writer, pipe, denoised=denoised, tiled=settings.tiled, fps=args.fps, clock=clock)
-    return result
+    number = len(args.image)
+    prompts = args.prompt * number if len(args.prompt) == 1 else args.prompt
+    run_ids = args.run_id or [None] * number
+    for flag, values in (("--prompt", prompts), ("--run_id", run_ids)):
+        if len(values) != number:
+            raise InputError(f"{flag}: {len(values)} for {number} images; give one for each image")
+    for run_id in run_ids:
+        prior_writer.check_run_id(args.output_dir, run_id)
+        if run_id is not None and run_ids.count(run_id) > 1:
+            raise InputError(f"--run_id {run_id}: given twice; every prior needs its own")
+    sizes = {"width": settings.width, "height": settings.height}
+    images = [cli.read_image(path, **sizes) for path in args.image]
+    return [Wanted(*each) for each in zip(images, prompts, run_ids, strict=True)]
 
 
-def resume_command(args: argparse.Namespace, directory: Path) -> str:
-    """The command line that resumes from the prior, from where the user is."""
-    script = Path(__file__).resolve().with_name("infer_from_prior.py")
-    if script.is_relative_to(Path.cwd()):
-        script = script.relative_to(Path.cwd())
-    words = ["python", script, "--prior_dir", directory]
-    for name, default in (("model_dir", None), ("device", None), ("vram", "auto")):
-        if getattr(args, name) != default:
-            words += [f"--{name}", getattr(args, name)]
-    return f'{shlex.join(map(str, words))} --prompt "..."'
+def read_input_video(args: argparse.Namespace, settings: RunSettings) -> list[Image] | None:
+    """The frames of the input video, for --denoising_strength below 1."""
+    if args.input_video is None:
+        return None
+    sizes = {"width": settings.width, "height": settings.height, "num_frames": settings.num_frames}
+    return cli.read_video(args.input_video, **sizes)
 
 
-def main(argv: list[str] | None = None) -> Path:
-    """Make one prior and return its folder."""
-    args = parse_args(argv)
-    check_args(args)
+# --- making and finishing priors ----------------------------------------------------------------------------
+
+
+def make_priors(args: argparse.Namespace) -> list[Path]:
+    """Make a prior of every image on one loaded pipeline, and return their folders."""
     settings = run_settings(args)
     videos = 1 + settings.num_inference_steps * args.save_decoded_videos
-    cli.check_folder(args.output_dir, bytes_needed(settings, videos=videos))
-    prior_utils.check_run_id(args.output_dir, args.run_id)
+    number = 1 if args.image is None else len(args.image)
+    cli.check_folder(args.output_dir, number * bytes_needed(settings, videos=videos))
     device = wan_models.pick_device(args.model, args.device)
     metadata = describe(args, settings, device=device)
     if args.download_example:
-        args.image = download_example()
-    image, video = read_inputs(args, settings)
+        args.image = [download_example()]
+    wanted, input_video = read_wanted(args, settings), read_input_video(args, settings)
     options = dataclasses.replace(cli.load_options(args), device=device)
     files = wan_models.weight_files(options)
     metadata["model_fingerprint"] = wan_models.fingerprint(files)
@@ -398,25 +376,142 @@ def main(argv: list[str] | None = None) -> Path:
     clock = Clock()
     pipe = wan_models.load_pipeline(options, files)
     clock.add("load")
-    directory, run_id = prior_utils.create_run_dir(args.output_dir, args.run_id)
-    writer = prior_utils.PriorWriter(directory, {"run_id": run_id} | metadata)
-    writer.save(prior_utils.IMAGE_FILE, image.save)
-    result = run(args, settings, writer=writer, pipe=pipe, image=image, input_video=video, clock=clock)
-    writer.finish(
-        forwards=result.forwards,
-        latents_sha256=prior_utils.sha256_tensor(result.latents),
-        seconds=clock.seconds,
-        seconds_per_step=result.seconds_per_step,
-    )
-    steps, seconds = settings.num_inference_steps, sum(clock.seconds.values())
-    cli.say(
-        f"{directory}: {len(result.steps)} steps, {result.forwards} forwards, {seconds:.1f} s\n"
-        f"A new prompt in {prior_utils.recommended_num_steps(steps)} of {steps} steps:\n"
-        f"  {resume_command(args, directory)}\n"
-        f"Or resumed after step {args.start_step}, {steps - args.start_step - 1} of {steps} steps:\n"
-        f"  {resume_command(args, directory)} --start_step {args.start_step}"
-    )
+    made, failed = [], []
+    for number, each in enumerate(wanted):
+        try:
+            made.append(make_prior(each, args, metadata, pipe=pipe, input_video=input_video, clock=clock))
+        except RunError as error:  # NaN, for example: the next image may do better
+            if len(wanted) == 1:
+                raise
+            failed.append(f"{args.image[number]}: {error}")
+        clock = Clock()
+    if failed:
+        raise RunError(f"{len(failed)} of {len(wanted)} priors failed: {'; '.join(failed)}")
+    return made
+
+
+def make_prior(
+    wanted: Wanted,
+    args: argparse.Namespace,
+    metadata: Mapping[str, Any],
+    *,
+    pipe: WanVideoPipeline,
+    input_video: list[Image] | None,
+    clock: Clock,
+) -> Path:
+    """Make one prior and return its folder."""
+    directory, run_id = prior_writer.create_run_dir(args.output_dir, wanted.run_id)
+    own = {
+        "run_id": run_id,
+        "prompt": wanted.prompt,
+        "prior_kind": "prompted" if wanted.prompt else "neutral",
+        "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }
+    with prior_writer.locked(directory), saying_how_to_go_on(args, directory):
+        writer = PriorWriter(directory, own | metadata)
+        writer.save(prior_utils.IMAGE_FILE, wanted.image.save)
+        writer.write_metadata()
+        left = prior_run.what_is_left(writer.prior)
+        prior_run.run(writer, left, pipe=pipe, image=wanted.image, input_video=input_video, clock=clock)
+    say_what_was_made(args, writer, left)
     return directory
+
+
+def resume(args: argparse.Namespace) -> Path:
+    """Finish a prior that was interrupted, stopped or damaged, and return its folder.
+
+    Raises:
+        InputError: it can't be finished as the run that was begun would have.
+    """
+    prior_utils.read_run(args.resume)  # says what is wrong with the folder before it is locked
+    with prior_writer.locked(args.resume):
+        prior = prior_utils.read_run(args.resume)
+        prior_run.check_resumable(prior)
+        left = prior_run.what_is_left(prior)
+        if prior.is_complete and not left.steps and not left.videos:
+            cli.say(f"{prior.directory} is complete and undamaged: nothing to do")
+            return prior.directory
+        device = wan_models.pick_device(prior.metadata["model"], args.device or prior.metadata["device"])
+        prior_run.check_same_machine(prior, device)
+        check_schedule(prior)
+        cli.check_folder(prior.directory, bytes_needed(prior.settings, videos=len(left.videos)))
+        image = prior_run.read_own_image(prior) if left.start_step is None else None
+        m = prior.metadata
+        options = LoadOptions(m["model"], device, m["dtype"], args.vram, args.model_dir)
+        files = wan_models.weight_files(options, left.components)
+        prior_utils.check_fingerprint(prior, wan_models.fingerprint(files))
+        cli.say(f"{len(left.steps)} of {prior.num_inference_steps} steps are left to run")
+        clock = Clock()
+        clock.include(m.get("seconds", {}))
+        pipe = wan_models.load_pipeline(options, files)
+        clock.add("load")
+        with saying_how_to_go_on(args, prior.directory):
+            writer = PriorWriter(prior.directory, dict(m))
+            prior_run.run(writer, left, pipe=pipe, image=image, input_video=None, clock=clock)
+    say_what_was_made(args, writer, left)
+    return prior.directory
+
+
+# --- what the user is told ----------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def saying_how_to_go_on(args: argparse.Namespace, directory: Path) -> Iterator[None]:
+    """Where the run is cut short, say in one line how to go on with what is whole."""
+    try:
+        yield
+    except RunError:  # going on would only fail again
+        raise
+    except BaseException:
+        again = command(args, "generate_prior.py", "--resume", directory)
+        cli.say(f"every whole step is kept; go on with: {again}")
+        raise
+
+
+def say_what_was_made(args: argparse.Namespace, writer: PriorWriter, left: prior_run.Left) -> None:
+    """Sum up a prior and say what can be done with it."""
+    m, directory = writer.metadata, writer.directory
+    steps, seconds = m["num_inference_steps"], sum(m["seconds"].values())
+    resumed = f'{command(args, "infer_from_prior.py", "--prior_dir", directory)} --prompt "..."'
+    cli.say(f"{directory}: {len(left.steps)} steps, {m['forwards']} forwards, {seconds:.1f} s")
+    if m["status"] == "stopped":
+        preview = directory / prior_utils.denoised_file(left.last_step)
+        cli.say(
+            f"Stopped after step {left.last_step} of {steps}; what it points at: {preview}\n"
+            f"Finished with a new prompt:\n"
+            f"  {resumed}\n"
+            f"Or with its own, as if never stopped:\n"
+            f"  {command(args, 'generate_prior.py', '--resume', directory)}"
+        )
+        return
+    start_step = m["start_step"]
+    cli.say(
+        f"A new prompt in {prior_utils.recommended_num_steps(steps)} of {steps} steps:\n"
+        f"  {resumed}\n"
+        f"Or resumed after step {start_step}, {steps - start_step - 1} of {steps} steps:\n"
+        f"  {resumed} --start_step {start_step}"
+    )
+
+
+def command(args: argparse.Namespace, name: str, *words: object) -> str:
+    """A command line of one of the scripts, from where the user is, with the same model and device."""
+    script = Path(__file__).resolve().with_name(name)
+    if script.is_relative_to(Path.cwd()):
+        script = script.relative_to(Path.cwd())
+    words = ["python", script, *words]
+    for flag, default in (("model_dir", None), ("device", None), ("vram", "auto")):
+        if getattr(args, flag) != default:
+            words += [f"--{flag}", getattr(args, flag)]
+    return shlex.join(map(str, words))
+
+
+def main(argv: list[str] | None = None) -> str:
+    """Make or finish priors and return their folders, one a line."""
+    args = parse_args(argv)
+    if args.resume is not None:
+        return str(resume(args))
+    check_args(args)
+    return "\n".join(map(str, make_priors(args)))
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import itertools
-from collections.abc import Iterable, Mapping, Set
+from collections.abc import Iterable, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -152,7 +152,12 @@ def choose_steps(args: argparse.Namespace, prior: Prior) -> dict[str, Any]:
         raise InputError(
             "--steps needs the prior's velocities, which this older format lacks; use --start_step"
         )
-    if args.start_step is not None or prior.is_legacy:
+    if not prior.is_complete and differential:
+        raise InputError(
+            f"--steps needs the prior's clean latents, and {prior.directory} was stopped after step "
+            f"{prior.whole_steps - 1}; use --start_step, or finish it with generate_prior.py --resume"
+        )
+    if args.start_step is not None or prior.is_legacy or not prior.is_complete:
         start_step = resolve_start_step(args.start_step, prior)
         return remaining_steps(start_step, prior, num_steps=args.num_steps_after)
     if args.num_steps_after is not None:
@@ -211,17 +216,18 @@ def remaining_steps(start_step: int, prior: Prior, *, num_steps: int | None) -> 
 
 
 def resolve_start_step(choice: int | None, prior: Prior) -> int:
-    """The step of this prior that a --start_step means; None: the prior's recommendation.
+    """The step of this prior that a --start_step means; None: the prior's recommendation, or its last step.
 
     Raises:
         InputError: the prior has no such step.
     """
     total = prior.num_inference_steps
-    if choice is None:
+    last = total - 1 if prior.is_complete else prior.whole_steps - 1
+    if choice is None and prior.is_complete:
         return prior.metadata.get("start_step", prior_utils.recommended_start_step(total))
-    if choice >= total:
-        raise InputError(f"--start_step {choice}: the prior has steps 0 to {total - 1}")
-    return choice
+    if choice is not None and choice > last:
+        raise InputError(f"--start_step {choice}: the prior has steps 0 to {last}")
+    return last if choice is None else choice
 
 
 def differential_steps(args: argparse.Namespace, prior: Prior) -> list[int]:
@@ -375,19 +381,3 @@ def check_schedule(prior: Prior) -> None:
 
     timesteps, sigmas = compute_schedule(**{name: prior.metadata[name] for name in SCHEDULE_FLAGS})
     prior_utils.check_schedule(prior, timesteps=timesteps, sigmas=sigmas)
-
-
-def check_fingerprint(prior: Prior, found: Mapping[str, str]) -> None:
-    """Compare the weights with those the prior was made with.
-
-    Raises:
-        InputError: they differ.
-    """
-    for component, digest in found.items():
-        recorded = prior.metadata["model_fingerprint"].get(component) if not prior.is_legacy else digest
-        if recorded != digest:
-            raise InputError(
-                f"the {component} weights are not those the prior was made with (fingerprint {digest[:12]}, "
-                f"expected {str(recorded)[:12]}); name the right ones with --model_dir or make the prior "
-                "again"
-            )

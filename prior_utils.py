@@ -25,15 +25,14 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import io
 import json
 import math
 import os
 import re
 import time
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,6 +41,7 @@ if TYPE_CHECKING:
 
 FORMAT_VERSION = 1
 METADATA_FILE = "run_metadata.json"
+TEMPORARY_PREFIX = ".tmp_"
 INITIAL_LATENTS_FILE = "initial_latents.pt"
 IMAGE_FILE = "input_image.png"
 OUTPUT_FILE = "output_full.mp4"
@@ -73,6 +73,13 @@ VERSION_1_KEYS = {
     "seed": int,
     "versions": dict,
 }
+PROGRESS_KEYS = {
+    "stop_after": (int, type(None)),
+    "save_decoded_videos": bool,
+    "device": str,
+    "seconds_per_step": list,
+    "forwards_per_step": list,
+}
 MAX_METADATA_BYTES = 16 * 2**20
 MAX_STEPS = 10_000
 LIMITS = {  # what can be made and read; far beyond what any machine holds
@@ -88,11 +95,16 @@ LATENT_CHANNELS = 16  # z_dim of the Wan2.1 VAE
 SPATIAL_FACTOR = 8  # pixels per latent, height and width
 TEMPORAL_FACTOR = 4  # frames per latent, after the first
 DTYPES = ("bfloat16", "float16", "float32")
+STATUSES = ("running", "stopped", "complete")
 SAME_SIGMA = 1e-6  # relative; sigmas are float32 and come by way of text
 
 
 class InputError(ValueError):
     """What the user gave cannot be used; the message is one line: found, expected, what to do."""
+
+
+class DiskError(OSError):
+    """A file could not be written; says which."""
 
 
 class RunError(RuntimeError):
@@ -164,6 +176,24 @@ class Prior:
         return "format_version" not in self.metadata
 
     @property
+    def is_complete(self) -> bool:
+        """False for a prior that was stopped early (--stop_after) or interrupted."""
+        return self.is_legacy or self.metadata["status"] == "complete"
+
+    @property
+    def whole_steps(self) -> int:
+        """How many steps are recorded, from the first one on, each with latents and velocity."""
+        if self.is_legacy:
+            return self.num_inference_steps
+        return leading_steps(self.metadata["files"], self.num_inference_steps)
+
+    @property
+    def settings(self) -> RunSettings:
+        """The settings of the run that made it."""
+        names = {field.name for field in fields(RunSettings)}
+        return RunSettings(**{name: value for name, value in self.metadata.items() if name in names})
+
+    @property
     def latents_shape(self) -> tuple[int, ...]:
         """[B, C, T, H, W] of the latents."""
         m = self.metadata
@@ -185,6 +215,23 @@ def step_file(step: int) -> str:
 def noise_pred_file(step: int) -> str:
     """Name of the guided velocity of `step`."""
     return f"noise_pred_{step:04d}.pt"
+
+
+def step_files(step: int) -> tuple[str, str]:
+    """What there is of a step that is whole."""
+    return step_file(step), noise_pred_file(step)
+
+
+def leading_steps(names: Iterable[str], num_inference_steps: int) -> int:
+    """How many steps, from the first one on, have all their files among these."""
+    names = set(names)
+    lacking = (step for step in range(num_inference_steps) if not names.issuperset(step_files(step)))
+    return next(lacking, num_inference_steps)
+
+
+def denoised_file(step: int) -> str:
+    """Name of the video of what `step` points at."""
+    return f"denoised_{step:04d}.mp4"
 
 
 def latents_before_file(step: int) -> str:
@@ -237,14 +284,33 @@ def spread_steps(num_inference_steps: int, num_steps: int) -> list[int]:
 def replacing(path: Path) -> Iterator[Path]:
     """Yield a temporary name beside `path`; on success it takes the final name, on failure it is removed.
 
-    The temporary name keeps the suffix, by which imageio chooses the format.
+    The content is on the disk before the name is, and the name before this returns: a reader never sees
+    half a file, not even after a power cut. The temporary name keeps the suffix, by which imageio chooses
+    the format.
+
+    Raises:
+        DiskError: whatever the disk refused, with `path`.
     """
-    temporary = path.with_name(f".tmp_{os.getpid()}_{path.name[-40:]}")  # names have 255 bytes at most
+    temporary = path.with_name(f"{TEMPORARY_PREFIX}{os.getpid()}_{path.name[-40:]}")  # at most 255 bytes
     try:
         yield temporary
+        _sync(temporary)
         temporary.replace(path)
+        _sync(path.parent)
+    except OSError as error:
+        raise DiskError(error.errno, error.strerror or str(error), str(path)) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def _sync(path: Path) -> None:
+    """Wait until a file's content, or a folder's list of names, is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def write_json(path: Path, data: Mapping[str, Any]) -> None:
@@ -271,81 +337,6 @@ def sha256_tensor(tensor: torch.Tensor) -> str:
     return hashlib.sha256(flat.view(torch.uint8).numpy().tobytes()).hexdigest()
 
 
-class PriorWriter:
-    """Writes a prior file by file; the metadata says "running" until `finish` says "complete"."""
-
-    def __init__(self, directory: Path, metadata: dict[str, Any]):
-        self.directory = directory
-        empty = {"format_version": FORMAT_VERSION, "status": "running", "files": {}, "shapes": {}}
-        self.metadata = metadata | empty
-        self.write_metadata()
-
-    def write_metadata(self) -> None:
-        """Bring the metadata on disk up to date."""
-        write_json(self.directory / METADATA_FILE, self.metadata)
-
-    def save_tensor(self, name: str, tensor: torch.Tensor) -> None:
-        """Save one tensor as it is (no change of dtype) and record its checksum and shape."""
-        import torch
-
-        # By way of memory: on a full disk write_bytes raises OSError, torch.save something of its own.
-        content = io.BytesIO()
-        torch.save(tensor.detach().cpu().contiguous().clone(), content)
-        self.save(name, lambda path: path.write_bytes(content.getbuffer()))
-        self.metadata["shapes"][name] = list(tensor.shape)
-
-    def save(self, name: str, write: Callable[[Path], object]) -> None:
-        """Let `write(path)` make the file `name`, then record its checksum."""
-        with replacing(self.directory / name) as temporary:
-            write(temporary)
-            digest = sha256_file(temporary)
-        self.metadata["files"][name] = digest
-
-    def finish(self, **metadata: Any) -> None:
-        """Add what is known only at the end and declare the prior complete."""
-        self.metadata |= metadata | {"status": "complete"}
-        self.write_metadata()
-
-
-def check_run_id(output_dir: Path, run_id: str | None) -> None:
-    """Refuse a run id that is taken.
-
-    Raises:
-        InputError: it is.
-    """
-    if run_id is not None and (output_dir / f"run_{run_id}").exists():
-        raise InputError(
-            f"{output_dir / f'run_{run_id}'} exists and is never overwritten; "
-            "choose another --run_id or remove it"
-        )
-
-
-def create_run_dir(output_dir: Path, run_id: str | None) -> tuple[Path, str]:
-    """Make an empty `run_<id>` below `output_dir`; without an id, one from the clock that is still free.
-
-    Raises:
-        InputError: the id is taken, or the folder can't be written.
-    """
-    check_run_id(output_dir, run_id)
-    wanted = run_id or time.strftime("%Y%m%d_%H%M%S")
-    candidate, tries = wanted, 1
-    try:
-        output_dir.mkdir(parents=True, exist_ok=True)
-        while True:
-            directory = output_dir / f"run_{candidate}"
-            try:
-                directory.mkdir()  # fails where it exists, also when two runs try at once
-                return directory, candidate
-            except FileExistsError:
-                check_run_id(output_dir, run_id)
-                tries += 1
-                candidate = f"{wanted}_{tries}"
-    except OSError as error:
-        raise InputError(
-            f"cannot write to {output_dir}: {error.strerror}; name a folder that can be written"
-        ) from error
-
-
 # --- reading ------------------------------------------------------------------------------------------------
 
 
@@ -355,6 +346,18 @@ def read_prior(directory: Path) -> Prior:
     Raises:
         InputError: no prior there, an unfinished one, or metadata that says something impossible.
     """
+    prior = read_run(directory)
+    if not prior.is_legacy and prior.metadata["status"] == "running":
+        raise InputError(
+            f"{directory} is unfinished ({prior.whole_steps} of {prior.num_inference_steps} steps are "
+            "whole): generate_prior.py was interrupted or is still running; wait for it, or finish the prior "
+            f"with generate_prior.py --resume {directory}"
+        )
+    return prior
+
+
+def read_run(directory: Path) -> Prior:
+    """Like `read_prior`, for whoever goes on with an unfinished one, too."""
     metadata = _read_metadata(directory / METADATA_FILE)
     _check_keys(metadata, REQUIRED_KEYS)
     if "format_version" not in metadata:
@@ -370,18 +373,16 @@ def read_prior(directory: Path) -> Prior:
     sizes = {key: metadata[key] for key in ("height", "width", "num_frames")}
     metadata |= round_sizes(**sizes)  # other writers may record what was asked for
     if "format_version" in metadata:
-        _check_version_1(directory, metadata)
+        _check_version_1(metadata)
     return Prior(directory, metadata)
 
 
 def _read_metadata(path: Path) -> dict[str, Any]:
     if not path.parent.is_dir():
-        raise InputError(
-            f"{path.parent} is not a folder; --prior_dir takes a run_<id> folder of generate_prior.py"
-        )
+        raise InputError(f"{path.parent} is not a folder; a prior is a run_<id> folder of generate_prior.py")
     if not path.is_file():
         raise InputError(
-            f"{path.parent} holds no {METADATA_FILE}; --prior_dir takes a run_<id> of generate_prior.py"
+            f"{path.parent} holds no {METADATA_FILE}; a prior is a run_<id> folder of generate_prior.py"
         )
     try:
         if path.stat().st_size > MAX_METADATA_BYTES:
@@ -472,12 +473,10 @@ def _is_number(value: object) -> bool:
     return abs(value) < 1e30  # false for NaN and infinity, too
 
 
-def _check_version_1(directory: Path, metadata: Mapping[str, Any]) -> None:
-    if metadata["status"] != "complete":
-        whole = sum(1 for name in metadata["files"] if re.fullmatch(r"step_\d{4}\.pt", name))
+def _check_version_1(metadata: Mapping[str, Any]) -> None:
+    if metadata["status"] not in STATUSES:
         raise InputError(
-            f"{directory} is unfinished ({whole} of {metadata['num_inference_steps']} steps are whole): "
-            "generate_prior.py was interrupted or is still running; wait for it or make the prior again"
+            f"{METADATA_FILE} has status = {_short(metadata['status'])}, expected {' or '.join(STATUSES)}"
         )
     if metadata["dtype"] not in DTYPES:
         raise InputError(
@@ -499,11 +498,11 @@ def _check_version_1(directory: Path, metadata: Mapping[str, Any]) -> None:
             raise InputError(
                 f"{METADATA_FILE} has {_short(shape)} as the shape of {name}; make the prior again"
             )
-    for step in range(metadata["num_inference_steps"]):
-        if step_file(step) not in metadata["files"]:
-            raise InputError(
-                f"{METADATA_FILE} lists no {step_file(step)}; the prior is incomplete: make it again"
-            )
+    needed = {"complete": metadata["num_inference_steps"], "stopped": 1, "running": 0}
+    for step in range(needed[metadata["status"]]):
+        for name in step_files(step):
+            if name not in metadata["files"]:
+                raise InputError(f"{METADATA_FILE} lists no {name}; the prior is incomplete: make it again")
 
 
 def _is_shape(value: object) -> bool:
@@ -536,6 +535,17 @@ def check_files(prior: Prior, names: Iterable[str]) -> dict[str, str]:
                 "copy the prior again or make it again"
             )
     return digests
+
+
+def damaged_files(prior: Prior) -> dict[str, str]:
+    """What is wrong with the files the prior records, by name; see `check_files`."""
+    problems = {}
+    for name in prior.metadata["files"]:
+        try:
+            check_files(prior, [name])
+        except InputError as error:
+            problems[name] = str(error)
+    return problems
 
 
 def load_latents(prior: Prior, name: str) -> torch.Tensor:
@@ -634,6 +644,43 @@ def _check_archive(path: Path, *, largest: int) -> None:
         raise InputError(f"{path} is a compressed archive, which no prior holds; don't use it")
     if size > largest + 2**20:
         raise InputError(f"{path} holds {size} bytes, expected at most {largest}; don't use it")
+
+
+# --- what a prior was made with -----------------------------------------------------------------------------
+
+
+def check_fingerprint(prior: Prior, found: Mapping[str, str]) -> None:
+    """Compare the weights, by component, with those the prior was made with.
+
+    Raises:
+        InputError: they differ.
+    """
+    for component, digest in found.items():
+        recorded = prior.metadata["model_fingerprint"].get(component) if not prior.is_legacy else digest
+        if recorded != digest:
+            raise InputError(
+                f"the {component} weights are not those the prior was made with (fingerprint {digest[:12]}, "
+                f"expected {str(recorded)[:12]}); name the right ones with --model_dir or make the prior "
+                "again"
+            )
+
+
+def check_progress(prior: Prior) -> None:
+    """Check what a run that goes on needs of the one before.
+
+    Raises:
+        InputError: an older format, which lacks it, or an entry that says something impossible.
+    """
+    if prior.is_legacy:
+        raise InputError("its format is an older one, which records no settings; make it again")
+    m = prior.metadata
+    _check_keys(m, PROGRESS_KEYS)
+    last = m["stop_after"]
+    if last is not None and not (type(last) is int and 0 <= last < prior.num_inference_steps):
+        raise InputError(f"{METADATA_FILE} has stop_after = {_short(last)}, expected a step; make it again")
+    for key in ("seconds_per_step", "forwards_per_step"):
+        if len(m[key]) < prior.whole_steps or not all(map(_is_number, m[key])):
+            raise InputError(f"{METADATA_FILE} has no number for each step in {key}; make it again")
 
 
 # --- the schedule -------------------------------------------------------------------------------------------

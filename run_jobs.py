@@ -24,7 +24,6 @@ from lora import check_loras
 from plan import (
     IDENTITY_FILES,
     Inputs,
-    check_fingerprint,
     latents_files,
     needed_components,
     part_of_step,
@@ -106,7 +105,7 @@ def load_model(jobs: Sequence[Job], inputs: Mapping[Path, Inputs], options: Load
         cli.warn(note)
     fingerprint = wan_models.fingerprint(files)
     for group in sweep.by_prior(jobs).values():
-        check_fingerprint(group[0].prior, fingerprint)
+        prior_utils.check_fingerprint(group[0].prior, fingerprint)
     return Model(wan_models.load_pipeline(options, files), options, fingerprint)
 
 

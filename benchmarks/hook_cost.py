@@ -24,7 +24,9 @@ os.environ["TQDM_DISABLE"] = "1"
 
 import command_line  # noqa: E402
 import generate_prior  # noqa: E402
+import prior_run  # noqa: E402
 import prior_utils  # noqa: E402
+import prior_writer  # noqa: E402
 import wan_models  # noqa: E402
 
 
@@ -47,25 +49,26 @@ def main() -> None:
     args = generate_prior.parse_args(["--model", "tiny", "--image", str(own.image), *flags])
     args.device = wan_models.pick_device(args.model, args.device)
     settings = generate_prior.run_settings(args)
-    image, _ = generate_prior.read_inputs(args, settings)
+    wanted = generate_prior.read_wanted(args, settings)[0]
     options = command_line.load_options(args)
     pipe = wan_models.load_pipeline(options, wan_models.weight_files(options))
 
     from wan_pipeline import TILING, run_full
 
-    prompts = {"prompt": args.prompt, "negative_prompt": args.negative_prompt, "input_image": image}
+    prompts = {"prompt": wanted.prompt, "negative_prompt": args.negative_prompt}
+    inputs = prompts | {"input_image": wanted.image}
 
     def bare() -> None:
-        pipe(**prompts, **settings.pipeline_inputs, **TILING)
+        pipe(**inputs, **settings.pipeline_inputs, **TILING)
 
     def saving(folder: str) -> None:
-        writer = prior_utils.PriorWriter(Path(folder), {})
+        writer = prior_writer.PriorWriter(Path(folder), prompts | vars(settings))
         run_full(
             pipe,
             settings,
-            **prompts,
-            on_start=lambda *start: generate_prior.save_conditioning(writer, args, *start),
-            on_step=lambda step: generate_prior.save_step(writer, step),
+            **inputs,
+            on_start=lambda *start: prior_run.save_start(writer, *start),
+            on_step=lambda step: prior_run.save_step(writer, step),
         )
 
     pairs = []

@@ -15,6 +15,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+os.fsync = lambda descriptor: None  # no power cut is tested in this process, and waiting for disks is slow
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the model is so small that threads only cost time
 
 from helpers import FRAMES, PROMPT, PUBLISHED_KEYS, SIZE, Outcome, listing, run_in_process  # noqa: E402
@@ -113,7 +114,7 @@ def make_prior(tmp_path_factory: pytest.TempPathFactory, model_dir: Path, image:
             common = ["--model", "tiny", "--model_dir", model_dir, "--image", image, "--prompt", PROMPT]
             argv = [*map(str, common), "--output_dir", str(tmp_path_factory.mktemp("priors")), *flags]
             with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-                made[flags] = generate_prior.main(argv)
+                made[flags] = Path(generate_prior.main(argv))
         return made[flags]
 
     return make

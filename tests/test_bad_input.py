@@ -308,6 +308,7 @@ def test_metadata_far_too_large(prior_copy, infer, refused):
     ("changes", "words"),
     [
         ({"status": "running"}, ["unfinished", "10 of 10 steps", "interrupted"]),
+        ({"status": "whole"}, ["status = 'whole'", "complete"]),
         ({"format_version": 2}, ["format_version 2", "expected 1"]),
         ({"format_version": None}, ["format_version None", "expected 1"]),
         ({"status": ...}, ["lacks 'status'"]),

@@ -78,12 +78,12 @@ def test_the_command_printed_is_short_where_nothing_else_was_given(monkeypatch, 
     import generate_prior
 
     args = generate_prior.parse_args(["--model", "tiny", "--image", "me.png"])
-    prior = Path("prior_output/run_my cat")
-    command = """infer_from_prior.py --prior_dir 'prior_output/run_my cat' --prompt "..." """.strip()
+    words = ("infer_from_prior.py", "--prior_dir", Path("prior_output/run_my cat"))
+    line = "infer_from_prior.py --prior_dir 'prior_output/run_my cat'"
     monkeypatch.chdir(ROOT)
-    assert generate_prior.resume_command(args, prior) == f"python {command}"
+    assert generate_prior.command(args, *words) == f"python {line}"
     monkeypatch.chdir(ROOT / "data")
-    assert generate_prior.resume_command(args, prior) == f"python {shlex.quote(str(ROOT))}/{command}"
+    assert generate_prior.command(args, *words) == f"python {shlex.quote(str(ROOT))}/{line}"
 
 
 def test_the_defaults_in_the_help_are_those_that_hold(tmp_path):
@@ -143,6 +143,10 @@ def test_wrong_flags_are_one_line(tmp_path):
         (command_line.RunError("no network"), 1, "no network"),
         (KeyboardInterrupt(), 130, "interrupted"),
         (OSError(28, "No space left on device", "a.pt"), 2, "a.pt: No space left on device"),
+        (command_line.Terminated(), 143, "terminated"),
+        (OSError(116, "Stale file handle", "a.pt"), 2, "a.pt: Stale file handle"),
+        (command_line.DiskError(2, "No such file or directory", "a.pt"), 2, "a.pt: No such file"),
+        (MemoryError(), 1, "out of memory"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 1, "out of memory"),
     ],
 )

@@ -30,6 +30,7 @@ from helpers import (
 
 import command_line
 import prior_utils
+import prior_writer
 
 OWN_KEYS = {
     "format_version",
@@ -71,7 +72,7 @@ def test_tensors_come_back_as_they_were(tmp_path, dtype):
     latents.flatten()[:4] = torch.tensor([0.0, -0.0, torch.finfo(dtype).tiny, torch.finfo(dtype).max]).to(
         dtype
     )
-    writer = prior_utils.PriorWriter(tmp_path, {})
+    writer = prior_writer.PriorWriter(tmp_path, {})
     writer.save_tensor("step_0000.pt", latents)
     name = str(dtype).removeprefix("torch.")
     back = prior_utils.load_tensor(tmp_path / "step_0000.pt", shape=shape, dtype=name)
@@ -82,7 +83,7 @@ def test_tensors_come_back_as_they_were(tmp_path, dtype):
 
 def test_a_view_is_saved_alone_and_contiguous(tmp_path):
     whole = torch.arange(24.0).reshape(2, 3, 4)
-    writer = prior_utils.PriorWriter(tmp_path, {})
+    writer = prior_writer.PriorWriter(tmp_path, {})
     writer.save_tensor("view.pt", whole[:, 1, ::2].t())
     back = torch.load(tmp_path / "view.pt", weights_only=True)
     assert torch.equal(back, whole[:, 1, ::2].t())
@@ -251,8 +252,8 @@ def test_another_machine_or_version_is_a_warning(prior_copy, infer, changes, wor
 
 
 def test_two_runs_in_the_same_second(tmp_path, monkeypatch):
-    monkeypatch.setattr(prior_utils.time, "strftime", lambda _: "20250101_000000")
-    made = [prior_utils.create_run_dir(tmp_path, None) for _ in range(3)]
+    monkeypatch.setattr(prior_writer.time, "strftime", lambda _: "20250101_000000")
+    made = [prior_writer.create_run_dir(tmp_path, None) for _ in range(3)]
     assert [run_id for _, run_id in made] == ["20250101_000000", "20250101_000000_2", "20250101_000000_3"]
     assert {path.name for path in tmp_path.iterdir()} == {f"run_{run_id}" for _, run_id in made}
 
@@ -261,9 +262,9 @@ def test_a_run_id_taken_in_the_meantime_is_refused(tmp_path, monkeypatch):
     """Two runs may pass the first look at once; making the folder decides."""
     (tmp_path / "run_mine").mkdir()
     looks = iter([False, True])
-    monkeypatch.setattr(prior_utils.Path, "exists", lambda _: next(looks))
+    monkeypatch.setattr(prior_writer.Path, "exists", lambda _: next(looks))
     with pytest.raises(prior_utils.InputError, match="run_mine exists"):
-        prior_utils.create_run_dir(tmp_path, "mine")
+        prior_writer.create_run_dir(tmp_path, "mine")
 
 
 def test_videos_of_other_prompts_and_settings_stand_side_by_side(prior_copy, infer):
@@ -391,8 +392,8 @@ def assert_unfinished(prior: Path, infer, *, steps: int) -> None:
 KILLED_RUN = """
 import os, signal, sys
 sys.path.insert(0, {root!r})
-import generate_prior
-save_step = generate_prior.save_step
+import generate_prior, prior_run
+save_step = prior_run.save_step
 def save_then_die(writer, step):
     if step.index == 3:
         def die(path):
@@ -400,7 +401,7 @@ def save_then_die(writer, step):
             os.kill(os.getpid(), signal.SIGKILL)
         writer.save("step_0003.pt", die)
     save_step(writer, step)
-generate_prior.save_step = save_then_die
+prior_run.save_step = save_then_die
 generate_prior.main(sys.argv[1:])
 """
 
@@ -426,8 +427,11 @@ def listen_to_interrupts() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
-def test_ctrl_c_in_the_middle_of_a_run(infer, image, model_dir, tmp_path):
-    """A real interrupt, from outside, as soon as the first step is on disk."""
+@pytest.mark.parametrize(
+    ("sent", "code", "word"), [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")]
+)
+def test_a_signal_in_the_middle_of_a_run(infer, image, model_dir, tmp_path, sent, code, word):
+    """A real one, from outside, as soon as the first step is on disk."""
     flags = ["--model", "tiny", "--model_dir", model_dir, "--image", image, "--output_dir", tmp_path]
     command = [sys.executable, ROOT / "generate_prior.py", *flags, "--run_id", "stopped"]
     command += ["--num_inference_steps", "5000"]
@@ -438,14 +442,15 @@ def test_ctrl_c_in_the_middle_of_a_run(infer, image, model_dir, tmp_path):
         deadline = time.monotonic() + 300
         while not (tmp_path / "run_stopped" / "step_0000.pt").exists() and time.monotonic() < deadline:
             time.sleep(0.05)
-        process.send_signal(signal.SIGINT)
+        process.send_signal(sent)
         out, err = process.communicate(timeout=300)
-    assert process.returncode == 130, err
+    assert process.returncode == code, err
     assert out == ""
-    assert err.splitlines()[-1] == "generate_prior.py: error: interrupted"
+    assert err.splitlines()[-1] == f"generate_prior.py: error: {word}"
+    assert f"go on with: python {ROOT / 'generate_prior.py'} --resume {tmp_path / 'run_stopped'}" in err
     assert "Traceback" not in err
     assert read_json(tmp_path / "run_stopped" / "run_metadata.json")["status"] == "running"
-    assert not list((tmp_path / "run_stopped").glob(".tmp*"))
+    assert not list((tmp_path / "run_stopped").glob(".*"))
 
 
 def poison(monkeypatch, step: int, value: float) -> None:
