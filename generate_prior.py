@@ -429,6 +429,7 @@ def resume(args: argparse.Namespace) -> Path:
         prior_run.check_resumable(prior)
         left = prior_run.what_is_left(prior)
         if prior.is_complete and not left.steps and not left.videos:
+            prior_utils.check_files(prior, [prior_utils.IMAGE_FILE])  # the one that can't be made again
             cli.say(f"{prior.directory} is complete and undamaged: nothing to do")
             return prior.directory
         device = wan_models.pick_device(prior.metadata["model"], args.device or prior.metadata["device"])

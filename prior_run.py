@@ -71,29 +71,20 @@ def video_files(metadata: Mapping[str, Any], last_step: int) -> dict[str, int | 
 
 
 def what_is_left(prior: Prior) -> Left:
-    """Compare what the prior should hold with what it does, every recorded file by its checksum.
-
-    Raises:
-        InputError: it can't be finished, because what it begins with is lost.
-    """
+    """Compare what the prior should hold with what it does, every recorded file by its checksum."""
     m = prior.metadata
     damaged = prior_utils.damaged_files(prior)
     for problem in damaged.values():
-        cli.warn(f"{problem[: problem.rfind(';')]}; made again")
+        cli.warn(problem[: problem.rfind(";")])
     whole = m["files"].keys() - damaged.keys()
     last_step = prior.num_inference_steps - 1
     if m["status"] == "running" and m["stop_after"] is not None:
         last_step = m["stop_after"]
     videos = {name: step for name, step in video_files(m, last_step).items() if name not in whole}
+    start_step = None
     if whole.issuperset(start_files(m).values()):
-        steps = prior_utils.leading_steps(whole, prior.num_inference_steps)
-        return Left(start_step=min(steps - 1, last_step), last_step=last_step, videos=videos)
-    if prior_utils.IMAGE_FILE not in whole or m["denoising_strength"] < 1:
-        raise InputError(
-            f"{prior.directory} lacks what it begins with (the image, or the noised input video): "
-            "make the prior again"
-        )
-    return Left(start_step=None, last_step=last_step, videos=videos)
+        start_step = min(prior_utils.leading_steps(whole, prior.num_inference_steps) - 1, last_step)
+    return Left(start_step=start_step, last_step=last_step, videos=videos)
 
 
 # --- whether it can go on here ------------------------------------------------------------------------------
@@ -133,7 +124,16 @@ def check_same_machine(prior: Prior, device: str) -> None:
 
 
 def read_own_image(prior: Prior) -> Image:
-    """The input image as the model saw it, from the prior itself."""
+    """The input image as the model saw it, from the prior itself, to begin a run again.
+
+    Raises:
+        InputError: it is damaged, or the run began with a video, too, which the prior doesn't hold.
+    """
+    prior_utils.check_files(prior, [prior_utils.IMAGE_FILE])
+    if prior.metadata["denoising_strength"] < 1:
+        raise InputError(
+            f"{prior.directory} was interrupted before the noised input video was saved: make it again"
+        )
     sizes = {"width": prior.metadata["width"], "height": prior.metadata["height"]}
     return cli.read_image(prior.directory / prior_utils.IMAGE_FILE, **sizes, label="the prior's image")
 

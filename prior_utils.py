@@ -2,7 +2,7 @@
 
 A prior is a folder `run_<id>/`:
 
-    run_metadata.json        settings, schedule, SHA-256 of every other file, shapes; written last
+    run_metadata.json        settings, schedule, SHA-256 of every other file, shapes; what it names is whole
     initial_latents.pt       latents before step 0, at sigmas[0]: the noise (plus the video of --input_video)
     step_0000.pt ...         latents *after* step i, that is, at sigmas[i + 1]; the last ones are clean
     noise_pred_0000.pt ...   the velocity of step i after guidance (DiffSynth calls it noise_pred)
@@ -11,7 +11,7 @@ A prior is a folder `run_<id>/`:
     input_image.png          the input image as the model saw it
     output_full.mp4          the prior's own video
     formation.png            how it took shape, step by step (formation.py)
-    denoised_0000.mp4 ...    with --save_decoded_videos: what step i points at, decoded
+    denoised_0000.mp4 ...    with --save_decoded_videos or --stop_after: what step i points at, decoded
     contexts/                prompts that were encoded later (contexts.py); no part of the prior
     outputs/                 the videos infer_from_prior.py makes from it; no part of the prior
 

@@ -187,7 +187,29 @@ def test_a_run_that_lost_what_it_begins_with(interrupted, resume, refused, loads
     early = interrupted("initial_latents.pt")
     loads.clear()
     save_image(early / "input_image.png", shade=7)
-    refused(lambda: resume(early), "lacks what it begins with")
+    refused(lambda: resume(early), "input_image.png is damaged")
+    (early / "input_image.png").unlink()
+    refused(lambda: resume(early), "input_image.png is missing")
+
+
+def test_a_run_that_lost_the_video_it_begins_with(prior, interrupted, resume, refused, loads):
+    flags = ("--denoising_strength", 0.6, "--input_video", prior / "output_full.mp4")
+    early = interrupted("initial_latents.pt", *flags)
+    loads.clear()
+    refused(lambda: resume(early), "before the noised input video was saved")
+
+
+def test_a_run_that_began_with_a_video(generate, prior, interrupted, resume):
+    flags = ("--denoising_strength", 0.6, "--input_video", prior / "output_full.mp4")
+    early = interrupted("step_0002.pt", *flags)
+    assert resume(early).code == 0
+    undisturbed = generate("--image", early / "input_image.png", "--prompt", PROMPT, *flags).path
+    assert_same(early, undisturbed)
+
+
+def test_an_image_that_is_damaged_cannot_be_made_again(prior_copy, resume, refused):
+    (prior_copy / "input_image.png").write_bytes(b"something else")
+    refused(lambda: resume(prior_copy), "input_image.png is damaged")
 
 
 # --- damage is made good ------------------------------------------------------------------------------------
