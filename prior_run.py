@@ -84,6 +84,8 @@ def what_is_left(prior: Prior) -> Left:
     start_step = None
     if whole.issuperset(start_files(m).values()):
         start_step = min(prior_utils.leading_steps(whole, prior.num_inference_steps) - 1, last_step)
+        if start_step < last_step and (m.get("skip_cache") or m.get("tea_cache_l1_thresh")):
+            start_step = -1  # a step uses again what earlier ones left in memory
     return Left(start_step=start_step, last_step=last_step, videos=videos)
 
 
