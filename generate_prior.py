@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import command_line as cli
+import lora
 import prior_run
 import prior_utils
 import prior_writer
@@ -428,8 +429,9 @@ def resume(args: argparse.Namespace) -> Path:
         prior = prior_utils.read_run(args.resume)
         prior_run.check_resumable(prior)
         left = prior_run.what_is_left(prior)
-        if prior.is_complete and not left.steps and not left.videos:
+        if prior.is_complete:
             prior_utils.check_files(prior, [prior_utils.IMAGE_FILE])  # the one that can't be made again
+        if prior.is_complete and not left.damaged and not left.components:
             cli.say(f"{prior.directory} is complete and undamaged: nothing to do")
             return prior.directory
         device = wan_models.pick_device(prior.metadata["model"], args.device or prior.metadata["device"])
@@ -438,13 +440,14 @@ def resume(args: argparse.Namespace) -> Path:
         cli.check_folder(prior.directory, bytes_needed(prior.settings, videos=len(left.videos)))
         image = prior_run.read_own_image(prior) if left.start_step is None else None
         m = prior.metadata
-        options = LoadOptions(m["model"], device, m["dtype"], args.vram, args.model_dir)
+        loras = lora.recorded(m.get("lora", []))
+        options = LoadOptions(m["model"], device, m["dtype"], args.vram, args.model_dir, loras)
         files = wan_models.weight_files(options, left.components)
         prior_utils.check_fingerprint(prior, wan_models.fingerprint(files))
         cli.say(f"{len(left.steps)} of {prior.num_inference_steps} steps are left to run")
         clock = Clock()
         clock.include(m.get("seconds", {}))
-        pipe = wan_models.load_pipeline(options, files)
+        pipe = wan_models.load_pipeline(options, files) if files else None
         clock.add("load")
         with saying_how_to_go_on(args, prior.directory):
             writer = PriorWriter(prior.directory, dict(m))

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import command_line as cli
+import formation
 import prior_utils
 import wan_models
 from prior_utils import Clock, InputError, Prior
@@ -31,6 +32,7 @@ class Left:
 
     start_step: int | None  # the last whole step; -1: only noise and conditioning are there; None: neither
     last_step: int  # the one to end with
+    damaged: frozenset[str]
     videos: dict[str, int | None]  # and the step whose denoised estimate each shows; None: the clean latents
 
     @property
@@ -43,7 +45,9 @@ class Left:
         """The parts of the model that are needed."""
         if self.start_step is None:
             return ["dit", "vae", "text_encoder", "image_encoder"]
-        return ["dit", "vae"] if self.steps else ["vae"]
+        if self.steps:
+            return ["dit", "vae"]
+        return ["vae"] if self.videos else []
 
 
 # --- what there is, what there should be --------------------------------------------------------------------
@@ -86,7 +90,7 @@ def what_is_left(prior: Prior) -> Left:
         start_step = min(prior_utils.leading_steps(whole, prior.num_inference_steps) - 1, last_step)
         if start_step < last_step and (m.get("skip_cache") or m.get("tea_cache_l1_thresh")):
             start_step = -1  # a step uses again what earlier ones left in memory
-    return Left(start_step=start_step, last_step=last_step, videos=videos)
+    return Left(start_step=start_step, last_step=last_step, damaged=frozenset(damaged), videos=videos)
 
 
 # --- whether it can go on here ------------------------------------------------------------------------------
@@ -147,7 +151,7 @@ def run(
     writer: PriorWriter,
     left: Left,
     *,
-    pipe: WanVideoPipeline,
+    pipe: WanVideoPipeline | None,
     image: Image | None,
     input_video: list[Image] | None,
     clock: Clock,
@@ -155,6 +159,7 @@ def run(
     """Run what is left and declare the prior complete, or stopped.
 
     Args:
+        pipe: with the components that are left to use; None where none are.
         image: of the video's size; needed where start_step is None, as is input_video where there is one.
     """
     m = writer.metadata
@@ -169,6 +174,7 @@ def run(
     if left.last_step < m["num_inference_steps"] - 1:
         writer.finish("stopped", **known)
         return
+    formation.save(writer)
     latents = prior_utils.load_latents(writer.prior, prior_utils.step_file(left.last_step))
     writer.finish("complete", stop_after=None, latents_sha256=prior_utils.sha256_tensor(latents), **known)
 
@@ -231,6 +237,7 @@ def save_step(writer: PriorWriter, step: Step) -> None:
     """Save the latents after a step and its guided velocity, then say in the metadata that it is whole."""
     writer.save_tensor(prior_utils.noise_pred_file(step.index), step.noise_pred)
     writer.save_tensor(prior_utils.step_file(step.index), step.latents)
+    formation.record_step(writer.metadata, step)
     writer.record(step.index, seconds_per_step=step.seconds, forwards_per_step=step.forwards)
     writer.write_metadata()
 

@@ -678,8 +678,16 @@ def check_progress(prior: Prior) -> None:
     last = m["stop_after"]
     if last is not None and not (type(last) is int and 0 <= last < prior.num_inference_steps):
         raise InputError(f"{METADATA_FILE} has stop_after = {_short(last)}, expected a step; make it again")
-    for key in ("seconds_per_step", "forwards_per_step"):
-        if len(m[key]) < prior.whole_steps or not all(map(_is_number, m[key])):
+    formation = m.get("formation", {})
+    if not isinstance(formation, dict):
+        raise InputError(f"{METADATA_FILE} has formation = {_short(formation)}; make it again")
+    lists = {key: m[key] for key in ("seconds_per_step", "forwards_per_step")}
+    if formation.get("branch_distances") is not None:
+        lists["branch_distances"] = formation["branch_distances"]
+    for key, values in lists.items():
+        if not (
+            isinstance(values, list) and len(values) >= prior.whole_steps and all(map(_is_number, values))
+        ):
             raise InputError(f"{METADATA_FILE} has no number for each step in {key}; make it again")
 
 

@@ -10,7 +10,7 @@ import torch
 from helpers import FRAMES, OTHER_PROMPT, PROMPT, SIZE, read_json
 
 import formation
-import generate_prior
+import prior_run
 import wan_models
 from prior_utils import RunSettings, context_file
 from wan_pipeline import ForwardCounter, run_full
@@ -183,13 +183,13 @@ def test_a_picture_that_fails_costs_no_prior(generate, infer, image, monkeypatch
 
 def test_the_record_grows_with_the_steps(generate, image, monkeypatch):
     """So that a run that is killed and goes on has the numbers of all its steps."""
-    seen, save_step = [], generate_prior.save_step
+    seen, save_step = [], prior_run.save_step
 
     def spy(writer, step):
         save_step(writer, step)
         seen.append(read_json(writer.directory / "run_metadata.json")["formation"]["branch_distances"])
 
-    monkeypatch.setattr(generate_prior, "save_step", spy)
+    monkeypatch.setattr(prior_run, "save_step", spy)
     prior = generate("--image", image, "--num_inference_steps", 3, "--prompt", PROMPT).path
     record = read_json(prior / "run_metadata.json")["formation"]["branch_distances"]
     assert seen == [record[:1], record[:2], record]

@@ -147,6 +147,8 @@ def test_the_command_that_is_printed_goes_on(prior, generate, run, image, tmp_pa
         ({"save_decoded_videos": ...}, ["lacks 'save_decoded_videos'", "cannot be resumed"]),
         ({"seconds_per_step": [1.0] * 3}, ["seconds_per_step", "cannot be resumed"]),
         ({"forwards_per_step": ["2"] * 4}, ["forwards_per_step", "cannot be resumed"]),
+        ({"formation": {"branch_distances": [1.0]}}, ["branch_distances", "cannot be resumed"]),
+        ({"formation": 7}, ["formation = 7", "cannot be resumed"]),
         ({"cfg_scale": float("nan")}, ["cfg_scale = nan"]),
     ],
 )
@@ -224,7 +226,9 @@ def test_a_complete_prior_is_left_alone(prior_copy, resume, loads):
     assert not loads
 
 
-@pytest.mark.parametrize("name", ["step_0003.pt", "noise_pred_0009.pt", "output_full.mp4", "y.pt"])
+@pytest.mark.parametrize(
+    "name", ["step_0003.pt", "noise_pred_0009.pt", "output_full.mp4", "y.pt", "formation.png"]
+)
 @pytest.mark.parametrize("damage", ["missing", "flipped"])
 def test_damaged_files_are_made_again(prior, prior_copy, resume, name, damage):
     path = prior_copy / name
@@ -309,7 +313,7 @@ def test_a_draft_holds_the_first_steps_of_the_full_run(draft, prior):
     files, full = files_of(draft), files_of(prior)
     preview = files.pop("denoised_0003.mp4")
     assert files.items() < full.items()
-    assert {name for name in full if name not in files} == {"output_full.mp4"} | {
+    assert {name for name in full if name not in files} == {"output_full.mp4", "formation.png"} | {
         name for step in range(4, 10) for name in prior_utils.step_files(step)
     }
     assert preview == read_json(draft / "run_metadata.json")["files"]["denoised_0003.mp4"]
