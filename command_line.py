@@ -186,8 +186,9 @@ def lora_argument(text: str) -> Lora:
 
 
 def load_options(args: argparse.Namespace) -> LoadOptions:
-    """The flags of `add_model_arguments`, once every default is filled in."""
-    return LoadOptions(args.model, args.device, args.dtype, args.vram, args.model_dir)
+    """The flags of `add_model_arguments` and --lora, once every default is filled in."""
+    loras = tuple(args.lora or ())
+    return LoadOptions(args.model, args.device, args.dtype, args.vram, args.model_dir, loras)
 
 
 def positive_int(text: str) -> int:

@@ -60,6 +60,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add_identity_arguments(parser)
     add_run_arguments(parser)
     add_output_arguments(parser)
+    cli.add_cheaper_arguments(parser, lora_help="resumed runs take the same unless told otherwise")
     cli.add_model_arguments(
         parser,
         model="I2V-480P",
@@ -286,7 +287,7 @@ def describe(args: argparse.Namespace, settings: RunSettings, *, device: str) ->
         "save_decoded_videos": args.save_decoded_videos,
         "fps": args.fps,
         "model": args.model,
-        "lora": [],
+        "lora": lora.describe(args.lora or ()),
         "dtype": args.dtype,
         **TILING,
         **cli.machine(device),
@@ -313,6 +314,7 @@ def run_settings(args: argparse.Namespace) -> RunSettings:
         cfg_scale=args.cfg_scale,
         seed=args.seed,
         **sizes,
+        **cli.cheaper_settings(args, args.model),
     )
 
 
@@ -372,6 +374,8 @@ def make_priors(args: argparse.Namespace) -> list[Path]:
     wanted, input_video = read_wanted(args, settings), read_input_video(args, settings)
     options = dataclasses.replace(cli.load_options(args), device=device)
     files = wan_models.weight_files(options)
+    for note in lora.check_loras(options.loras, files["dit"]):
+        cli.warn(note)
     metadata["model_fingerprint"] = wan_models.fingerprint(files)
 
     clock = Clock()

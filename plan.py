@@ -185,6 +185,12 @@ def own_sigmas(sigmas: list[float], prior: Prior) -> dict[str, Any]:
         raise InputError(
             f"--sigmas {sigmas[0]}: the prior begins at sigma {known[0]:.6g}; begin there or below"
         ) from None
+    whole = prior.whole_steps
+    if sigmas[0] < (known[whole] if whole < len(known) else 0.0) * (1 - prior_utils.SAME_SIGMA):
+        raise InputError(
+            f"--sigmas {sigmas[0]}: {prior.directory} was stopped after step {whole - 1}; begin at "
+            f"{known[whole]:.6g} or above, or finish it with generate_prior.py --resume"
+        )
     if prior.is_legacy and step == 0:
         raise InputError(
             f"--sigmas {sigmas[0]}: this older format holds nothing before step 0; begin at "

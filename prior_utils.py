@@ -79,6 +79,10 @@ PROGRESS_KEYS = {
     "device": str,
     "seconds_per_step": list,
     "forwards_per_step": list,
+    "skip_cache": (int, type(None)),
+    "tea_cache_l1_thresh": (int, float, type(None)),
+    "tea_cache_model_id": str,
+    "lora": list,
 }
 MAX_METADATA_BYTES = 16 * 2**20
 MAX_STEPS = 10_000

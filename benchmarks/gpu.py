@@ -10,6 +10,7 @@ nothing; its cost is that of the real one.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import subprocess
 import sys
@@ -38,6 +39,15 @@ FULL_SIZE = {
     "num_layers": 40,
     "eps": 1e-6,
 }
+
+
+KINDS = (  # name, start_step, skip_cache
+    ("resumed after 6", 6, None),
+    ("full", -1, None),
+    ("resumed after 6, skip-cache 2", 6, 2),
+    ("full, skip-cache 2", -1, 2),
+    ("full, skip-cache 3", -1, 3),
+)
 
 
 def script(name: str, *flags: object) -> Path:
@@ -78,7 +88,7 @@ def full_size_dit():
 
 
 def full_size_timing(*, runs: int) -> dict:
-    """Seconds per step of a full and a resumed run, in turn, without decoding."""
+    """Seconds per step of a full and a resumed run, with Skip-Cache and without, in turn, not decoded."""
     import torch
     from diffsynth.pipelines.wan_video import WanVideoPipeline
 
@@ -104,13 +114,13 @@ def full_size_timing(*, runs: int) -> dict:
         context_posi=torch.randn(1, 512, 4096, **random),
         context_nega=torch.randn(1, 512, 4096, **random),
     )
-    found = {"full": [], "resumed after 6": []}
+    found: dict = {}
     for run in range(runs + 1):
-        for name, start_step in (("resumed after 6", 6), ("full", -1)) if run else (("warm-up", 8),):
+        for name, start_step, every in KINDS if run else (("warm-up", 8, None),):
             started = time.perf_counter()
             result = run_scheduler(
                 pipe,
-                settings,
+                dataclasses.replace(settings, skip_cache=every),
                 scheduler=ResumableScheduler(start_step=start_step),
                 latents=torch.randn(shape, **random),
                 conditioning=conditioning,
@@ -121,6 +131,7 @@ def full_size_timing(*, runs: int) -> dict:
                     "seconds": time.perf_counter() - started,
                     "seconds_per_step": result.seconds_per_step,
                     "forwards": result.forwards,
+                    "block_evaluations": result.block_evaluations,
                 }
             )
     return found | {"vram_gib": torch.cuda.max_memory_allocated() / 2**30}

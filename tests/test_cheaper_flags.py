@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import OTHER_PROMPT, read_json
+from helpers import OTHER_PROMPT, PROMPT, edit_metadata, read_json
 from safetensors.torch import save_file
 
 import infer_from_prior
+import lora
 from plan import latents_files, load_inputs, make_plan, part_of_step, read_inputs
 from prior_utils import read_prior
 from run_jobs import between
@@ -67,6 +68,35 @@ def test_tea_cache_with_the_coefficients_of_another_model(prior, infer, tmp_path
     report = infer(prior, "--start_step", 4, *flags, "--output", tmp_path / "video.mp4").report
     assert (report["forwards"], report["block_evaluations"]) == (10, 2 * 2 * BLOCKS)
     assert report["tea_cache_l1_thresh"] == 1e9
+
+
+def test_a_prior_made_with_skip_cache_is_exact_where_a_full_step_is_due(generate, infer, image, tmp_path):
+    made = generate("--image", image, "--skip_cache", 2).path
+    assert read_json(made / "run_metadata.json")["skip_cache"] == 2
+    for step, flags, exact in (
+        (5, ("--skip_cache", 2), True),
+        (6, ("--skip_cache", 2), False),
+        (5, (), False),
+    ):
+        path = tmp_path / f"{step}{len(flags)}.mp4"
+        outcome = infer(made, "--start_step", step, *flags, "--output", path)
+        assert (outcome.report["latents_sha256"] == sha256(made)) == exact
+        assert ("made with --skip_cache 2" in outcome.err) == (not flags)
+
+
+def test_a_draft_with_cheaper_steps_is_finished_as_if_it_had_not_stopped(
+    run, generate, image, model_dir, lora_file
+):
+    flags = ("--image", image, "--skip_cache", 2, "--lora", lora_file)
+    whole, draft = generate(*flags).path, generate(*flags, "--stop_after", 2).path
+    assert run("generate_prior", "--resume", draft, "--model_dir", model_dir).path == draft
+    assert sha256(draft) == sha256(whole)
+
+
+def test_generate_prior_refuses_what_no_run_could_use(generate, image, lora_file, refused):
+    refused(lambda: generate("--image", image, "--tea_cache_l1_thresh", 1), "no coefficients for tiny")
+    refused(lambda: generate("--image", image, "--skip_cache", 1), "--skip_cache")
+    refused(lambda: generate("--image", image, "--lora", image), "not a safetensors file")
 
 
 # --- guidance by step ---------------------------------------------------------------------------------------
@@ -140,6 +170,21 @@ def test_an_older_prior_begins_after_its_first_step(older_prior, image, infer, r
     assert infer(older_prior, "--sigmas", 0.95, 0.5, *flags).report["steps_run"] == [0, 1]
 
 
+@pytest.fixture(scope="module")
+def draft(make_prior):
+    """A prior whose last latents are at sigma 0.882."""
+    return make_prior("--stop_after", "3")
+
+
+def test_a_draft_holds_the_path_down_to_where_it_was_stopped(draft, infer, refused, tmp_path):
+    refused(lambda: infer(draft, "--sigmas", 0.88, 0.5), "stopped after step 3", "begin at 0.882353 or above")
+
+
+def test_a_draft_begins_where_it_holds_the_path(draft, infer, tmp_path):
+    path = tmp_path / "video.mp4"
+    assert infer(draft, "--sigmas", 0.9, 0.5, "--output", path).report["steps_run"] == [0, 1]
+
+
 def test_a_tail_of_no_step_or_after_none(prior, infer, refused):
     refused(lambda: infer(prior, "--steps", 0, 5, "--num_steps_after", 2), "give --start_step")
     refused(lambda: infer(prior, "--start_step", 9, "--num_steps_after", 2), "step 9 is the prior's last")
@@ -166,6 +211,31 @@ def test_a_resumed_run_may_have_another_lora_than_its_prior(prior, infer, lora_f
     plain = infer(prior, "--cfg_scale", 1, "--output", tmp_path / "plain.mp4")
     assert plain.report["latents_sha256"] != report["latents_sha256"]
     assert "LoRA" not in plain.err
+
+
+def test_a_priors_lora_goes_with_it(generate, infer, image, lora_file, tmp_path):
+    made = generate("--image", image, "--prompt", PROMPT, "--lora", f"{lora_file}:0.5").path
+    plain = generate("--image", image, "--prompt", PROMPT).path
+    assert sha256(made) != sha256(plain)
+    for method in (("--start_step", 6), ("--steps", 0, 5)):
+        outcome = infer(made, *method, "--output", tmp_path / f"{method[0]}.mp4")
+        assert outcome.report["latents_sha256"] == sha256(made)
+        assert outcome.report["lora"] == outcome.report["prior_lora"] != []
+        assert "the prior was made with" not in outcome.err
+    without = infer(made, "--lora", "--output", tmp_path / "without.mp4")
+    assert without.report["lora"] == [] and "runs with no LoRA" in without.err
+    assert without.report["latents_sha256"] != sha256(made)
+
+
+def test_a_priors_lora_that_is_gone_or_another_is_refused(prior_copy, infer, lora_file, refused):
+    described = lora.describe([lora.Lora(lora_file, 0.5)])
+    edit_metadata(prior_copy, lora=described)
+    lora_file.write_bytes(lora_file.read_bytes()[:-4] + b"else")
+    refused(lambda: infer(prior_copy), "another", "--lora")
+    lora_file.unlink()
+    refused(lambda: infer(prior_copy), "not there", "--lora without a file")
+    edit_metadata(prior_copy, lora="some")
+    refused(lambda: infer(prior_copy), "as a LoRA")
 
 
 def test_a_lora_that_fits_no_layer_is_an_error(prior, infer, refused, tmp_path):
