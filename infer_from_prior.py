@@ -19,6 +19,7 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 import command_line as cli
+import prior_utils
 import lora
 import sweep
 import wan_models
@@ -28,7 +29,6 @@ from run_jobs import run_jobs
 from sweep import Job
 from wan_models import LoadOptions
 
-LATE = 0.5  # share of the schedule after which a resumed run rarely changes the motion
 # Clips of the embedded model that showed the new motion, resumed after 6 of 10, by the prior's kind; a full
 # run: 80%. From benchmarks/results/promise/headline.md.
 OBEYED_AFTER_6 = {"prompted": "10%", "neutral": "23%"}
@@ -205,7 +205,7 @@ def comes_late(plan: Plan, prior: Prior) -> bool:
     """Whether a plan brings a new prompt in when the prior has settled most of the motion."""
     if plan.method == "differential" or plan.prompt == prior.metadata.get("prompt"):
         return False
-    return plan.start_step >= LATE * prior.num_inference_steps and bool(plan.steps_to_run)
+    return prior_utils.is_late(plan.start_step, prior.num_inference_steps)
 
 
 def warn_of_doubts(plan: Plan, prior: Prior, *, device: str) -> None:

@@ -95,6 +95,7 @@ LIMITS = {  # what can be made and read; far beyond what any machine holds
 }
 # nearest to the full run of those tried, summary.md in benchmarks/results/promise and .../steps
 BEST_STEPS_OF_TEN = {1: (0,), 2: (0, 7), 3: (0, 5, 8), 4: (0, 3, 6, 8)}
+LATE = 0.5  # share of the schedule after which a resumed run rarely changes the motion
 LATENT_CHANNELS = 16  # z_dim of the Wan2.1 VAE
 SPATIAL_FACTOR = 8  # pixels per latent, height and width
 TEMPORAL_FACTOR = 4  # frames per latent, after the first
@@ -267,6 +268,11 @@ def round_sizes(*, height: int, width: int, num_frames: int) -> dict[str, int]:
 def recommended_start_step(num_inference_steps: int) -> int:
     """The step to resume from unless told otherwise: 6 of 10, and the same share of other schedules."""
     return min(num_inference_steps * 6 // 10, num_inference_steps - 1)
+
+
+def is_late(start_step: int, num_inference_steps: int) -> bool:
+    """Whether a run resumed after this step rarely shows a new motion; after the last it reads no prompt."""
+    return LATE * num_inference_steps <= start_step < num_inference_steps - 1
 
 
 def recommended_num_steps(num_inference_steps: int) -> int:
