@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 FACE := data/tiny_wan_i2v/inputs/mila.png
 
-.PHONY: demo test lint
+.PHONY: demo test lint browser
 demo: $(VENV)/installed
 	set -e; \
 	prior=$$($(BIN)/python generate_prior.py --model tiny --image $(FACE)); \
@@ -13,8 +13,15 @@ demo: $(VENV)/installed
 	talk=$$($(BIN)/python infer_from_prior.py --prior_dir "$$prior" --prompt "she speaks"); \
 	printf '%s\n' "prior: $$prior/output_full.mp4" "two new prompts:" "$$left" "$$talk"
 
-test: $(VENV)/installed-tests lint
+test: $(VENV)/installed-tests lint browser
 	$(BIN)/python -m pytest tests
+
+# Chromium, in which a sweep's page is tested; who can't install it goes without these tests
+browser:
+	@command -v chromium >/dev/null && command -v chromedriver >/dev/null || \
+	{ [ "$$(id -u)" = 0 ] && apt-get update -qq && \
+	DEBIAN_FRONTEND=noninteractive apt-get install -qq --no-install-recommends chromium chromium-driver; } || \
+	echo "no chromium and chromedriver: the page of a sweep is not tested in a browser" >&2
 
 lint: $(VENV)/installed-tests
 	$(BIN)/ruff check .

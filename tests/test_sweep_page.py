@@ -1,0 +1,367 @@
+"""The page of a sweep: what it says, that no text in it is taken for markup, that it plays in Chromium."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterator
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote_to_bytes
+
+import numpy as np
+import pytest
+from browser import missing_programs, open_browser, set_screen, show_frame, wait_until
+from helpers import FRAMES, OTHER_PROMPT, PROMPT, read_json
+from PIL import Image
+
+import prior_utils
+import sweep_page
+
+HOSTILE = (
+    "<script>window.injected = 1</script>",
+    '"><img src=x onerror="window.injected = 1">',
+    "' onmouseover='window.injected = 1' x='",
+    "</b></figcaption></table></style><svg onload=window.injected=1>",
+    "&lt;b&gt; ${1} $title {count} \\ \0 \u202e \ud800 %3Cscript%3E",
+)
+SCREENS = ((1280, 2400), (390, 844))  # all videos at once; some at a time
+
+
+class Tags(HTMLParser):
+    """What a page consists of."""
+
+    def __init__(self, page: Path):
+        super().__init__()
+        self.tags, self.attributes, self.links, self.text = Counter(), set(), [], ""
+        self.feed(page.read_text(encoding="utf-8"))
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags[tag] += 1
+        self.attributes |= {name for name, _ in attrs}
+        self.links += [value for name, value in attrs if name in ("src", "data-src", "href")]
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+@pytest.fixture(scope="module")
+def made(prior: Path, model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with three results of the command line; tests only read it."""
+    import infer_from_prior
+
+    folder = tmp_path_factory.mktemp("made")
+    for name, flags in (
+        ("early", ["--prompt", OTHER_PROMPT, "--start_step", "3"]),
+        ("late", ["--prompt", OTHER_PROMPT, "--start_step", "6"]),
+        ("own", ["--steps", "0", "7"]),
+    ):
+        argv = ["--prior_dir", prior, "--model_dir", model_dir, "--output", folder / f"{name}.mp4", *flags]
+        with contextlib.redirect_stderr(io.StringIO()):
+            infer_from_prior.main(list(map(str, argv)))
+    return folder
+
+
+@pytest.fixture
+def results(made: Path, tmp_path: Path) -> Path:
+    """A copy of that folder, to be changed."""
+    return shutil.copytree(made, tmp_path / "results")
+
+
+@pytest.fixture
+def page(run: Callable, results: Path) -> Callable[[], Tags]:
+    """Make the page of `results` by the command line, and read it."""
+
+    def page() -> Tags:
+        outcome = run("sweep_page", results)
+        assert outcome.path == results / "index.html"
+        assert outcome.err == ""
+        return Tags(outcome.path)
+
+    return page
+
+
+def add_result(folder: Path, name: str, **changes: Any) -> Path:
+    """Another result: a copy of one that is there, its JSON changed; a value of `...` removes the entry."""
+    report = read_json(folder / "early.json") | changes
+    kept = {key: value for key, value in report.items() if value is not ...}
+    prior_utils.write_json(folder / f"{name}.json", kept)
+    return shutil.copy(folder / "early.mp4", folder / f"{name}.mp4")
+
+
+def linked_files(folder: Path, page: Tags) -> list[Path]:
+    """Where the page's links lead; none has a scheme, a host or an absolute path."""
+    for link in page.links:
+        assert ":" not in link
+        assert not link.startswith("/")
+    return [folder / os.fsdecode(unquote_to_bytes(link)) for link in page.links]
+
+
+def test_what_the_page_says(page, results, prior):
+    """The prior first, then each video with its steps, forwards, seconds and settings; every link leads."""
+    add_result(results, "strong", cfg_scale=7.5)
+    found = page()
+    files = linked_files(results, found)
+    assert all(file.is_file() for file in files)
+    assert files[0] == results / "contact_sheet.png"
+    assert files[1].samefile(prior / "output_full.mp4")
+    assert {file.name for file in files[2:]} == {"early.mp4", "strong.mp4", "late.mp4", "own.mp4"}
+    seconds = sum(read_json(results / "late.json")["seconds"].values())
+    for words in (
+        read_json(prior / "run_metadata.json")["run_id"],
+        f"prior: {PROMPT}",
+        f"after step 6late for a new motion6 forwards, {seconds:.1f} scfg_scale 5.0",
+        "steps 0 74 forwards, ",
+        "cfg_scale 7.5",
+        "negative_prompt Still.",
+        "num_inference_steps 10",
+        "4 videos, 34 forwards.",
+        f"1. {PROMPT}",
+        f"2. {OTHER_PROMPT}",
+    ):
+        assert words in found.text
+    assert found.text.count("late for a new motion") == 1
+
+
+def test_the_contact_sheet_shows_first_middle_and_last_frames(page, results, prior):
+    import imageio.v3 as iio
+
+    page()
+    side, gap, line = sweep_page.THUMB_HEIGHT, sweep_page.GAP, sweep_page.LINE
+    row, tile = 2 * line + side + gap, 3 * side + gap
+    with Image.open(results / "contact_sheet.png") as sheet:
+        assert sheet.size == (gap + 3 * tile, gap + 3 * row)
+        for video, (x, y) in (
+            (prior / "output_full.mp4", (0, 0)),
+            (results / "own.mp4", (2, 1)),
+            (results / "early.mp4", (0, 2)),
+            (results / "late.mp4", (1, 2)),
+        ):
+            frames = iio.imread(video)
+            for place, frame in enumerate((0, (FRAMES - 1) // 2, FRAMES - 1)):
+                left, top = gap + x * tile + place * side, gap + y * row + 2 * line
+                shown = sheet.crop((left, top, left + side, top + side))
+                expected = Image.fromarray(frames[frame]).resize((side, side), Image.Resampling.LANCZOS)
+                assert np.array_equal(np.asarray(shown), np.asarray(expected))
+        gap_in_the_grid = sheet.crop((gap, gap + row + line, gap + tile, gap + 2 * row))
+        assert gap_in_the_grid.getcolors() == [(tile * (row - line), (255, 255, 255))]
+
+
+def hostile_folder(results: Path) -> Path:
+    """Results whose texts and names try to become markup, a scheme or an escape."""
+    for number, text in enumerate(HOSTILE):
+        add_result(
+            results, f"hostile {number}", prompt=text, negative_prompt=text, device_name=text, seed=text
+        )
+        add_result(
+            results, f"of another prior {number}", prior_run_id=text, prior_dir=f"/{text}", model=[text]
+        )
+    for name in (
+        "javascript:alert(1)",
+        "50% \"of\" '#1?' <b>&amp;",
+        "..%2f",
+        "a\nb",
+        os.fsdecode(b"caf\xe9"),
+    ):
+        shutil.copy(add_result(results, name), results / f"{name} alone.mp4")
+    return results
+
+
+def test_nothing_in_it_is_taken_for_markup(page, results):
+    shutil.copy(results / "early.mp4", results / "stray.mp4")
+    plain = page()
+    hostile_folder(results)
+    found = page()
+    assert set(found.tags) <= set(plain.tags)
+    assert found.tags["script"] == plain.tags["script"] == 1
+    assert found.attributes <= plain.attributes
+    files = linked_files(results, found)
+    assert all(file.is_file() for file in files)
+    assert {file.name for file in results.glob("*.mp4")} <= {file.name for file in files}
+    for text in HOSTILE[:4]:
+        assert found.text.count(text) >= 3
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (lambda folder: (folder / "late.mp4").unlink(), "late.mp4 is missing from"),
+        (lambda folder: cut(folder / "late.mp4"), "late.mp4 is damaged: it is no whole .mp4"),
+        (lambda folder: blank(folder / "late.mp4"), "late.mp4 is damaged: "),
+        (lambda folder: add_result(folder, "late", num_frames=13), "9 frames, expected 13"),
+        (lambda folder: (folder / "late.json").unlink(), "late.json is missing"),
+        (lambda folder: cut(folder / "late.json"), "late.json cannot be read (Unterminated string"),
+        (lambda folder: (folder / "late.json").write_bytes(b"\xff"), "late.json cannot be read ('utf-8'"),
+        (lambda folder: (folder / "late.json").write_text("[" * 10**5), "late.json cannot be read (maximum"),
+        (lambda folder: (folder / "late.json").write_text("[]"), "late.json is not a result's JSON"),
+        (lambda folder: add_result(folder, "late", prompt=...), "prompt is missing or of another type"),
+        (lambda folder: add_result(folder, "late", seconds=3), "seconds is missing or of another type"),
+        (lambda folder: add_result(folder, "late", fps=float("nan")), "fps or steps_run are no numbers"),
+        (lambda folder: add_result(folder, "late", steps_run=[{}]), "fps or steps_run are no numbers"),
+        (lambda folder: add_result(folder, "late", start_step=None), "a resume without a start_step"),
+        (lambda folder: add_result(folder, "late", prior_dir="/gone"), "/gone is not a folder"),
+    ],
+)
+def test_what_is_missing_or_damaged_is_named_in_its_place(page, results, changes, words):
+    changes(results)
+    found = page()
+    assert words in found.text
+    assert found.tags["figure"] >= 4
+
+
+def cut(path: Path) -> None:
+    """Keep the first two thirds of a file."""
+    path.write_bytes(path.read_bytes()[: path.stat().st_size * 2 // 3])
+
+
+def blank(path: Path) -> None:
+    """Keep an .mp4's boxes and lose the frames in it."""
+    content = path.read_bytes()
+    start = content.index(b"mdat") + 4
+    size = int.from_bytes(content[start - 8 : start - 4], "big") - 8
+    path.write_bytes(content[:start] + bytes(size) + content[start + size :])
+
+
+def test_odd_numbers_are_no_trouble(page, results):
+    """Of a JSON that someone wrote by hand."""
+    add_result(results, "odd", seconds={"denoise": "soon"}, forwards=10**400, fps=0.5, start_step=10**400)
+    assert f"after step {10**400}" in page().text
+
+
+def test_other_files_are_left_out(page, results):
+    (results / "notes.json").write_text('{"a": 1}')
+    (results / "readme.txt").write_text("mine")
+    assert page().tags["figure"] == 4
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda folder, prior: folder / "gone", "gone is not a folder; name one that infer_from_prior.py"),
+        (lambda folder, prior: prior, "is a prior; name the folder of a sweep, or the prior's outputs"),
+        (lambda folder, prior: folder, "holds no video of infer_from_prior.py; name the folder of a sweep"),
+    ],
+)
+def test_folders_that_are_refused(run, refused, prior_copy, tmp_path, make, words):
+    (tmp_path / "empty").mkdir()
+    refused(lambda: run("sweep_page", make(tmp_path / "empty", prior_copy)), words)
+
+
+def test_a_prior_moved_with_its_outputs(run, made, prior, tmp_path):
+    """The page made again after a move links to the prior that holds it."""
+    moved = shutil.copytree(prior, tmp_path / prior.name)
+    outputs = shutil.copytree(made, moved / "outputs" / "sweep")
+    found = Tags(run("sweep_page", outputs).path)
+    assert "../../output_full.mp4" in found.links
+
+
+def test_a_folder_reached_by_a_link(page, results, prior, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "link").symlink_to(results)
+    files = linked_files(results, Tags(sweep_page.write_page(tmp_path / "elsewhere" / "link")))
+    assert files[1].samefile(prior / "output_full.mp4")
+
+
+# --- in a browser -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """Headless Chromium; without it these tests are skipped, unless REQUIRE_CHROMIUM is set."""
+    if missing := missing_programs():
+        reason = f"no {' and no '.join(missing)}: apt-get install chromium chromium-driver (make browser)"
+        (pytest.fail if os.environ.get("REQUIRE_CHROMIUM") else pytest.skip)(reason)
+    browser = open_browser(tmp_path_factory.mktemp("profile"))
+    yield browser
+    browser.quit()
+
+
+@pytest.mark.parametrize("dark", [False, True])
+@pytest.mark.parametrize("screen", SCREENS)
+def test_every_video_plays(browser, page, results, screen, dark):
+    """From disk, at the width of a desk and of a phone, light and dark, with hostile texts and names."""
+    hostile_folder(results)
+    page()
+    width, height = screen
+    set_screen(browser, width=width, height=height, dark=dark)
+    browser.get((results / "index.html").as_uri())
+    for video in browser.find_elements("tag name", "video"):
+        browser.execute_script("arguments[0].scrollIntoView({block: 'center'})", video)
+        wait_until(
+            browser,
+            "const v = arguments[0]; return v.readyState >= 2 && v.videoWidth === 32 && v.currentTime > 0.3",
+            video,
+            message="a video that doesn't play",
+        )
+    for script, expected in (
+        ("window.injected", None),
+        ("document.images.length", 0),
+        ("document.scripts.length", 1),
+        ("document.documentElement.scrollWidth > innerWidth", False),
+        (
+            "getComputedStyle(document.body).backgroundColor",
+            "rgb(21, 21, 23)" if dark else "rgb(255, 255, 255)",
+        ),
+    ):
+        assert browser.execute_script(f"return {script}") == expected, script
+    assert browser.get_log("browser") == []
+
+
+# Push one video ahead while all play; true if the others catch up with it before all begin again.
+PUSH = """
+const [push, done] = arguments;
+let pushed = false, before = 0;
+(function watch() {
+  const at = videos.map((video) => video.currentTime);
+  const inStep = videos.every(isReady) && Math.max(...at) - Math.min(...at) <= frame;
+  if (pushed && inStep && Math.max(...at) < 0.9) return done(true);  // at the end all wait for the last
+  if (pushed && time < before) return done(false);
+  if (!pushed && inStep && time < 0.2 && videos.every((video) => !video.paused)) {
+    videos[2].currentTime = time + push;
+    pushed = true;
+  }
+  before = time;
+  requestAnimationFrame(watch);
+})();
+"""
+
+
+@pytest.mark.parametrize("push", [0.3, 0.9])
+def test_they_play_in_step(browser, page, results, push):
+    """One that is ahead waits or goes back; the end is followed by the beginning."""
+    page()
+    set_screen(browser, width=1280, height=2400)
+    browser.get((results / "index.html").as_uri())
+    assert any(browser.execute_async_script(PUSH, push) for _ in range(5))  # a busy machine may miss it once
+
+
+def test_pause_and_the_slider(browser, page, results):
+    """All stop, show the same frame, and play on."""
+    page()
+    browser.get((results / "index.html").as_uri())
+    wait_until(browser, "return videos.every((v) => !v.paused)", message="not playing")
+    browser.find_element("id", "play").click()
+    assert browser.execute_script("return videos.every((v) => v.paused)")
+    show_frame(browser, 5)
+    wait_until(browser, "return videos.every(isReady)", message="not sought")
+    assert set(browser.execute_script("return videos.map((v) => v.currentTime)")) == {5.5 / 8}
+    wait_until(browser, "return shown.textContent === '6 / ' + arguments[0]", FRAMES, message="not shown")
+    browser.find_element("id", "play").click()
+    wait_until(browser, "return time > 0.8 || time < 0.5", message="not playing on")
+
+
+def test_a_video_that_went_missing_says_so(browser, page, results):
+    """The others play on."""
+    page()
+    (results / "late.mp4").unlink()
+    browser.get((results / "index.html").as_uri())
+    wait_until(browser, "return document.querySelector('.problem')", message="no word of it")
+    note = browser.find_element("class name", "problem")
+    assert note.text == "This browser cannot play the video."
+    assert "after step 6" in note.find_element("xpath", "..").text
+    wait_until(browser, "return time > 0.3", message="the others wait")
+    browser.get_log("browser")  # Chromium reports the file it didn't find
