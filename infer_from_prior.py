@@ -19,8 +19,8 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 import command_line as cli
-import prior_utils
 import lora
+import prior_utils
 import sweep
 import wan_models
 from plan import Inputs, Plan, check_schedule, load_inputs, read_inputs, run_settings
