@@ -194,7 +194,7 @@ def test_nothing_in_it_is_taken_for_markup(page, results):
         (lambda folder: blank(folder / "late.mp4"), "late.mp4 is damaged: "),
         (lambda folder: add_result(folder, "late", num_frames=13), "9 frames, expected 13"),
         (lambda folder: (folder / "late.json").unlink(), "late.json is missing"),
-        (lambda folder: cut(folder / "late.json"), "late.json cannot be read (Unterminated string"),
+        (lambda folder: cut(folder / "late.json"), "late.json cannot be read ("),
         (lambda folder: (folder / "late.json").write_bytes(b"\xff"), "late.json cannot be read ('utf-8'"),
         (lambda folder: (folder / "late.json").write_text("[" * 10**5), "late.json cannot be read (maximum"),
         (lambda folder: (folder / "late.json").write_text("[]"), "late.json is not a result's JSON"),
