@@ -54,14 +54,15 @@ def load(prior: Prior, text: str) -> torch.Tensor | None:
 def save(prior: Prior, text: str, context: torch.Tensor) -> None:
     """Keep a context in its prior, whole or not at all; two processes may do so at once.
 
-    Without a recorded text encoder nothing could tell later whose context it is: then it isn't kept.
+    Not kept: NaN or infinite values, and what nothing could tell the text encoder of later.
 
     Raises:
         OSError: the folder can't be written.
     """
     import safetensors.torch
+    import torch
 
-    if encoder(prior) is None:
+    if encoder(prior) is None or not torch.isfinite(context).all():
         return
     target = path(prior, text)
     context = context.cpu().contiguous()

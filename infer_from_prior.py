@@ -15,6 +15,7 @@ beside each video says how it was made.
 from __future__ import annotations
 
 import argparse
+import contextlib
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
@@ -242,9 +243,9 @@ def warn_of_what_differs(plan: Plan, prior: Prior) -> None:
             )
 
 
-def say_what_runs(jobs: Collection[Job], *, there: int) -> None:
+def say_what_runs(jobs: Collection[Job], *, there: int | None) -> None:
     """Tell what will run: a single video's steps, or a sweep's sums."""
-    if len(jobs) + there > 1:
+    if there is not None:
         cli.say(f"{sweep.summarize(jobs)}; {there} are there already")
         return
     [job] = jobs
@@ -306,9 +307,13 @@ def load_all(jobs: Collection[Job], inputs: Mapping[Path, Inputs]) -> str:
 
 
 def make_videos(
-    jobs: Sequence[Job], inputs: Mapping[Path, Inputs], args: argparse.Namespace, *, there: int
+    jobs: Sequence[Job], inputs: Mapping[Path, Inputs], args: argparse.Namespace, *, there: int | None
 ) -> dict[Path, Exception]:
-    """Check what is left to check, load the model and run; returns the errors of jobs that failed."""
+    """Check what is left to check, load the model and run; returns the errors of jobs that failed.
+
+    Args:
+        there: the videos of a sweep that are there already; None: no sweep, a single video.
+    """
     model, folder = jobs[0].plan.model, jobs[0].path.parent
     device = wan_models.pick_device(model, args.device)
     for group in sweep.by_prior(jobs).values():
@@ -321,7 +326,8 @@ def make_videos(
     say_what_runs(jobs, there=there)
     loras = lora.of(jobs[0].plan.lora)
     options = LoadOptions(model, device, dtype, args.vram, args.model_dir, loras)
-    return run_jobs(jobs, inputs, options=options)
+    with contextlib.nullcontext() if there is None else sweep.own_folder(folder):
+        return run_jobs(jobs, inputs, options=options)
 
 
 def main(argv: list[str] | None = None) -> Path | str:
@@ -336,7 +342,8 @@ def main(argv: list[str] | None = None) -> Path | str:
         components = ", ".join(sweep.components(to_do)) or "nothing"
         cli.say(f"{sweep.summarize(to_do)}; {len(made)} are there already; would load {components}")
         return "\n".join(sweep.describe(job, made=job.path in made) for job in jobs)
-    failed = make_videos(to_do, inputs, args, there=len(made)) if to_do else {}
+    there = len(made) if is_sweep else None
+    failed = make_videos(to_do, inputs, args, there=there) if to_do else {}
     if not is_sweep:
         for error in failed.values():
             raise error

@@ -104,7 +104,7 @@ class PriorWriter:
 
 @contextlib.contextmanager
 def locked(directory: Path) -> Iterator[None]:
-    """Keep a second writer out of a prior; ends with the process, however that ends. Readers may read on.
+    """Keep a second writer out of a folder; ends with the process, however that ends. Readers may read on.
 
     Clears away what a killed writer left under temporary names.
 
@@ -115,12 +115,10 @@ def locked(directory: Path) -> Iterator[None]:
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
     except OSError as error:
-        raise InputError(
-            f"cannot write to {directory}: {error.strerror}; copy the prior elsewhere"
-        ) from error
+        raise InputError(f"cannot write to {directory}: {error.strerror}; copy it elsewhere") from error
     try:
         if not _take(descriptor):
-            raise InputError(f"another generate_prior.py is writing {directory}; wait until it has ended")
+            raise InputError(f"another process is writing {directory}; wait until it has ended")
         with _removed_at_the_end(path):
             for leftover in directory.glob(f"{TEMPORARY_PREFIX}*"):
                 leftover.unlink()

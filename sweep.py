@@ -7,6 +7,7 @@ from the choices, so the same command means the same files: what is there and wh
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import hashlib
 import itertools
@@ -25,6 +26,7 @@ import prior_utils
 import wan_models
 from plan import Inputs, Plan
 from prior_utils import InputError, Prior
+from prior_writer import locked
 
 METHOD_FLAGS = ("start_step", "steps", "num_steps", "sigmas")
 OVERRIDES = {  # what a JSON line of --prompts_file may set, and the type of each value
@@ -230,6 +232,22 @@ def sweep_jobs(args: argparse.Namespace, plans: list[tuple[Prior, Plan]]) -> lis
     return [Job(prior, plan, folder / name) for name, (prior, plan) in named.items()]
 
 
+@contextlib.contextmanager
+def own_folder(folder: Path) -> Iterator[None]:
+    """Make a sweep's folder and keep other writers out; what a killed one left half-written is cleared away.
+
+    Raises:
+        InputError: another process is at it, or it can't be written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with locked(folder):
+            yield
+    finally:
+        with contextlib.suppress(OSError):  # not empty: something was made
+            folder.rmdir()
+
+
 def check_output(path: Path, prior: Prior, *, overwrite: bool) -> None:
     """Refuse an --output that no video can have; nothing is replaced unasked, the prior's own files never.
 
@@ -323,12 +341,15 @@ def is_made(job: Job, inputs: Inputs) -> bool:
 
 
 def expected_seconds(job: Job) -> float | None:
-    """Denoising and decoding, from what the prior's own run took; None: an older prior recorded nothing."""
+    """Denoising and decoding, from what the prior's own run took; None: it recorded nothing to go by."""
     recorded = job.prior.metadata
-    if not recorded.get("seconds_per_step"):
+    try:
+        per_step = statistics.median(recorded["seconds_per_step"])
+        decode = recorded["seconds"].get("decode", 0.0)
+        per_forward = per_step / (1 if recorded["cfg_scale"] == 1 else 2)
+        return per_forward * job.plan.forwards + decode
+    except (KeyError, TypeError, AttributeError, ValueError):
         return None
-    per_forward = statistics.median(recorded["seconds_per_step"]) / (1 if recorded["cfg_scale"] == 1 else 2)
-    return per_forward * job.plan.forwards + recorded["seconds"]["decode"]
 
 
 def components(jobs: Iterable[Job]) -> list[str]:

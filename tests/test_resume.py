@@ -262,7 +262,7 @@ def test_two_writers_never_write_one_run(interrupted, resume, refused, loads):
     early = interrupted("step_0004.pt")
     loads.clear()
     with prior_writer.locked(early):
-        refused(lambda: resume(early), "another generate_prior.py is writing", str(early))
+        refused(lambda: resume(early), "another process is writing", str(early))
     assert not (early / ".lock").exists()
     assert resume(early).code == 0
 

@@ -17,6 +17,7 @@ from helpers import OTHER_PROMPT, PROMPT, edit_metadata, listing, read_json
 
 import contexts
 import prior_utils
+import sweep
 
 THIRD_PROMPT = "The portrait nods."
 DECIDING = ("latents_sha256", "video_sha256", "steps_run", "prompt", "cfg_scale", "prior_files")
@@ -24,10 +25,11 @@ DECIDING = ("latents_sha256", "video_sha256", "steps_run", "prompt", "cfg_scale"
 
 def results(folder: Path) -> dict[str, dict]:
     """What decides every whole result of a sweep's folder, by name."""
-    reports = {path.stem: read_json(path) for path in sorted(folder.glob("[!.]*.json"))}
+    reports = {path.stem: read_json(path) for path in sorted(folder.glob("*.json"))}
     for stem, report in reports.items():
         assert report["video_sha256"] == prior_utils.sha256_file(folder / f"{stem}.mp4")
-    assert {path.stem for path in folder.glob("[!.]*.mp4")} == set(reports)
+    assert {path.stem for path in folder.glob("*.mp4")} == set(reports)
+    assert not list(folder.glob(".*"))
     return {stem: {name: report[name] for name in DECIDING} for stem, report in reports.items()}
 
 
@@ -282,6 +284,16 @@ def test_one_video_that_fails_does_not_stop_the_rest(prior, infer, tmp_path):
     assert {each["prompt"] for each in made.values()} == {OTHER_PROMPT, THIRD_PROMPT}
     flags = ("--prompt", "Too much.", "--cfg_scale", 1e39, "--output", tmp_path / "one.mp4")
     assert "NaN or infinite at step 7" in infer(prior, *flags).error
+
+
+def test_a_second_sweep_of_the_same_folder_has_to_wait(prior, infer, loads, tmp_path):
+    command = ("--prompt", PROMPT, OTHER_PROMPT, "--output_dir", tmp_path / "sweep")
+    with sweep.own_folder(tmp_path / "sweep"):
+        outcome = infer(prior, *command)
+    assert (outcome.code, loads) == (2, [])
+    assert "another process is writing" in outcome.error
+    assert not (tmp_path / "sweep").exists()
+    assert infer(prior, *command).code == 0
 
 
 def test_older_priors_sweep_too(older_prior, prior, infer, image, loads, tmp_path):
