@@ -23,6 +23,7 @@ import command_line as cli
 import lora
 import prior_utils
 import sweep
+import sweep_page
 import wan_models
 from plan import Inputs, Plan, check_schedule, load_inputs, read_inputs, run_settings
 from prior_utils import InputError, Prior, RunError
@@ -348,8 +349,11 @@ def main(argv: list[str] | None = None) -> Path | str:
         for error in failed.values():
             raise error
         return jobs[0].path
+    folder = jobs[0].path.parent
+    if len(failed) < len(jobs):
+        sweep_page.write_page(folder)
     report_failures(failed, jobs)
-    return jobs[0].path.parent
+    return folder
 
 
 if __name__ == "__main__":

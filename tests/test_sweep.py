@@ -228,6 +228,7 @@ def test_a_sweep_that_is_done_loads_nothing_and_changes_nothing(prior_copy, infe
     folder = infer(prior_copy, *command).path
     assert folder.parent == prior_copy / "outputs"
     before = listing(prior_copy)
+    assert {"index.html", "contact_sheet.png"} < {path.name for path in folder.iterdir()}
     loads.clear()
     outcome = infer(prior_copy, *command)
     assert outcome.path == folder
