@@ -129,8 +129,8 @@ def check_loras(loras: Iterable[Lora], weights: Iterable[Path]) -> list[str]:
     Raises:
         InputError: no safetensors file, no LoRA in it, no layer that it fits, or another shape.
     """
-    layers: dict[str, Sequence[int]] = {}
-    for path in weights:
+    loras, layers = list(loras), {}
+    for path in weights if loras else ():
         layers |= _layers(_read_shapes(path, what="the DiT's"))
     return [note for lora in loras if (note := _check(lora, layers)) is not None]
 
