@@ -237,6 +237,7 @@ def check_args(args: argparse.Namespace) -> None:
     for run_id in args.run_id or ():
         if not re.fullmatch(r"[\w.-]+", run_id, flags=re.ASCII):
             raise InputError(f"--run_id {run_id!r}: use letters, digits, . _ and - only")
+        prior_writer.check_run_id(args.output_dir, run_id)
 
 
 def download_example() -> Path:
@@ -332,7 +333,7 @@ def read_wanted(args: argparse.Namespace, settings: RunSettings) -> list[Wanted]
     """The priors to make: one for each image, each with its prompt.
 
     Raises:
-        InputError: an image that can't be used, a --run_id that is taken, or as many prompts or ids as fit
+        InputError: an image that can't be used, a --run_id given twice, or as many prompts or ids as fit
             no reading.
     """
     number = len(args.image)
@@ -342,7 +343,6 @@ def read_wanted(args: argparse.Namespace, settings: RunSettings) -> list[Wanted]
         if len(values) != number:
             raise InputError(f"{flag}: {len(values)} for {number} images; give one for each image")
     for run_id in run_ids:
-        prior_writer.check_run_id(args.output_dir, run_id)
         if run_id is not None and run_ids.count(run_id) > 1:
             raise InputError(f"--run_id {run_id}: given twice; every prior needs its own")
     sizes = {"width": settings.width, "height": settings.height}
