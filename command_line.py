@@ -38,6 +38,7 @@ from wan_models import MODEL_NAMES, LoadOptions, published_name
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+AUTO = "auto"  # a --start_step that each prior decides for itself
 MIN_IMAGE_SIDE = 16  # pixels; anything smaller is no picture
 DISK_ERRORS = (  # the disk's or the user's fault, not the program's
     errno.ENOSPC,
@@ -215,8 +216,10 @@ def period(text: str) -> int:
     return value
 
 
-def start_steps(text: str) -> list[int]:
-    """An argparse type: 6, or 2-8 for 2 to 8."""
+def start_steps(text: str) -> list[int | str]:
+    """An argparse type: 6, or 2-8 for 2 to 8, or auto."""
+    if text == AUTO:
+        return [AUTO]
     ends = re.fullmatch(r"(\d+)-(\d+)", text)
     first, last = map(int, ends.groups()) if ends else [non_negative_int(text)] * 2
     if not first <= last < MAX_STEPS:

@@ -10,17 +10,20 @@ the still one (the mean over time: who and where) and the moving one (the rest: 
 relative distance, 1 where nothing is there yet and 0 where it has formed.
 
 No network evaluation is spent on any of it. It lies in the prior's metadata under "formation", and as a
-picture in formation.png.
+picture in formation.png. From it `--start_step auto` chooses where to resume: after the latest step that
+leaves a given share of the text's say.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import command_line as cli
 import prior_utils
+from prior_utils import InputError, Prior
 
 if TYPE_CHECKING:
     import torch
@@ -30,6 +33,7 @@ if TYPE_CHECKING:
 
 KEY = "formation"  # in a prior's metadata
 PLOT_FILE = "formation.png"
+DEFAULT_TEXT_SHARE = 0.7  # what about 3 of 4 new prompts need to be obeyed: benchmarks/results/auto_step
 CURVES = (
     ("still_distances", "still part formed (who, where)", "#7f8c8d"),
     ("moving_distances", "moving part formed (what happens)", "#2471a3"),
@@ -50,7 +54,8 @@ def save(writer: PriorWriter) -> None:
     """Add the record to a prior whose steps are all saved, and draw it; it is whole without the picture."""
     writer.metadata[KEY] = record = measure(writer.directory, writer.metadata)
     try:
-        writer.save(PLOT_FILE, lambda path: plot(record, path))
+        sigmas = writer.metadata["scheduler_sigmas"]
+        writer.save(PLOT_FILE, lambda path: plot(record, path, sigmas=sigmas))
     except Exception as error:  # whatever a plotting library and its fonts may raise
         cli.warn(f"no {PLOT_FILE} ({type(error).__name__}: {error}); the prior is whole without it")
 
@@ -123,32 +128,110 @@ def _load(directory: Path, metadata: Mapping[str, Any], name: str) -> torch.Tens
 # --- what is left to say ------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class AutoStep:
+    """The start step that `--start_step auto` stands for in one prior."""
+
+    step: int
+    text_left: float  # share of the text's say that is left after it
+    text_share: float  # the least that was asked for
+    measured: bool  # False: by the schedule alone
+
+    def __str__(self) -> str:
+        about, how = ("", "") if self.measured else ("about ", ", by the schedule: its two prompts are alike")
+        return f"step {self.step}, {about}{self.text_left:.2f} of the text's say left{how}"
+
+
 def text_left(moves: Sequence[float]) -> list[float]:
     """The share of the text's say that is left after each step: what it still moves over all it moves."""
     total = sum(moves)
     return [sum(moves[step + 1 :]) / total for step in range(len(moves))]
 
 
+def say_left(moves: Sequence[float], *, sigmas: Sequence[float]) -> tuple[list[float], bool]:
+    """The share left after each step, and whether it was measured.
+
+    Where prompt and negative prompt are alike (a neutral prior of a model without a negative prompt) both
+    branches are one and nothing is measured. Then the distance is taken to be proportional to sigma, as it
+    nearly is for the embedded model's prompts.
+    """
+    if any(moves):
+        return text_left(moves), True
+    return text_left(text_moves(sigmas, sigmas=sigmas, cfg_scale=1.0)), False
+
+
+def choose_start_step(prior: Prior, text_share: float = DEFAULT_TEXT_SHARE) -> AutoStep:
+    """The latest step after which at least `text_share` (0 ... 1) of the text's say is left.
+
+    Raises:
+        InputError: the prior doesn't say what the text had to say, or no step leaves as much.
+    """
+    left, measured = say_left(read_text_moves(prior), sigmas=prior.metadata["scheduler_sigmas"])
+    step = latest_step(left, text_share)
+    if step is None:
+        raise InputError(
+            f"--text_share {text_share:g}: {left[0]:.2f} of the text's say is left after step 0 of "
+            f"{prior.directory}; ask for less, or leave --start_step out"
+        )
+    return AutoStep(step, left[step], text_share, measured)
+
+
+def latest_step(left: Sequence[float], text_share: float) -> int | None:
+    """The latest step that leaves at least this share, if any does."""
+    return max((step for step, share in enumerate(left) if share >= text_share), default=None)
+
+
+def read_text_moves(prior: Prior) -> list[float]:
+    """The prior's text_moves, one number a step.
+
+    Raises:
+        InputError: it has none, or what it has is none.
+    """
+    instead = "name a step instead of auto, or make the prior again"
+    if not prior.is_complete:
+        raise InputError(
+            f"--start_step auto: {prior.directory} was stopped after step {prior.whole_steps - 1}, and only "
+            "a whole run tells what is left to say; name a step, or finish it with generate_prior.py --resume"
+        )
+    if KEY not in prior.metadata:
+        raise InputError(f"--start_step auto: {prior.directory} records no {KEY}, it is older; {instead}")
+    if prior.metadata["cfg_scale"] == 1:
+        raise InputError(
+            f"--start_step auto: {prior.directory} was made with --cfg_scale 1, where the text's say is not "
+            f"measured; {instead} with guidance"
+        )
+    record = prior.metadata[KEY]
+    moves = record.get("text_moves") if isinstance(record, dict) else None
+    whole = isinstance(moves, list) and len(moves) == prior.num_inference_steps
+    if not whole or not all(prior_utils.is_number(move) and move >= 0 for move in moves):
+        raise InputError(
+            f"--start_step auto: {prior.directory} lacks the {prior.num_inference_steps} text_moves of its "
+            f"{KEY}; {instead}"
+        )
+    return moves
+
+
 # --- one glance to choose by --------------------------------------------------------------------------------
 
 
-def plot(record: Mapping[str, Any], path: Path) -> None:
+def plot(record: Mapping[str, Any], path: Path, *, sigmas: Sequence[float]) -> None:
     """Draw how far both parts have formed, and what the text has yet to say, over the steps."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(6.4, 3.6), layout="constrained")
+    figure = Figure(figsize=(6.4, 4), layout="constrained")
     axes = figure.subplots()
     for key, label, colour in CURVES:
         if record[key] is not None:
-            formed = [1 - distance for distance in record[key]]
-            axes.plot(formed, "o-", color=colour, label=label)
-    if record["text_moves"] and sum(record["text_moves"]):
-        axes.plot(
-            text_left(record["text_moves"]), "s--", color="#c0392b", label="the text's say that is left"
-        )
-    steps = range(len(record["still_distances"]))
-    axes.set(xlabel="after step", ylabel="share", xlim=(-0.3, len(steps) - 0.7), ylim=(-0.03, 1.03))
-    axes.xaxis.get_major_locator().set_params(integer=True)
+            axes.plot([1 - distance for distance in record[key]], "o-", color=colour, label=label)
+    if record["text_moves"] is not None:
+        left, measured = say_left(record["text_moves"], sigmas=sigmas)
+        label = "the text's say that is left" + ("" if measured else "\n(by the schedule)")
+        axes.plot(left, "s--", color="#c0392b", label=label)
+        auto = latest_step(left, DEFAULT_TEXT_SHARE)
+        if auto is not None:
+            axes.axvline(auto, color="#c0392b", ls=":", label=f"--start_step auto: {auto}")
+    axes.set(xlabel="after step", ylabel="share", xlim=(-0.3, len(sigmas) - 0.7), ylim=(-0.03, 1.03))
+    axes.xaxis.get_major_locator().set_params(integer=True, nbins=12)
     axes.grid(alpha=0.3)
-    axes.legend(loc="best")
+    figure.legend(loc="outside upper center", ncols=2, frameon=False)
     figure.savefig(path, dpi=120)

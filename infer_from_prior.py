@@ -20,6 +20,7 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 import command_line as cli
+import formation
 import lora
 import prior_utils
 import sweep
@@ -66,6 +67,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.overwrite and args.output is None:
         parser.error("--overwrite replaces what --output names: give --output")
+    may_be_auto = args.prompts_file is not None or [cli.AUTO] in (args.start_step or ())
+    if args.text_share is not None and not may_be_auto:
+        parser.error("--text_share is what --start_step auto goes by: give that, too")
     return args
 
 
@@ -81,7 +85,8 @@ def add_method_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="resume after this step; early: the prompt decides more, late: it costs less; the last step "
         "only decodes; an older prior is resumed after 6 of 10 unless told otherwise; several, as in "
-        "--start_step 2 4 6, or a range, 2-8 for 2 to 8: a sweep, one video from each",
+        "--start_step 2 4 6, or a range, 2-8 for 2 to 8: a sweep, one video from each; auto: the latest step "
+        "that leaves the text enough to say, see --text_share",
     )
     method.add_argument(
         "--steps",
@@ -111,6 +116,13 @@ def add_method_arguments(parser: argparse.ArgumentParser) -> None:
         type=cli.positive_int,
         metavar="N",
         help="with --start_step: N steps from there to the end, spaced as a full run's, not those left",
+    )
+    group.add_argument(
+        "--text_share",
+        type=cli.strength,
+        metavar="X",
+        help="with --start_step auto: the share of all the text had to say in the prior's run that has to be "
+        f"left, as the prior's {formation.PLOT_FILE} shows it (default: {formation.DEFAULT_TEXT_SHARE})",
     )
 
 
@@ -244,6 +256,15 @@ def warn_of_what_differs(plan: Plan, prior: Prior) -> None:
             )
 
 
+def say_what_auto_means(jobs: Collection[Job]) -> None:
+    """Tell the step that each prior chose."""
+    groups = sweep.by_prior(jobs)
+    for directory, group in groups.items():
+        chosen = [job.plan.auto for job in group if job.plan.auto is not None]
+        if chosen:
+            cli.say(f"{f'{directory}: ' if len(groups) > 1 else ''}auto: {chosen[0]}")
+
+
 def say_what_runs(jobs: Collection[Job], *, there: int | None) -> None:
     """Tell what will run: a single video's steps, or a sweep's sums."""
     if there is not None:
@@ -335,6 +356,7 @@ def main(argv: list[str] | None = None) -> Path | str:
     """Make one video and return its path, or a sweep of them and return its folder."""
     args = parse_args(argv)
     jobs = sweep.make_jobs(args)
+    say_what_auto_means(jobs)
     inputs = read_all(jobs)
     is_sweep = sweep.is_sweep(args, jobs)
     made = {job.path for job in jobs if is_sweep and sweep.is_made(job, inputs[job.prior.directory])}

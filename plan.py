@@ -16,9 +16,11 @@ from typing import TYPE_CHECKING, Any
 
 import command_line as cli
 import contexts
+import formation
 import lora
 import prior_utils
 import wan_models
+from formation import AutoStep
 from prior_utils import InputError, Prior, RunSettings
 
 if TYPE_CHECKING:
@@ -48,6 +50,7 @@ class Plan:
     image: Path | None  # an older prior needs it, others only compare it with their own
     model: str
     dtype: str | None  # None: the one an older prior's latents are in
+    auto: AutoStep | None = None  # where start_step comes from, if it was left to the prior
 
     @property
     def texts(self) -> list[str]:
@@ -140,7 +143,7 @@ def guidance(cfg_scale: float | list[float], num_steps: int) -> float | tuple[fl
 
 
 def choose_steps(args: argparse.Namespace, prior: Prior) -> dict[str, Any]:
-    """Method, start_step, steps_to_run and sigmas of a plan.
+    """Method, start_step, steps_to_run and sigmas of a plan, and auto where that chose them.
 
     Raises:
         InputError: a step the prior doesn't have, or a prior without what a differential resume needs.
@@ -157,6 +160,9 @@ def choose_steps(args: argparse.Namespace, prior: Prior) -> dict[str, Any]:
             f"--steps needs the prior's clean latents, and {prior.directory} was stopped after step "
             f"{prior.whole_steps - 1}; use --start_step, or finish it with generate_prior.py --resume"
         )
+    if args.start_step == cli.AUTO:
+        auto = formation.choose_start_step(prior, args.text_share or formation.DEFAULT_TEXT_SHARE)
+        return remaining_steps(auto.step, prior, num_steps=args.num_steps_after) | {"auto": auto}
     if args.start_step is not None or prior.is_legacy or not prior.is_complete:
         start_step = resolve_start_step(args.start_step, prior)
         return remaining_steps(start_step, prior, num_steps=args.num_steps_after)

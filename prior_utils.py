@@ -455,14 +455,14 @@ def _check_sizes(metadata: Mapping[str, Any]) -> None:
         )
     for key in ("scheduler_timesteps", "scheduler_sigmas"):
         values = metadata[key]
-        if len(values) != steps or not all(_is_number(value) for value in values):
-            numbers = sum(map(_is_number, values))
+        if len(values) != steps or not all(is_number(value) for value in values):
+            numbers = sum(map(is_number, values))
             raise InputError(
                 f"{METADATA_FILE} has {numbers} finite numbers among {len(values)} entries in {key}, "
                 f"expected {steps}; make the prior again"
             )
     for key in ("denoising_strength", "sigma_shift", "cfg_scale", "fps"):
-        if key in metadata and not (_is_number(metadata[key]) and metadata[key] > 0):
+        if key in metadata and not (is_number(metadata[key]) and metadata[key] > 0):
             raise InputError(
                 f"{METADATA_FILE} has {key} = {_short(metadata[key])}, expected a number above 0"
             )
@@ -477,7 +477,8 @@ def _check_sizes(metadata: Mapping[str, Any]) -> None:
             )
 
 
-def _is_number(value: object) -> bool:
+def is_number(value: object) -> bool:
+    """Whether a value from JSON is a finite number."""
     if not isinstance(value, int | float) or isinstance(value, bool):
         return False
     return abs(value) < 1e30  # false for NaN and infinity, too
@@ -696,7 +697,7 @@ def check_progress(prior: Prior) -> None:
         lists["branch_distances"] = formation["branch_distances"]
     for key, values in lists.items():
         if not (
-            isinstance(values, list) and len(values) >= prior.whole_steps and all(map(_is_number, values))
+            isinstance(values, list) and len(values) >= prior.whole_steps and all(map(is_number, values))
         ):
             raise InputError(f"{METADATA_FILE} has no number for each step in {key}; make it again")
 

@@ -215,6 +215,7 @@ def report(job: Job, inputs: Inputs, *, model: Model, result: RunResult, clock: 
     return {
         "prior_dir": str(prior.directory.absolute()),
         **sweep.settings(job, inputs),
+        "auto": None if plan.auto is None else dataclasses.asdict(plan.auto),
         "image": None if plan.image is None else str(plan.image.absolute()),
         "model_dir": None if options.model_dir is None else str(options.model_dir.absolute()),
         "model_fingerprint": dict(model.fingerprint),

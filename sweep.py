@@ -80,8 +80,12 @@ def make_plans(args: argparse.Namespace) -> list[tuple[Prior, Plan]]:
     plans = []
     for directory in dict.fromkeys(args.prior_dir):
         prior = prior_utils.read_prior(directory)
-        of_this = [planning.make_plan(flags, prior) for flags in flags_of_each(args, lines or [{}])]
-        plans += [(prior, plan) for plan in {video_name(plan): plan for plan in of_this}.values()]
+        of_this: dict[str, Plan] = {}
+        for flags in flags_of_each(args, lines or [{}]):
+            plan = planning.make_plan(flags, prior)
+            if plan.auto or video_name(plan) not in of_this:  # the same step, named or chosen
+                of_this[video_name(plan)] = plan
+        plans += [(prior, plan) for plan in of_this.values()]
     check_one_model(plans)
     return plans
 
@@ -307,9 +311,9 @@ def slug(text: str) -> str:
 
 
 def choices(plan: Plan) -> dict[str, Any]:
-    """A plan's entries as they stand in a result's JSON; which image is told by its checksum instead."""
+    """A plan's entries that decide the video, as they stand in a result's JSON; the image has a checksum."""
     entries = dataclasses.asdict(plan)
-    del entries["image"]
+    del entries["image"], entries["auto"]
     entries["steps_run"] = entries.pop("steps_to_run")
     return {name: value for name, value in entries.items() if value is not None or name == "start_step"}
 

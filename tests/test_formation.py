@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import types
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from helpers import FRAMES, OTHER_PROMPT, PROMPT, SIZE, read_json
+from helpers import FRAMES, OTHER_PROMPT, PROMPT, SIZE, edit_metadata, read_json
 
 import formation
 import prior_run
 import wan_models
-from prior_utils import RunSettings, context_file
+from prior_utils import InputError, Prior, RunSettings, context_file
 from wan_pipeline import ForwardCounter, run_full
 
 SIGMAS = (1.0, 0.75, 0.25)
@@ -165,7 +167,7 @@ def test_the_picture_is_one(make_prior, flags):
 
 
 def test_a_picture_that_fails_costs_no_prior(generate, infer, image, monkeypatch, tmp_path):
-    def fail(*_):
+    def fail(*_, **__):
         raise ImportError("No module named 'matplotlib'")
 
     monkeypatch.setattr(formation, "plot", fail)
@@ -193,3 +195,129 @@ def test_the_record_grows_with_the_steps(generate, image, monkeypatch):
     prior = generate("--image", image, "--num_inference_steps", 3, "--prompt", PROMPT).path
     record = read_json(prior / "run_metadata.json")["formation"]["branch_distances"]
     assert seen == [record[:1], record[:2], record]
+
+
+# --- the step it stands for ---------------------------------------------------------------------------------
+
+
+def prior_with(moves, *, sigmas=SIGMAS, cfg_scale=5.0) -> Prior:
+    metadata = {"num_inference_steps": len(sigmas), "scheduler_sigmas": list(sigmas), "cfg_scale": cfg_scale}
+    return Prior(
+        Path("prior"),
+        metadata | {"format_version": 1, "status": "complete", "formation": {"text_moves": moves}},
+    )
+
+
+@pytest.mark.parametrize(("share", "step"), [(0.01, 2), (0.3, 2), (0.31, 1), (0.6, 1), (0.61, 0), (0.9, 0)])
+def test_the_latest_step_that_leaves_enough(share, step):
+    prior = prior_with([1.0, 3.0, 3.0, 3.0], sigmas=(1.0, 0.75, 0.5, 0.25))  # leaves 0.9, 0.6, 0.3 and 0
+    chosen = formation.choose_start_step(prior, share)
+    assert (chosen.step, chosen.text_share, chosen.measured) == (step, share, True)
+    assert chosen.text_left == pytest.approx([0.9, 0.6, 0.3][step])
+
+
+def test_two_prompts_alike_leave_what_the_schedule_does():
+    """Distances like the sigmas: moves of 1 x 0.25, 0.75 x 0.5 and 0.25 x 0.25."""
+    chosen = formation.choose_start_step(prior_with([0.0, 0.0, 0.0]), 0.6)
+    assert (chosen.step, chosen.measured) == (0, False)
+    assert chosen.text_left == pytest.approx(0.4375 / 0.6875)
+    assert (
+        str(chosen) == "step 0, about 0.64 of the text's say left, by the schedule: its two prompts are alike"
+    )
+
+
+@pytest.mark.parametrize(
+    ("moves", "words"),
+    [
+        (None, "lacks the 3 text_moves"),
+        ([1.0, 2.0], "lacks the 3 text_moves"),
+        ([1.0, 2.0, float("nan")], "lacks the 3 text_moves"),
+        ([1.0, -2.0, 3.0], "lacks the 3 text_moves"),
+        ([1.0, "2", 3.0], "lacks the 3 text_moves"),
+        ([8.0, 1.0, 1.0], "--text_share 0.3: 0.20 of the text's say is left after step 0"),
+    ],
+)
+def test_what_no_step_can_be_chosen_from(moves, words):
+    with pytest.raises(InputError, match=words.replace("'", ".")):
+        formation.choose_start_step(prior_with(moves), 0.3)
+
+
+def test_auto_resumes_there_and_says_so(prior, infer, tmp_path):
+    left = formation.text_left(read_json(prior / "run_metadata.json")["formation"]["text_moves"])
+    step = max(step for step in range(10) if left[step] >= 0.4)
+    flags = ("--start_step", "auto", "--text_share", 0.4)
+    auto = infer(prior, *flags, "--prompt", OTHER_PROMPT, "--output", tmp_path / "auto.mp4")
+    assert f"auto: step {step}, {left[step]:.2f} of the text's say left\n" in auto.err
+    assert auto.report["start_step"] == step
+    assert auto.report["steps_run"] == list(range(step + 1, 10))
+    assert auto.report["auto"] == {"step": step, "text_left": left[step], "text_share": 0.4, "measured": True}
+    named = infer(prior, "--start_step", step, "--prompt", OTHER_PROMPT, "--output", tmp_path / "named.mp4")
+    assert named.report["latents_sha256"] == auto.report["latents_sha256"]
+    assert named.report["auto"] is None
+    assert "auto: " not in named.err
+
+
+def test_auto_with_the_priors_own_prompt_is_exact(prior, infer, tmp_path):
+    outcome = infer(prior, "--start_step", "auto", "--output", tmp_path / "video.mp4")
+    assert outcome.report["latents_sha256"] == read_json(prior / "run_metadata.json")["latents_sha256"]
+    assert outcome.report["auto"]["text_share"] == formation.DEFAULT_TEXT_SHARE
+
+
+def test_auto_in_a_sweep_is_each_priors_own_and_one_of_the_named_steps(
+    prior_copy, make_prior, infer, tmp_path
+):
+    """A named step that auto would choose, too, is made once."""
+    neutral = make_prior("--prompt", "", "--negative_prompt", "")
+    flags = ("--prior_dir", neutral, "--start_step", "auto", "2-8", "--text_share", 0.5, "--dry_run")
+    edit_metadata(prior_copy, formation={"text_moves": [1.0] * 10})  # 0.5 is left after step 4
+    outcome = infer(prior_copy, *flags)
+    lines = [json.loads(line) for line in outcome.out.splitlines()]
+    assert sorted(line["start_step"] for line in lines) == sorted([*range(2, 9)] * 2)
+    assert lines[0]["start_step"] == 4
+    assert f"{prior_copy}: auto: step 4, 0.50 of the text's say left\n" in outcome.err
+    assert f"{neutral}: auto: step 6, about 0.5" in outcome.err
+    assert "its two prompts are alike" in outcome.err
+
+
+def test_auto_in_a_prompts_file(prior, infer, tmp_path):
+    (tmp_path / "prompts.txt").write_text('{"prompt": "She nods.", "start_step": "auto"}\n')
+    flags = ("--prompts_file", tmp_path / "prompts.txt", "--text_share", 0.9, "--dry_run")
+    outcome = infer(prior, *flags)
+    left = formation.text_left(read_json(prior / "run_metadata.json")["formation"]["text_moves"])
+    step = max(step for step in range(10) if left[step] >= 0.9)
+    assert f"auto: step {step}, {left[step]:.2f} of" in outcome.err
+    assert json.loads(outcome.out)["start_step"] == step
+
+
+def test_auto_refuses_a_prior_that_says_nothing(prior_copy, older_prior, infer, refused, image):
+    flags = ("--start_step", "auto", "--prompt", PROMPT)
+    edit_metadata(prior_copy, formation=...)
+    words = ("records no formation, it is older", "name a step instead of auto, or make the prior again")
+    refused(lambda: infer(prior_copy, *flags), *words)
+    refused(lambda: infer(older_prior, *flags, "--model", "tiny", "--image", image), *words)
+    for record in ({}, [], "x", None, {"text_moves": [1]}):
+        edit_metadata(prior_copy, formation=record)
+        refused(lambda: infer(prior_copy, *flags), "lacks the 10 text_moves of its formation")
+
+
+def test_auto_refuses_a_prior_without_guidance(make_prior, infer, refused, loads):
+    prior = make_prior("--cfg_scale", "1")
+    loads.clear()  # making it loads, if it is the first here
+    refused(lambda: infer(prior, "--start_step", "auto"), "--cfg_scale 1", "name a step instead of auto")
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (("--start_step", "auto", "--text_share", 1), "--text_share 1: 0.9"),
+        (("--start_step", "auto", "--text_share", 0), "argument --text_share: 0 is not a number above 0"),
+        (("--start_step", "auto", "--text_share", 1.5), "argument --text_share: 1.5 is above 1"),
+        (("--start_step", "auto", "--text_share", "half"), "argument --text_share"),
+        (("--start_step", 3, "--text_share", 0.5), "give that, too"),
+        (("--num_steps", 3, "--text_share", 0.5), "give that, too"),
+        (("--start_step", "auto", "--steps", 0, 5), "not allowed with argument"),
+        (("--start_step", "Auto"), "argument --start_step"),
+    ],
+)
+def test_flags_that_auto_does_not_take(prior, infer, refused, flags, words):
+    refused(lambda: infer(prior, *flags), words)

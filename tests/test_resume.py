@@ -349,6 +349,7 @@ def test_a_draft_takes_a_new_prompt_as_the_full_prior_does(draft, prior, infer, 
         (("--start_step", 9), ["--start_step 9", "steps 0 to 3"]),
         (("--steps", 0, 2), ["stopped after step 3", "--start_step", "--resume"]),
         (("--num_steps", 3), ["stopped after step 3", "--start_step", "--resume"]),
+        (("--start_step", "auto"), ["stopped after step 3", "name a step", "--resume"]),
     ],
 )
 def test_what_a_draft_has_not(draft, infer, refused, flags, words):
