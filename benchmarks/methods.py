@@ -60,8 +60,8 @@ class Prior:
     frames: np.ndarray
 
 
-def make_prior(case: Case, prompt: str) -> Prior:
-    """What generate_prior.py saves."""
+def run_prior(case: Case, prompt: str):
+    """A full run: its steps and its result."""
     from wan_pipeline import run_from
 
     steps = []
@@ -73,8 +73,18 @@ def make_prior(case: Case, prompt: str) -> Prior:
         conditioning=case.conditioning(prompt),
         on_step=steps.append,
     )
+    return steps, result
+
+
+def as_prior(steps, result) -> Prior:
+    """What generate_prior.py saves of a full run."""
     latents = [steps[0].latents_before, *(step.latents for step in steps)]
     return Prior(latents, [step.noise_pred for step in steps], as_array(result.frames))
+
+
+def make_prior(case: Case, prompt: str) -> Prior:
+    """What generate_prior.py saves."""
+    return as_prior(*run_prior(case, prompt))
 
 
 def as_array(frames) -> np.ndarray:
