@@ -134,8 +134,7 @@ def add_cheaper_arguments(parser: argparse.ArgumentParser, *, lora_help: str) ->
         metavar="N",
         help="run all blocks of the network in every N-th step that runs, from the first one on; the steps "
         "between run the first and the last block and use again what the others added. Where steps are far "
-        "apart, as in --steps, what is used again is as old. Of 10 steps 3 is better than 2: the last is "
-        "then a full one",
+        "apart, as in --steps, what is used again is as old; with 3 of 10 steps the last is a full one",
     )
     group.add_argument(
         "--tea_cache_l1_thresh",
