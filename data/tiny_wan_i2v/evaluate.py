@@ -3,38 +3,28 @@
     python data/tiny_wan_i2v/evaluate.py --workers 2
 
 Every clip is made by the unmodified WanVideoPipeline, one at a time, as a user makes it. Writes clips.csv,
-summary.json and the pictures to the results folder; clips already in clips.csv are not made again.
+the figures and the pictures to the results folder; clips already in clips.csv are not made again.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
-import json
 import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import figures
 import numpy as np
 import world
+from figures import MEASURES, NUMBERS, STEPS
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))
 
 import tiny_model  # noqa: E402
 
-STEPS = (1, 2, 3, 4, 6, 8, 10, 20)
-NUMBERS = (
-    "obeyed",
-    "identity_error",
-    "colour_error",
-    "place_error",
-    "sharpness",
-    "bloom_error",
-    "decided",
-    "psnr",
-)
 COLUMNS = ("experiment", "index", "motion", "steps", "seed", "prompt", "shown", *NUMBERS, "seconds")
 INPUTS = {"mila": 201, "nora": 214, "ruby": 217, "theo": 226}  # name -> identity, none of those measured
 FIRST_IDENTITY = 1_000_000  # far from the stream of numbers that training draws from
@@ -100,8 +90,8 @@ def psnr(first: np.ndarray, second: np.ndarray) -> float:
 def row_of(job: dict, clip: np.ndarray, identity: world.Identity, **more) -> dict:
     """One line of clips.csv."""
     found = world.measure(clip, identity)
-    row = {"steps": "", "seed": "", "prompt": "", "psnr": "", "seconds": ""} | job | more
-    row |= {name: round(getattr(found, name), 5) for name in NUMBERS if hasattr(found, name)}
+    row = dict.fromkeys(COLUMNS, "") | job | more
+    row |= {name: round(getattr(found, name), 5) for name in MEASURES}
     return row | {"shown": found.motion, "obeyed": int(found.motion == job["motion"])}
 
 
@@ -173,8 +163,8 @@ def two_seeds(pipe, defaults: dict, index: int) -> Iterator[dict]:
             "steps": 10,
             "seed": seed,
         }
-        agree = world.agreement(world.measure(first, identity), world.measure(clip, identity))
-        yield row_of(job, clip, identity, psnr=round(psnr(first, clip), 3)) | {"decided": round(agree, 5)}
+        agree = round(world.agreement(world.measure(first, identity), world.measure(clip, identity)), 5)
+        yield row_of(job, clip, identity, psnr=round(psnr(first, clip), 3), agreement=agree)
 
 
 EXPERIMENTS: dict[str, Callable] = {
@@ -222,96 +212,39 @@ def run_jobs(jobs: list[tuple[str, int]], path: Path, *, folder: Path, workers: 
     return list(csv.DictReader(path.open()))
 
 
-# summary
+# speed and pictures
 
 
-def bootstrap(values: np.ndarray, *, seed: int = 0, draws: int = 2000) -> list[float]:
-    """Mean and the 95% percentile interval over identities. -> [mean, low, high]"""
-    values = np.asarray(values, float)
-    means = values[np.random.default_rng(seed).integers(len(values), size=(draws, len(values)))].mean(1)
-    return [round(float(v), 5) for v in (values.mean(), *np.percentile(means, (2.5, 97.5)))]
-
-
-def summarise(rows: list[dict]) -> dict:
-    """Mean and interval of every number, by experiment and steps, and 10 steps against 3."""
-    table, groups = {}, {}
-    for row in rows:
-        groups.setdefault((row["experiment"], row["steps"]), []).append(row)
-    for (experiment, steps), group in groups.items():
-        name = f"{experiment}_{steps}" if experiment == "steps" else experiment
-        table[name] = {"clips": len(group)}
-        for number in NUMBERS:
-            values = [float(row[number]) for row in group if row[number] not in ("", "nan")]
-            if values:
-                table[name][number] = bootstrap(values)
-        table[name]["obeyed_by_motion"] = {
-            motion: round(float(np.mean([int(row["obeyed"]) for row in group if row["motion"] == motion])), 3)
-            for motion in world.MOTIONS
-            if any(row["motion"] == motion for row in group)
-        }
-    table["ten_over_three"] = paired(rows, 10, 3)
-    table["twenty_over_ten"] = paired(rows, 20, 10)
-    return table
-
-
-def paired(rows: list[dict], more: int, fewer: int) -> dict:
-    """Mean difference and interval of every number between two numbers of steps from the same noise."""
-    by_steps = {
-        steps: {
-            row["index"]: row for row in rows if row["experiment"] == "steps" and row["steps"] == str(steps)
-        }
-        for steps in (more, fewer)
-    }
-    both = sorted(by_steps[more].keys() & by_steps[fewer].keys())
-    return {
-        number: bootstrap(
-            [float(by_steps[more][i][number]) - float(by_steps[fewer][i][number]) for i in both]
-        )
-        for number in NUMBERS
-        if both
-    }
-
-
-def plot_steps(summary: dict, path: Path) -> None:
-    """Quality over steps, the VAE's reconstruction of true clips as the ceiling."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    labels = {
-        "bloom_error": "error of the wall's pattern (lower is better)",
-        "decided": "share of tiles decided",
-        "identity_error": "identity error, 8-bit levels (lower is better)",
-        "psnr": f"PSNR to {STEPS[-1]} steps, dB",
-    }
-    figure, axes = pyplot.subplots(1, len(labels), figsize=(4 * len(labels), 3.2), layout="constrained")
-    for axis, (number, label) in zip(axes, labels.items(), strict=True):
-        shown = [steps for steps in STEPS if not (number == "psnr" and steps == STEPS[-1])]
-        mean, low, high = np.array([summary[f"steps_{steps}"][number] for steps in shown]).T
-        axis.fill_between(shown, low, high, alpha=0.25, linewidth=0)
-        axis.plot(shown, mean, "o-")
-        if number != "psnr":
-            axis.axhline(summary["vae"][number][0], color="grey", linestyle="--", label="VAE of true clips")
-            axis.legend(frameon=False)
-        axis.set(xscale="log", xlabel="steps from noise", title=label)
-        axis.set_xticks(shown, [str(steps) for steps in shown])
-        axis.minorticks_off()
-    figure.savefig(path, dpi=110)
-
-
-def speed(folder: Path) -> dict:
-    """Seconds to load and to make one clip in a fresh process' first and second run, two threads."""
+def speed(folder: Path) -> dict[str, float]:
+    """Seconds to load, and of the second full and resumed run of a process, two threads."""
     import torch
+    from PIL import Image
+
+    from prior_utils import RunSettings
+    from wan_pipeline import run_from, run_full
 
     torch.set_num_threads(2)
     began = time.perf_counter()
     pipe, defaults = make_pipeline(folder), tiny_model.read_config(folder)["defaults"]
     times = {"load": time.perf_counter() - began}
-    for name in ("first_run", "second_run"):
+    prompts = {"prompt": prompt_of(0, "left"), "negative_prompt": defaults["negative_prompt"]}
+    sizes = {name: defaults[name] for name in ("cfg_scale", "sigma_shift", "height", "width", "num_frames")}
+    settings = RunSettings(num_inference_steps=10, denoising_strength=1.0, seed=0, tiled=False, **sizes)
+    image, kept, steps = Image.fromarray(world.first_frame(identity_of(0))), [], []
+    for _ in range(2):
         began = time.perf_counter()
-        generate(pipe, defaults, world.first_frame(identity_of(0)), prompt_of(0, "left"), seed=0)
-        times[name] = time.perf_counter() - began
+        run_full(
+            pipe,
+            settings,
+            **prompts,
+            input_image=image,
+            on_start=lambda latents, conditioning: kept.append(conditioning),
+            on_step=steps.append,
+        )
+        times["full_run"] = time.perf_counter() - began
+        began = time.perf_counter()
+        run_from(pipe, settings, start_step=6, latents=steps[6].latents, conditioning=kept[0])
+        times["resumed_run"] = time.perf_counter() - began
     return {name: round(seconds, 2) for name, seconds in times.items()}
 
 
@@ -377,12 +310,9 @@ def main(argv: list[str] | None = None) -> None:
     }
     jobs = [(name, index) for name, count in counts.items() for index in range(count)]
     rows = run_jobs(jobs, args.results / "clips.csv", folder=args.folder, workers=args.workers)
-    summary = summarise(rows) | {"seconds": speed(args.folder)}
-    (args.results / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
-    plot_steps(summary, args.results / "steps.png")
     draw_strips(args.folder, args.results)
     draw_inputs(args.folder / "inputs")
-    print(args.results / "summary.json")
+    print(figures.write(rows, speed(args.folder), args.results))
 
 
 if __name__ == "__main__":

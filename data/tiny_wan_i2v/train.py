@@ -13,7 +13,6 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -28,72 +27,6 @@ STAGES = ("tokenizer", "vae", "encode", "sharpen", "dit", "export")
 LATENT_NOISE = 0.1  # what the decoder learns to forgive
 EMPTY_SHARE, NEUTRAL_SHARE = 0.12, 0.05  # prompts without a motion, for guidance and for neutral priors
 AVERAGE = 0.999
-
-
-# the same arithmetic, faster on a CPU
-
-
-@contextmanager
-def fast_layers() -> Iterator[None]:
-    """Replace some of DiffSynth's layer functions by equal ones that oneDNN and autograd run faster."""
-    from diffsynth.models import wan_video_dit, wan_video_image_encoder, wan_video_vae
-
-    fast = (
-        (wan_video_dit, "rope_apply", _rope),
-        (wan_video_dit, "flash_attention", _attention),
-        (wan_video_image_encoder, "flash_attention", _attention),
-        (wan_video_vae.CausalConv3d, "forward", _causal_conv(wan_video_vae.CausalConv3d.forward)),
-        (wan_video_vae.RMS_norm, "forward", _rms_norm),
-    )
-    slow = [(owner, name, getattr(owner, name)) for owner, name, _ in fast]
-    for owner, name, function in fast:
-        setattr(owner, name, function)
-    try:
-        yield
-    finally:
-        for owner, name, function in slow:
-            setattr(owner, name, function)
-
-
-def _rope(x, freqs, num_heads):
-    """Rotary embedding in float32 instead of float64. x: [B, S, N*D], freqs: complex [S, 1, D/2]"""
-    import torch
-
-    batch, length, _ = x.shape
-    pairs = x.float().reshape(batch, length, num_heads, -1, 2)
-    cos, sin = freqs.real.float(), freqs.imag.float()
-    a, b = pairs[..., 0], pairs[..., 1]
-    return torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(2).to(x.dtype)
-
-
-def _attention(q, k, v, num_heads, compatibility_mode=False):
-    """Attention as two products: on a CPU its bfloat16 backward is far faster than the fused one's."""
-    import torch
-
-    batch, length, width = q.shape
-    depth = width // num_heads
-    dtype = torch.bfloat16 if torch.is_autocast_enabled("cpu") else q.dtype
-    q, k, v = (u.to(dtype).reshape(batch, -1, num_heads, depth).transpose(1, 2) for u in (q, k, v))
-    with torch.autocast("cpu", enabled=False):
-        weights = torch.softmax((q * depth**-0.5) @ k.transpose(-1, -2), -1)
-        return (weights @ v).transpose(1, 2).reshape(batch, length, width)
-
-
-def _causal_conv(slow: Callable) -> Callable:
-    import torch.nn.functional as F
-
-    def forward(self, x, cache_x=None):
-        if x.shape[2] == 1 and cache_x is None and self.kernel_size[0] > 1:  # the frames before are zero
-            out = F.conv2d(x[:, :, 0], self.weight[:, :, -1], self.bias, padding=self._padding[0])
-            return out[:, :, None]
-        return slow(self, x, cache_x)
-
-    return forward
-
-
-def _rms_norm(self, x):
-    length = x.float().square().sum(1, keepdim=True).clamp_min(1e-24).rsqrt() * self.scale
-    return x * length.to(x.dtype) * self.gamma + self.bias
 
 
 # tokenizer
@@ -145,6 +78,15 @@ def crops(pool: np.ndarray, rng: np.random.Generator, *, batch: int, frames: int
     return torch.from_numpy(cuts)
 
 
+def build_vae(folder: Path, seed: int):
+    """The VAE at the config's sizes, untrained."""
+    from fast_layers import speed_up
+
+    vae = tiny_model.build(tiny_model.read_config(folder), seed=seed, only=("vae",))["vae"]
+    speed_up(vae)
+    return vae
+
+
 def initialise_vae(model) -> None:
     """Every causal convolution begins as an orthogonal one of the current frame alone, residuals small."""
     import torch
@@ -172,7 +114,7 @@ def train_vae(
     """Single frames, then nine-frame cuts in two rounds; L1 + squared error through noisy latents."""
     import torch
 
-    vae = tiny_model.build(tiny_model.read_config(folder), seed=seed, only=("vae",))["vae"]
+    vae = build_vae(folder, seed)
     model = vae.model.train().requires_grad_(True)
     initialise_vae(model)
     pool = draw_pool(500, seed)
@@ -190,9 +132,15 @@ def train_vae(
             latents = model.encode(video, vae.scale)
             noisy = latents + LATENT_NOISE * torch.randn(latents.shape)
             error = model.decode(noisy, vae.scale).float() - video
-        return error.abs().mean() + error.square().mean() + 1e-4 * latents.float().square().mean()
+        return reconstruction_loss(error) + 1e-4 * latents.float().square().mean()
 
     run("vae", build, {"vae": model}, loss, rounds, seed=seed, average=None)
+
+
+def reconstruction_loss(error):
+    """L1 + squared error, edges counted once more. error: [B, 3, T, H, W]"""
+    edges = error.diff(dim=3).abs().mean() + error.diff(dim=4).abs().mean()
+    return error.abs().mean() + error.square().mean() + edges
 
 
 # latents
@@ -221,7 +169,7 @@ def encode_clips(folder: Path, build: Path, *, seed: int, identities: int, motio
 
     if (build / "latents.pt").exists():
         return
-    vae = tiny_model.build(tiny_model.read_config(folder), seed=seed, only=("vae",))["vae"]
+    vae = build_vae(folder, seed)
     vae.model.load_state_dict(torch.load(build / "vae.pt")["modules"]["vae"])
     clips, conditions, images, said = [], [], [], []
     drawn = training_clips(seed, motions)
@@ -230,7 +178,7 @@ def encode_clips(folder: Path, build: Path, *, seed: int, identities: int, motio
         batch = to_video(videos)  # [M, 3, T, H, W]
         still = torch.zeros_like(batch[:1])
         still[:, :, 0] = batch[0, :, 0]
-        with torch.no_grad():
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
             latents = vae.model.encode(torch.cat([batch, still]), vae.scale)
         clips.append(latents[:-1].half())
         conditions.append(latents[-1:].half())
@@ -253,11 +201,11 @@ def encode_clips(folder: Path, build: Path, *, seed: int, identities: int, motio
 
 
 def sharpen_decoder(folder: Path, build: Path, *, seed: int, motions: int, sharpen_steps: int, **_) -> None:
-    """The decoder alone, on whole clips and the latents it will be given; edges count once more."""
+    """The decoder alone, on whole clips and the latents it will be given."""
     import torch
 
     data = torch.load(build / "latents.pt")
-    vae = tiny_model.build(tiny_model.read_config(folder), seed=seed, only=("vae",))["vae"]
+    vae = build_vae(folder, seed)
     vae.model.load_state_dict(torch.load(build / "vae.pt")["modules"]["vae"])
     tiny_model.set_latent_statistics(vae, data["mean"], data["std"])
     modules = {name: getattr(vae.model, name).train().requires_grad_(True) for name in ("conv2", "decoder")}
@@ -271,8 +219,7 @@ def sharpen_decoder(folder: Path, build: Path, *, seed: int, motions: int, sharp
         noise = LATENT_NOISE * torch.randn(latents.shape) / data["std"].view(1, -1, 1, 1, 1)
         with torch.autocast("cpu", torch.bfloat16):
             error = vae.model.decode(latents + noise, vae.scale).float() - video
-        edges = error.diff(dim=3).abs().mean() + error.diff(dim=4).abs().mean()
-        return error.abs().mean() + error.square().mean() + edges
+        return reconstruction_loss(error)
 
     run("sharpen", build, modules, loss, ((sharpen_steps, 1e-3),), seed=seed)
 
@@ -280,10 +227,11 @@ def sharpen_decoder(folder: Path, build: Path, *, seed: int, motions: int, sharp
 # DiT, text encoder, image encoder
 
 
-def train_dit(folder: Path, build: Path, *, seed: int, dit_steps: int, more_dit_steps: int, batch: int, **_):
+def train_dit(folder: Path, build: Path, *, seed: int, dit_steps: int, batch: int, **_) -> None:
     """Flow matching on the latents; prompts, and with them the encoders, learned together with the DiT."""
     import torch
     from diffsynth.pipelines.wan_video import model_fn_wan_video
+    from fast_layers import speed_up
 
     data = torch.load(build / "latents.pt")
     modules = tiny_model.build(
@@ -291,7 +239,10 @@ def train_dit(folder: Path, build: Path, *, seed: int, dit_steps: int, more_dit_
     )
     for module in modules.values():
         module.train().requires_grad_(True)
+        speed_up(module)
     initialise_dit(modules["dit"])
+    for block in modules["dit"].blocks:
+        block.compile(dynamic=False)
     images = clip_inputs(data["images"], modules["image_encoder"])
     prompts = Prompts(tiny_model.tokenizer(folder))
 
@@ -314,7 +265,7 @@ def train_dit(folder: Path, build: Path, *, seed: int, dit_steps: int, more_dit_
             )
         return (noise_pred.float() - (noise - clean)).square().mean()
 
-    run("dit", build, modules, loss, ((dit_steps, 1e-3), (more_dit_steps, 1e-3)), seed=seed, warmup=200)
+    run("dit", build, modules, loss, ((dit_steps, 2e-3),), seed=seed, warmup=200, muon=True)
 
 
 def initialise_dit(dit) -> None:
@@ -398,8 +349,9 @@ def run(
     seed: int,
     warmup: int = 50,
     average: float | None = AVERAGE,
+    muon: bool = False,
 ) -> None:
-    """AdamW, clipped gradients, averaged weights; continues from `build/name.pt`, saved every 200 steps.
+    """AdamW or Muon, clipped gradients, averaged weights; continues from `build/name.pt`.
 
     rounds: (steps, highest learning rate) of each.
     """
@@ -408,24 +360,26 @@ def run(
     steps = sum(length for length, _ in rounds)
     path = build / f"{name}.pt"
     params = [p for module in modules.values() for p in module.parameters()]
-    optimizer = torch.optim.AdamW(params, betas=(0.9, 0.99), weight_decay=0.01)
+    optimizers = make_optimizers(modules, muon=muon)
     mean, first, spent = [p.detach().clone() for p in params], 0, 0.0
     if path.exists():
         saved = torch.load(path)
         first, spent, mean = saved["step"], saved["seconds"], saved["mean"]
         for param, value in zip(params, saved["params"], strict=True):
             param.data.copy_(value)
-        optimizer.load_state_dict(saved["optimizer"])
+        for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
+            optimizer.load_state_dict(state)
     began, shown = time.time(), 0.0
     for step in (bar := progress(range(first, steps), name)):
         torch.manual_seed(seed * 1_000_003 + step)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, rounds, warmup=warmup)
         value = loss(step, np.random.default_rng([seed, step]))
-        optimizer.zero_grad()
         value.backward()
         torch.nn.utils.clip_grad_norm_(params, 1.0)
-        optimizer.step()
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(step, rounds, warmup=warmup)
+            optimizer.step()
+            optimizer.zero_grad()
         decay = 0.0 if average is None else min(average, (step + 1) / (step + 10))
         torch._foreach_lerp_(mean, [p.detach() for p in params], 1 - decay)
         shown = value.item() if step == first else 0.98 * shown + 0.02 * value.item()
@@ -435,11 +389,25 @@ def run(
             seconds = spent + time.time() - began
             with (build / f"{name}_log.csv").open("a") as log:
                 log.write(f"{step + 1},{seconds:.0f},{shown:.5f}\n")
-            checkpoint(path, modules, params, mean, optimizer, step + 1, seconds)
+            checkpoint(path, modules, params, mean, optimizers, step + 1, seconds)
+
+
+def make_optimizers(modules: dict, *, muon: bool) -> list:
+    """AdamW; with `muon` the matrices inside the blocks get Muon's orthogonal steps, of AdamW's size."""
+    import torch
+
+    named = [(name, p) for module in modules.values() for name, p in module.named_parameters()]
+    inner = [p for name, p in named if muon and "blocks." in name and p.ndim == 2]
+    kept = {id(p) for p in inner}
+    rest = [p for _, p in named if id(p) not in kept]
+    optimizers = [torch.optim.AdamW(rest, betas=(0.9, 0.99), weight_decay=0.01)]
+    if inner:
+        optimizers.append(torch.optim.Muon(inner, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"))
+    return optimizers
 
 
 def checkpoint(
-    path: Path, modules: dict, params: list, mean: list, optimizer, step: int, seconds: float
+    path: Path, modules: dict, params: list, mean: list, optimizers: list, step: int, seconds: float
 ) -> None:
     """Everything needed to go on, and the averaged modules as they would be exported."""
     current = [p.detach().clone() for p in params]
@@ -451,8 +419,8 @@ def checkpoint(
     }
     for param, value in zip(params, current, strict=True):
         param.data.copy_(value)
-    state = {"params": current, "mean": mean, "optimizer": optimizer.state_dict(), "modules": averaged}
-    save(state | {"step": step, "seconds": seconds}, path)
+    state = {"params": current, "mean": mean, "modules": averaged, "step": step, "seconds": seconds}
+    save(state | {"optimizers": [optimizer.state_dict() for optimizer in optimizers]}, path)
 
 
 def save(value: dict, path: Path) -> None:
@@ -514,13 +482,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2, help="CPU threads")
     parser.add_argument("--image_steps", type=int, default=1800, help="VAE steps on single frames")
-    parser.add_argument("--video_steps", type=int, default=700, help="VAE steps on nine-frame cuts")
-    parser.add_argument("--polish_steps", type=int, default=1100, help="VAE steps of a second round on those")
-    parser.add_argument("--identities", type=int, default=850, help="identities to encode")
+    parser.add_argument("--video_steps", type=int, default=1000, help="VAE steps on nine-frame cuts")
+    parser.add_argument("--polish_steps", type=int, default=1600, help="VAE steps of a second round on those")
+    parser.add_argument("--identities", type=int, default=1400, help="identities to encode")
     parser.add_argument("--motions", type=int, default=3, help="clips of each identity")
     parser.add_argument("--sharpen_steps", type=int, default=600, help="steps of the VAE's decoder alone")
-    parser.add_argument("--dit_steps", type=int, default=3800, help="steps of the DiT's training")
-    parser.add_argument("--more_dit_steps", type=int, default=0, help="steps of a second round of it")
+    parser.add_argument("--dit_steps", type=int, default=7000, help="steps of the DiT's training")
     parser.add_argument("--batch", type=int, default=20, help="clips in a step of the DiT's training")
     return parser.parse_args(argv)
 
@@ -540,12 +507,11 @@ def main(argv: list[str] | None = None) -> None:
         "export": export,
     }
     seconds = {}
-    with fast_layers():
-        for stage in STAGES if args.stage == "all" else (args.stage,):
-            began = time.time()
-            todo[stage](**vars(args))
-            seconds[stage] = round(time.time() - began)
-            print(f"{stage}: {seconds[stage]} s", file=sys.stderr)
+    for stage in STAGES if args.stage == "all" else (args.stage,):
+        began = time.time()
+        todo[stage](**vars(args))
+        seconds[stage] = round(time.time() - began)
+        print(f"{stage}: {seconds[stage]} s", file=sys.stderr)
     with (args.build / "seconds.jsonl").open("a") as log:
         log.write(json.dumps(seconds) + "\n")
     print(args.folder)

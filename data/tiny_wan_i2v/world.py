@@ -23,7 +23,8 @@ TILE = 16  # pixels: one tile of the wall is one patch of the transformer (VAE 8
 GRID = SIZE // TILE
 BLOOMS = ("northwest", "northeast", "southwest", "southeast", "disc", "diamond")  # triangles after Truchet
 BLOOM_FRAMES = (4.0, 9.0)  # buds open between these frames, then stay
-BUD_RADIUS = 1.8
+BUD_RADIUS = 2.4
+EDGE = 2.5  # pixels over which every outline fades
 CONTRAST = 0.17  # norm of the colour step from wall to bloom, colours in 0..1
 HAIR_STYLES = ("cap", "long", "puffs", "bun")
 
@@ -105,7 +106,6 @@ class OpenPart:
 
     travel: float  # 0..1, how far within the motion's range
     tempo: float  # exponent of the motion's clock
-    side: int  # -1 or 1: which way a head tilts
     beat: float  # cycles of speech in the clip
     wobble: tuple[float, float]  # amplitudes in pixels, across and down
     rate: tuple[float, float]  # cycles per clip
@@ -143,10 +143,10 @@ def sample_identity(rng: np.random.Generator, *, contrast: float = CONTRAST) -> 
         **{name: tuple(float(v) for v in np.clip(colour, 0.02, 0.98)) for name, colour in colours.items()},
         x=float(rng.uniform(43, 53)),
         y=float(rng.uniform(41, 49)),
-        radius=float(rng.uniform(17, 20)),
+        radius=float(rng.uniform(19, 22)),
         aspect=float(rng.uniform(0.92, 1.12)),
-        eye=float(rng.uniform(4.2, 5.2)),
-        eye_gap=float(rng.uniform(7.0, 8.2)),
+        eye=float(rng.uniform(5.2, 6.0)),
+        eye_gap=float(rng.uniform(8.2, 9.4)),
         style=int(rng.integers(len(HAIR_STYLES))),
     )
 
@@ -156,8 +156,7 @@ def sample_open_part(rng: np.random.Generator) -> OpenPart:
     return OpenPart(
         travel=float(rng.uniform()),
         tempo=float(np.exp(rng.uniform(np.log(0.6), np.log(1.7)))),
-        side=int(rng.choice((-1, 1))),
-        beat=float(rng.uniform(1.0, 2.5)),
+        beat=float(rng.uniform(1.0, 2.0)),
         wobble=(float(rng.uniform(0, 2.0)), float(rng.uniform(0, 1.5))),
         rate=(float(rng.uniform(0.5, 2.0)), float(rng.uniform(0.5, 2.0))),
         phase=(float(rng.uniform(0, 2 * np.pi)), float(rng.uniform(0, 2 * np.pi))),
@@ -209,7 +208,7 @@ def poses(motion: str, open_part: OpenPart) -> np.ndarray:
     elif motion == "away":
         pose[:, 2] = -done * (0.35 + 0.2 * reach)
     elif motion == "tilt":
-        pose[:, 3] = done * (0.38 + 0.2 * reach) * open_part.side
+        pose[:, 3] = done * (0.45 + 0.15 * reach)
     elif motion == "speak":
         pose[:, 4] = (0.8 + 0.2 * reach) * np.abs(np.sin(np.pi * open_part.beat * clock**open_part.tempo))
     elif motion == "sleep":
@@ -243,9 +242,9 @@ def _ellipse(x: np.ndarray, y: np.ndarray, rx: np.ndarray | float, ry: np.ndarra
     return k * (k - 1) / slope
 
 
-def _cover(distance: np.ndarray, stride: float = 1.0) -> np.ndarray:
+def _cover(distance: np.ndarray, width: np.ndarray | float = EDGE) -> np.ndarray:
     """Share of a pixel that a shape covers, from the signed distance to its edge."""
-    return np.clip(0.5 - distance / stride, 0, 1)
+    return np.clip(0.5 - distance / width, 0, 1)
 
 
 def draw_character(identity: Identity, pose: np.ndarray, *, stride: int = 1) -> tuple[np.ndarray, np.ndarray]:
@@ -257,21 +256,21 @@ def draw_character(identity: Identity, pose: np.ndarray, *, stride: int = 1) -> 
     px, py = _pixels(stride)
     x, y = (px - identity.x - dx) / scale, (py - identity.y - dy) / scale  # body frame, origin at the head
     r, rx = identity.radius, identity.radius * identity.aspect
-    soft = stride / scale
+    soft = max(stride, EDGE) / scale
     cos, sin = np.cos(tilt), np.sin(tilt)
     pivot = 0.9 * r  # the head turns about the neck
     hx, hy = cos * x + sin * (y - pivot), -sin * x + cos * (y - pivot) + pivot
     body = np.minimum(
         _ellipse(x, y - 2.1 * r, 1.25 * r, 1.2 * r), np.maximum(np.abs(x) - 1.25 * r, 2.1 * r - y)
     )
-    gx, gy = 1.8 * np.tanh(dx / 8), 1.8 * np.tanh(dy / 8)  # it looks where it goes
+    gx, gy = 2.0 * np.tanh(dx / 8), 2.0 * np.tanh(dy / 8)  # it looks where it goes
     side = np.abs(hx) - identity.eye_gap
-    ball = _ellipse(side, hy - 0.05 * r, identity.eye * 0.8, identity.eye * (1.02 - 0.9 * eyes))
+    ball = _ellipse(side, hy, identity.eye * 0.8, identity.eye * (1.02 - 0.9 * eyes))
     pupil = np.maximum(
-        _ellipse(side * np.sign(hx) - gx * np.ones_like(hx), hy - 0.05 * r - gy, 2.3, 2.7),
+        _ellipse(side * np.sign(hx) - gx * np.ones_like(hx), hy - gy, 3.0, 3.4),
         ball,
     )
-    lips = _ellipse(hx, hy - 0.58 * r, 4.6 + 0.8 * mouth, 1.1 + 4.4 * mouth)
+    lips = _ellipse(hx, hy - 0.62 * r, 6.0 + 0.8 * mouth, 1.4 + 4.9 * mouth)
     ink, white, red = (0.08, 0.06, 0.1), (0.97, 0.97, 0.97), (0.55, 0.05, 0.12)
     layers = (
         (_hair_behind(identity, hx, hy), identity.hair, 1.0),
@@ -280,7 +279,7 @@ def draw_character(identity: Identity, pose: np.ndarray, *, stride: int = 1) -> 
         (np.maximum(_ellipse(hx, hy + 0.05 * r, 1.08 * rx, 1.1 * r), hy + 0.38 * r), identity.hair, 1.0),
         (ball, white, 1.0 - eyes),
         (pupil, ink, 1.0 - eyes),
-        (_ellipse(side, hy - 0.05 * r, identity.eye * 0.8, 1.0), ink, eyes),
+        (_ellipse(side, hy, identity.eye * 0.8, 1.4), ink, eyes),
         (lips, red, 1.0),
     )
     shape = np.broadcast_shapes(hx.shape, dx.shape)
@@ -347,7 +346,7 @@ def _vivid(rng: np.random.Generator) -> np.ndarray:
 # measuring
 
 TRACKED = tuple(range(2, FRAMES, 2))
-UNIT = np.array([12.0, 11.0, 0.32, 0.38, 0.8, 0.8])  # a motion's least reach along each axis of the pose
+UNIT = np.array([12.0, 11.0, 0.32, 0.45, 0.8, 0.8])  # a motion's least reach along each axis of the pose
 POSE_STEP = np.array([0.5, 0.5, 0.02, 0.03, 0.06, 0.06])
 POSE_LIMIT = np.array([30.0, 30.0, 0.9, 1.0, 1.15, 1.05])
 # how far a pose may have moved since the frame tracked before, as starts for the fit: [n, 6]
@@ -408,7 +407,7 @@ def classify(pose: np.ndarray) -> str:
         "down": end[1],
         "closer": end[2],
         "away": -end[2],
-        "tilt": abs(end[3]),
+        "tilt": end[3],
         "speak": np.sort(pose[:, 4])[-2] / UNIT[4],
         "sleep": end[5],
     }
