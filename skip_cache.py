@@ -71,15 +71,13 @@ class Middle(torch.nn.Module):
         """What the blocks make of x, [B, tokens, dim], exactly or as they did at an earlier step."""
         step, added = self.kept.get(self.positive, (self.step - self.every, None))
         if added is not None and self.step - step < self.every:
-            return x + added + self._correction(x, added, self.step - step)
+            used = x + added
+            return used if self.branch is None else used + self.branch(x, added, apart=self.step - step)
         deep = x
         for block in self.blocks:
             deep = block(deep, *inputs)
         self.kept[self.positive] = self.step, deep - x
         return deep
-
-    def _correction(self, x: torch.Tensor, added: torch.Tensor, apart: int) -> torch.Tensor | float:
-        return 0.0 if self.branch is None else self.branch(x, added, apart=apart)
 
 
 class SkipCacheModelFn:
