@@ -27,6 +27,7 @@ from typing import Any
 import numpy as np
 import torch
 import world
+from fast_layers import speed_up
 from torch import Tensor
 
 HERE = Path(__file__).resolve().parent
@@ -256,6 +257,7 @@ def main(argv: list[str] | None = None) -> None:
     options = wan_models.LoadOptions("tiny", "cpu", "float32", model_dir=args.folder)
     pipe = wan_models.load_pipeline(options, wan_models.weight_files(options))
     defaults = wan_models.model_defaults("tiny", args.folder)
+    speed_up(pipe.dit)
     made, name = {"lora": (train_lora, LORA_FILE), "branch": (fit_branch, tiny_model.BRANCH_FILE)}[args.what]
     path = args.folder / name
     save_file(made(pipe, defaults, args), path.with_suffix(".tmp"))
