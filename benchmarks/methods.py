@@ -301,15 +301,3 @@ def methods() -> Iterator[Method]:
     for strength in (0.9, 0.7):
         yield Method(f"video to video {strength}", bind(video_to_video, steps=3, strength=strength), "motion")
     yield Method("FlowEdit", bind(flow_edit, steps=(0, 6)), "motion")
-
-
-def step_search() -> Iterator[Method]:
-    """Which two and three steps are best, for differential resume and for steps from noise alike."""
-    yield Method("full run", functools.partial(from_noise, steps=STEPS))
-    for steps in ((0, 4, 8), (0, 5, 8), (0, 6, 9), (0, 7)):
-        run = functools.partial(from_noise_on, steps=steps)
-        yield Method("fewer steps, chosen sigmas", run)
-        yield Method("differential", functools.partial(differential, steps=steps), "empty")
-
-
-SETS = {"all": methods, "steps": step_search}

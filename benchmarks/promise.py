@@ -1,7 +1,6 @@
 """Measure the promise on the embedded model: is the new prompt obeyed, the identity kept, the time saved?
 
     python benchmarks/promise.py --identities 100
-    python benchmarks/promise.py --identities 100 --methods steps --output benchmarks/results/steps
     python benchmarks/promise.py --identities 40 --methods cheaper --output benchmarks/results/cheaper
     python benchmarks/promise.py --report_only
 
@@ -33,11 +32,10 @@ sys.path[:0] = [str(ROOT), str(ROOT / "data" / "tiny_wan_i2v")]
 import world  # noqa: E402
 from cheaper_methods import cheaper  # noqa: E402
 from evaluate import psnr  # noqa: E402
-from methods import PRIOR_PROMPTS, STEPS, Case, Method, as_array, make_prior  # noqa: E402
-from methods import SETS as STEP_SETS  # noqa: E402
+from methods import PRIOR_PROMPTS, STEPS, Case, Method, as_array, make_prior, methods  # noqa: E402
 from promise_report import NUMBERS  # noqa: E402
 
-SETS = STEP_SETS | {"cheaper": cheaper}
+SETS = {"all": methods, "cheaper": cheaper}
 FIRST_IDENTITY = 2_000_000  # a stream of identities of its own, neither the training's nor evaluate.py's
 COLUMNS = (
     "index",
