@@ -261,6 +261,7 @@ def main(argv: list[str] | None = None) -> None:
     made, name = {"lora": (train_lora, LORA_FILE), "branch": (fit_branch, tiny_model.BRANCH_FILE)}[args.what]
     path = args.folder / name
     save_file(made(pipe, defaults, args), path.with_suffix(".tmp"))
+    path.with_suffix(".tmp").chmod(0o644)  # safetensors writes for the owner alone
     path.with_suffix(".tmp").rename(path)
     print(path)
 
