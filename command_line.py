@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 AUTO = "auto"  # a --start_step that each prior decides for itself
+IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "TIFF", "BMP")  # Pillow hands others to programs
 MIN_IMAGE_SIDE = 16  # pixels; anything smaller is no picture
 DISK_ERRORS = (  # the disk's or the user's fault, not the program's
     errno.ENOSPC,
@@ -185,6 +186,12 @@ def lora_argument(text: str) -> Lora:
         raise argparse.ArgumentTypeError(str(error)) from error
 
 
+def given_flags(argv: list[str] | None) -> set[str]:
+    """The flags on the command line, whatever their values; None: the script's own."""
+    words = sys.argv[1:] if argv is None else argv
+    return {word.partition("=")[0] for word in words if word.startswith("--")}
+
+
 def load_options(args: argparse.Namespace) -> LoadOptions:
     """The flags of `add_model_arguments` and --lora, once every default is filled in."""
     loras = tuple(args.lora or ())
@@ -314,11 +321,12 @@ def warn(message: str) -> None:
 # --- files the user names -----------------------------------------------------------------------------------
 
 
-def read_image(path: Path, *, width: int, height: int, label: str = "--image") -> Image:
+def read_image(path: Path, *, width: int, height: int, label: str = "--image", exact: bool = False) -> Image:
     """Read an image as the model will see it: upright, RGB, stretched to width x height pixels.
 
     Args:
         label: what an error calls it.
+        exact: refuse any other size, before memory is taken for it.
 
     Raises:
         InputError: no file, not an image, or too small or too large to be one.
@@ -328,7 +336,9 @@ def read_image(path: Path, *, width: int, height: int, label: str = "--image") -
     if not path.is_file():
         raise InputError(f"{label} {path} is not a file; name a picture")
     try:
-        with Image.open(path) as opened:
+        with Image.open(path, formats=IMAGE_FORMATS) as opened:
+            if exact and opened.size != (width, height):
+                raise ValueError(f"{opened.width} x {opened.height} pixels, expected {width} x {height}")
             image = ImageOps.exif_transpose(opened).convert("RGB")
     except UnidentifiedImageError:
         raise InputError(f"{label} {path} is not an image that can be read; use PNG, JPEG or WebP") from None

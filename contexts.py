@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import prior_utils
+import tensor_file
 from prior_utils import Prior
 
 if TYPE_CHECKING:
@@ -77,7 +78,7 @@ def _header(prior: Prior, text: str, context: torch.Tensor) -> dict[str, str]:
     entries = {
         "text": text,
         "text_encoder": encoder(prior),
-        "dtype": prior_utils.dtype_name(context),
+        "dtype": tensor_file.dtype_name(context),
         "shape": list(context.shape),
         "sha256": prior_utils.sha256_tensor(context),
     }

@@ -19,7 +19,6 @@ import dataclasses
 import math
 import re
 import shlex
-import sys
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -73,18 +72,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         if getattr(args, name) is None:
             setattr(args, name, value)
     if args.resume is not None:
-        refuse_settings(parser, sys.argv[1:] if argv is None else argv)
+        settings = sorted(cli.given_flags(argv) - RESUME_FLAGS)
+        if settings:
+            parser.error(f"--resume takes every setting from its run: leave out {settings[0]}")
     if args.start_step is None:
         args.start_step = prior_utils.recommended_start_step(args.num_inference_steps)
     return args
-
-
-def refuse_settings(parser: cli.Parser, argv: list[str]) -> None:
-    """End with an error where --resume stands beside a flag whose value the run has recorded."""
-    given = {word.partition("=")[0] for word in argv if word.startswith("--")}
-    settings = sorted(given - RESUME_FLAGS)
-    if settings:
-        parser.error(f"--resume takes every setting from the run it goes on with: leave out {settings[0]}")
 
 
 def add_identity_arguments(parser: argparse.ArgumentParser) -> None:

@@ -30,6 +30,7 @@ from plan import Inputs, Plan, check_schedule, load_inputs, read_inputs, run_set
 from prior_utils import InputError, Prior, RunError
 from run_jobs import run_jobs
 from sweep import Job
+from verify import verify
 from wan_models import LoadOptions
 
 # Clips of the embedded model that showed the new motion, resumed after 6 of 10, by the prior's kind; a full
@@ -49,6 +50,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         metavar="DIR",
         help="a run_<id> folder of generate_prior.py; several: a sweep over identities",
     )
+    parser.add_argument(
+        "--verify",
+        action="store_true",
+        help="make nothing: check every file of the priors and say what is damaged and what is still usable",
+    )
     add_method_arguments(parser)
     add_prompt_arguments(parser)
     cli.add_cheaper_arguments(
@@ -65,6 +71,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         dtype_help="(default: the prior's; any other is refused)",
     )
     args = parser.parse_args(argv)
+    others = sorted(cli.given_flags(argv) - {"--prior_dir", "--verify"})
+    if args.verify and others:
+        parser.error(f"--verify only looks at priors: leave out {others[0]}")
     if args.overwrite and args.output is None:
         parser.error("--overwrite replaces what --output names: give --output")
     may_be_auto = args.prompts_file is not None or [cli.AUTO] in (args.start_step or ())
@@ -355,6 +364,8 @@ def make_videos(
 def main(argv: list[str] | None = None) -> Path | str:
     """Make one video and return its path, or a sweep of them and return its folder."""
     args = parse_args(argv)
+    if args.verify:
+        return verify(args.prior_dir)
     jobs = sweep.make_jobs(args)
     say_what_auto_means(jobs)
     inputs = read_all(jobs)

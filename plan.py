@@ -19,6 +19,7 @@ import contexts
 import formation
 import lora
 import prior_utils
+import tensor_file
 import wan_models
 from formation import AutoStep
 from prior_utils import InputError, Prior, RunSettings
@@ -351,7 +352,7 @@ def load_inputs(plans: Iterable[Plan], prior: Prior, inputs: Inputs) -> str:
             (conditioning_files(plan, prior), prior_utils.load_conditioning),
         ):
             tensors.update((name, load(prior, name)) for name in names if name not in tensors)
-        found = prior_utils.dtype_name(tensors[latents[0]])
+        found = tensor_file.dtype_name(tensors[latents[0]])
         if plan.dtype not in (None, found):
             raise InputError(f"--dtype {plan.dtype}: the prior's latents are {found}; leave the flag out")
         for text in plan.texts:
@@ -375,7 +376,7 @@ def read_image(path: Path | None, prior: Prior) -> Image | None:
     if not prior.is_legacy:
         prior_utils.check_files(prior, [prior_utils.IMAGE_FILE])
         own = prior.directory / prior_utils.IMAGE_FILE
-        if image.tobytes() != cli.read_image(own, **sizes, label="the prior's image").tobytes():
+        if image.tobytes() != cli.read_image(own, **sizes, label="the prior's image", exact=True).tobytes():
             raise InputError(
                 f"--image {path} is not the image the prior was made from ({own}); "
                 "leave the flag out, or make a prior of this image"

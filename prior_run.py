@@ -141,7 +141,9 @@ def read_own_image(prior: Prior) -> Image:
             f"{prior.directory} was interrupted before the noised input video was saved: make it again"
         )
     sizes = {"width": prior.metadata["width"], "height": prior.metadata["height"]}
-    return cli.read_image(prior.directory / prior_utils.IMAGE_FILE, **sizes, label="the prior's image")
+    return cli.read_image(
+        prior.directory / prior_utils.IMAGE_FILE, **sizes, label="the prior's image", exact=True
+    )
 
 
 # --- the run ------------------------------------------------------------------------------------------------

@@ -30,16 +30,19 @@ import math
 import os
 import re
 import time
-import zipfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from errors import DiskError, InputError, RunError  # noqa: F401, the last for those who import it from here
+from tensor_file import DTYPES, load_tensor
+
 if TYPE_CHECKING:
     import torch
 
 FORMAT_VERSION = 1
+SEAL = "metadata_sha256"  # the entry that vouches for all others
 METADATA_FILE = "run_metadata.json"
 TEMPORARY_PREFIX = ".tmp_"
 INITIAL_LATENTS_FILE = "initial_latents.pt"
@@ -59,6 +62,7 @@ REQUIRED_KEYS = {
 # What a version 1 prior records besides; a prior of the pull request's scripts lacks it, and goes unchecked.
 VERSION_1_KEYS = {
     "status": str,
+    "metadata_sha256": str,
     "files": dict,
     "shapes": dict,
     "model": str,
@@ -85,6 +89,7 @@ PROGRESS_KEYS = {
     "lora": list,
 }
 MAX_METADATA_BYTES = 16 * 2**20
+MAX_METADATA_DEPTH = 10  # objects in objects; so nothing that walks through them can overflow
 MAX_STEPS = 10_000
 LIMITS = {  # what can be made and read; far beyond what any machine holds
     "height": (1, 16384),
@@ -99,21 +104,8 @@ LATE = 0.5  # share of the schedule after which a resumed run rarely changes the
 LATENT_CHANNELS = 16  # z_dim of the Wan2.1 VAE
 SPATIAL_FACTOR = 8  # pixels per latent, height and width
 TEMPORAL_FACTOR = 4  # frames per latent, after the first
-DTYPES = ("bfloat16", "float16", "float32")
 STATUSES = ("running", "stopped", "complete")
 SAME_SIGMA = 1e-6  # relative; sigmas are float32 and come by way of text
-
-
-class InputError(ValueError):
-    """What the user gave cannot be used; the message is one line: found, expected, what to do."""
-
-
-class DiskError(OSError):
-    """A file could not be written; says which."""
-
-
-class RunError(RuntimeError):
-    """The input was fine, the run was not (network, memory, non-finite latents); one line, too."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -370,13 +362,14 @@ def read_run(directory: Path) -> Prior:
     """Like `read_prior`, for whoever goes on with an unfinished one, too."""
     metadata = _read_metadata(directory / METADATA_FILE)
     _check_keys(metadata, REQUIRED_KEYS)
-    if "format_version" not in metadata:
+    if "format_version" not in metadata and SEAL not in metadata:
         metadata = {key: metadata[key] for key in REQUIRED_KEYS}
-    elif metadata["format_version"] == FORMAT_VERSION:
+    elif metadata.get("format_version") == FORMAT_VERSION:
         _check_keys(metadata, VERSION_1_KEYS)
+        _check_seal(directory, metadata)
     else:
         raise InputError(
-            f"{directory} has format_version {_short(metadata['format_version'])}, "
+            f"{directory} has format_version {_short(metadata.get('format_version'))}, "
             f"expected {FORMAT_VERSION}; use the version of the program that wrote it"
         )
     _check_sizes(metadata)
@@ -394,15 +387,21 @@ def _read_metadata(path: Path) -> dict[str, Any]:
         raise InputError(
             f"{path.parent} holds no {METADATA_FILE}; a prior is a run_<id> folder of generate_prior.py"
         )
+    if path.is_symlink():
+        raise InputError(f"{path} is a symbolic link; a prior holds its own files: copy the file there")
     try:
-        if path.stat().st_size > MAX_METADATA_BYTES:
+        with path.open("rb") as file:
+            content = file.read(MAX_METADATA_BYTES + 1)
+        if len(content) > MAX_METADATA_BYTES:
             raise InputError(f"{path} is over {MAX_METADATA_BYTES} bytes, too large for a prior's metadata")
-        metadata = json.loads(path.read_text(encoding="utf-8"))
+        metadata = json.loads(content.decode("utf-8"))
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise InputError(f"{path} is not UTF-8 text ({error.reason}); make the prior again") from error
     except (ValueError, RecursionError) as error:  # JSONDecodeError, or an integer of thousands of digits
+        if isinstance(error, InputError):
+            raise
         raise InputError(
             f"{path} is not valid JSON ({error}); it was cut off or edited: make the prior again"
         ) from error
@@ -410,7 +409,16 @@ def _read_metadata(path: Path) -> dict[str, Any]:
         raise InputError(
             f"{path} holds a {type(metadata).__name__}, expected a JSON object; make the prior again"
         )
+    if _is_deeper(metadata, MAX_METADATA_DEPTH):
+        raise InputError(f"{path} is nested deeper than {MAX_METADATA_DEPTH} levels; make the prior again")
     return metadata
+
+
+def _is_deeper(value: object, levels: int) -> bool:
+    if not isinstance(value, dict | list):
+        return False
+    inner = value.values() if isinstance(value, dict) else value
+    return levels == 0 or any(_is_deeper(each, levels - 1) for each in inner)
 
 
 def _check_keys(metadata: Mapping[str, Any], keys: Mapping[str, Any]) -> None:
@@ -445,6 +453,21 @@ def _short(value: object) -> str:
     except ValueError:  # an integer of thousands of digits
         text = f"a {type(value).__name__} too long to show"
     return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _check_seal(directory: Path, metadata: Mapping[str, Any]) -> None:
+    if metadata[SEAL] != sealed(metadata)[SEAL]:
+        raise InputError(
+            f"{directory / METADATA_FILE} was edited or damaged: its entries are not those it was written "
+            "with; copy the prior again or make it again"
+        )
+
+
+def sealed(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """The metadata with its own SHA-256, over all other entries, whatever their order and layout."""
+    entries = {key: value for key, value in metadata.items() if key != SEAL}
+    text = json.dumps(entries, sort_keys=True)
+    return entries | {SEAL: hashlib.sha256(text.encode()).hexdigest()}
 
 
 def _check_sizes(metadata: Mapping[str, Any]) -> None:
@@ -536,6 +559,9 @@ def check_files(prior: Prior, names: Iterable[str]) -> dict[str, str]:
         if not prior.is_legacy and not prior.has(name):
             raise InputError(f"{METADATA_FILE} lists no {name}; the prior is incomplete: make it again")
         try:
+            size, most = path.stat().st_size, largest_file(prior, name)
+            if size > most:
+                raise InputError(f"{path} has {size} bytes, expected at most {most}; make the prior again")
             digests[name] = found = sha256_file(path)
         except OSError as error:
             raise InputError(f"cannot read {path}: {error.strerror}") from error
@@ -546,6 +572,14 @@ def check_files(prior: Prior, names: Iterable[str]) -> dict[str, str]:
                 "copy the prior again or make it again"
             )
     return digests
+
+
+def largest_file(prior: Prior, name: str) -> int:
+    """A safe upper bound of a file's bytes, so that no time or memory goes into what can't be right."""
+    m = prior.metadata
+    if name.endswith(".pt"):  # a context of Wan2.1 has 8 MiB
+        return 2 * 4 * math.prod(prior.latents_shape) + 2**26
+    return m["height"] * m["width"] * 3 * (m["num_frames"] + 1) + 2**22
 
 
 def damaged_files(prior: Prior) -> dict[str, str]:
@@ -577,84 +611,6 @@ def load_conditioning(prior: Prior, name: str) -> torch.Tensor:
     """
     m = prior.metadata
     return load_tensor(prior.directory / name, shape=tuple(m["shapes"][name]), dtype=m["dtype"])
-
-
-def load_tensor(path: Path, *, shape: tuple[int, ...], dtype: str | None = None) -> torch.Tensor:
-    """Load the one tensor a .pt file holds; nothing else in the file is ever unpickled.
-
-    Args:
-        shape: expected shape; also bounds what is read into memory.
-        dtype: expected dtype, "bfloat16" for example; None: any of DTYPES.
-
-    Raises:
-        InputError: see `load_latents`.
-    """
-    _check_archive(path, largest=math.prod(shape) * 4)
-    tensor = _unpickle(path)
-    _check_tensor(tensor, path, shape=shape, dtypes=DTYPES if dtype is None else (dtype,))
-    return tensor
-
-
-def _unpickle(path: Path) -> Any:
-    import torch
-
-    try:
-        return torch.load(path, weights_only=True, map_location="cpu")
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}") from error
-    except Exception as error:  # torch raises UnpicklingError, RuntimeError, EOFError ... for bad files
-        raise InputError(
-            f"{path} is not a tensor file ({_first_line(error)}); nothing in it was run; make the prior again"
-        ) from error
-
-
-def _check_tensor(tensor: Any, path: Path, *, shape: tuple[int, ...], dtypes: tuple[str, ...]) -> None:
-    import torch
-
-    if not isinstance(tensor, torch.Tensor) or tensor.layout != torch.strided or tensor.is_meta:
-        raise InputError(
-            f"{path} holds a {type(tensor).__name__}, expected a tensor with its data; make the prior again"
-        )
-    if tuple(tensor.shape) != shape:
-        raise InputError(
-            f"{path} has shape {list(tensor.shape)}, expected {list(shape)}; make the prior again"
-        )
-    dtype = dtype_name(tensor)
-    if dtype not in dtypes:
-        raise InputError(f"{path} has dtype {dtype}, expected {' or '.join(dtypes)}; make the prior again")
-    if not tensor.is_contiguous():
-        raise InputError(
-            f"{path} holds a tensor that is not contiguous, as no prior does; make the prior again"
-        )
-    if not torch.isfinite(tensor).all():
-        raise InputError(f"{path} holds NaN or infinite values; make the prior again")
-
-
-def dtype_name(tensor: torch.Tensor) -> str:
-    """A tensor's dtype as the command line and the metadata say it: "bfloat16", for example."""
-    return str(tensor.dtype).removeprefix("torch.")
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {lines[0][:120]}"
-
-
-def _check_archive(path: Path, *, largest: int) -> None:
-    """Refuse what torch.save never writes: no zip archive, compressed entries, too many bytes."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            entries = archive.infolist()
-    except Exception as error:  # zipfile raises BadZipFile, struct.error, ValueError ... for bad files
-        raise InputError(
-            f"{path} is not a tensor file ({_first_line(error)}); it was cut off or is something else: "
-            "copy the prior again or make it again"
-        ) from error
-    size = sum(entry.file_size for entry in entries)
-    if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
-        raise InputError(f"{path} is a compressed archive, which no prior holds; don't use it")
-    if size > largest + 2**20:
-        raise InputError(f"{path} holds {size} bytes, expected at most {largest}; don't use it")
 
 
 # --- what a prior was made with -----------------------------------------------------------------------------

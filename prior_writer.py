@@ -27,6 +27,7 @@ from prior_utils import (
     Prior,
     RunError,
     replacing,
+    sealed,
     sha256_file,
     write_json,
 )
@@ -63,7 +64,7 @@ class PriorWriter:
 
     def write_metadata(self) -> None:
         """Bring the metadata on disk up to date."""
-        write_json(self.directory / METADATA_FILE, self.metadata)
+        write_json(self.directory / METADATA_FILE, sealed(self.metadata))
 
     def save_tensor(self, name: str, tensor: torch.Tensor) -> None:
         """Save one tensor as it is (no change of dtype) and record its checksum and shape."""

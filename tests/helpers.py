@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import command_line
+import prior_utils
 
 ROOT = Path(__file__).resolve().parents[1]
 SIZE = 32  # pixels, height and width
@@ -90,8 +91,10 @@ def read_json(path: Path) -> dict[str, Any]:
 def edit_metadata(prior: Path, **changes: Any) -> None:
     """Change entries of a prior's metadata; a value of `...` removes the entry."""
     path = prior / "run_metadata.json"
-    metadata = read_json(path) | changes
-    path.write_text(json.dumps({key: value for key, value in metadata.items() if value is not ...}))
+    metadata = {key: value for key, value in (read_json(path) | changes).items() if value is not ...}
+    if "metadata_sha256" in metadata:
+        metadata = prior_utils.sealed(metadata)
+    path.write_text(json.dumps(metadata))
 
 
 def record_checksum(prior: Path, name: str) -> None:
