@@ -25,9 +25,8 @@ def verify(directories: list[Path]) -> str:
         for problem in problems.values():
             cli.say(problem)
         total = len(recorded_files(prior))
-        cli.say(
-            f"{prior.directory}: {total - len(problems)} of {total} files are whole; {usable(prior, problems)}"
-        )
+        whole = f"{total - len(problems)} of {total} files are whole"
+        cli.say(f"{prior.directory}: {whole}; {usable(prior, problems)}")
         damaged += len(problems)
     if damaged:
         raise InputError(

@@ -1,0 +1,444 @@
+"""A campaign of faults: processes killed at random moments, priors damaged at random.
+
+    python benchmarks/faults.py --kills 300 --damages 10000 --output benchmarks/results/faults.json
+
+Kills: SIGKILL at a random moment of making a prior, of resuming one and of a sweep, on a small untrained
+model; then what is on disk is looked at, the same is started again, and the end is compared with an
+undisturbed run's, byte for byte. Each is a process of its own, forked from one that has imported torch.
+
+Damages: bits flipped, files cut, lengthened, swapped, removed, replaced by a link or a folder, entries of the
+metadata changed in value and type (some with a checksum that agrees). infer_from_prior.py then reads the
+prior up to the loading of the model: it has to refuse in one line, or to have exactly the tensors and
+choices of the undamaged prior. What generate_prior.py --resume reads is tried, too.
+
+Exits 1 if anything was lost or wrong. tests/test_faults.py runs a short form.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+os.environ["TQDM_DISABLE"] = "1"
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+from hypothesis import HealthCheck, Phase, given, seed, settings  # noqa: E402
+from hypothesis import strategies as st  # noqa: E402
+
+import command_line  # noqa: E402
+import generate_prior  # noqa: E402
+import infer_from_prior  # noqa: E402
+import prior_run  # noqa: E402
+import prior_utils  # noqa: E402
+import sweep  # noqa: E402
+from prior_utils import InputError  # noqa: E402
+
+PROMPTS = ("The portrait moves left.", "The portrait sinks, eyes shut.")
+STEPS = 4
+TIMES = {"created", "seconds", "seconds_per_step", "run_id"}
+
+
+@dataclass
+class Ground:
+    """Where the campaign runs: a model, an image, and what undisturbed runs make of them."""
+
+    folder: Path
+    model_dir: Path
+    image: Path
+    prior: Path = field(init=False)
+    sweep_dir: Path = field(init=False)
+
+    def generate(self, output_dir: Path, run_id: str, *flags: str) -> list[str]:
+        """The command line of a prior."""
+        words = [
+            "--model",
+            "tiny",
+            "--model_dir",
+            self.model_dir,
+            "--image",
+            self.image,
+            "--prompt",
+            PROMPTS[0],
+        ]
+        words += ["--num_inference_steps", STEPS, "--output_dir", output_dir, "--run_id", run_id, *flags]
+        return list(map(str, words))
+
+    def resume(self, prior: Path) -> list[str]:
+        """The command line that finishes a prior."""
+        return ["--resume", str(prior), "--model_dir", str(self.model_dir)]
+
+    def sweep(self, prior: Path, output_dir: Path) -> list[str]:
+        """The command line of a sweep of four videos."""
+        words = ["--prior_dir", prior, "--model_dir", self.model_dir, "--prompt", *PROMPTS]
+        return list(map(str, [*words, "--start_step", 0, 2, "--output_dir", output_dir]))
+
+
+def prepare(folder: Path) -> Ground:
+    """Make the model, an image and the undisturbed runs."""
+    from conftest import build_model, save_image
+
+    import wan_pipeline  # noqa: F401, so that no fork has to import it again
+
+    (folder / "model").mkdir()
+    ground = Ground(folder, build_model(folder / "model"), save_image(folder / "image.png"))
+    ground.prior, ground.sweep_dir = folder / "run_undisturbed", folder / "sweep"
+    assert run(generate_prior.main, ground.generate(folder, "undisturbed")) == 0
+    assert run(infer_from_prior.main, ground.sweep(ground.prior, ground.sweep_dir)) == 0
+    return ground
+
+
+# --- killing ------------------------------------------------------------------------------------------------
+
+
+def start(main: Callable[[list[str]], object], argv: list[str]) -> int:
+    """Run a script's main in a process of its own; returns its id."""
+    process = os.fork()
+    if process == 0:
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, 1)
+        os.dup2(null, 2)
+        try:
+            command_line.run_script(lambda: main(argv))
+        except SystemExit as ended:
+            os._exit(ended.code)
+        except BaseException:
+            os._exit(99)  # a traceback
+    return process
+
+
+def run(main: Callable[[list[str]], object], argv: list[str]) -> int:
+    """Run a script's main to its end; returns its exit code."""
+    return os.waitstatus_to_exitcode(os.waitpid(start(main, argv), 0)[1])
+
+
+def run_killed(main: Callable[[list[str]], object], argv: list[str], after: float) -> bool:
+    """Kill it after so many seconds; False where it had ended by itself."""
+    process = start(main, argv)
+    time.sleep(after)
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(process, signal.SIGKILL)
+    return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == -signal.SIGKILL
+
+
+def seconds_of(main: Callable[[list[str]], object], argv: list[str]) -> float:
+    """How long it takes undisturbed."""
+    started = time.perf_counter()
+    assert run(main, argv) == 0
+    return time.perf_counter() - started
+
+
+def told(prior: Path) -> dict[str, Any]:
+    """A prior's metadata but for times."""
+    metadata = json.loads((prior / prior_utils.METADATA_FILE).read_text())
+    return {key: value for key, value in metadata.items() if key not in TIMES | {prior_utils.SEAL}}
+
+
+def contents(folder: Path, *suffixes: str) -> dict[str, str]:
+    """SHA-256 of the files of these kinds below a folder."""
+    return {
+        str(path.relative_to(folder)): prior_utils.sha256_file(path)
+        for path in sorted(folder.rglob("*"))
+        if path.suffix in suffixes and not path.name.startswith(prior_utils.TEMPORARY_PREFIX)
+    }
+
+
+def look_at_killed(prior: Path, ground: Ground) -> Iterator[str]:
+    """What is wrong with a prior that a kill has left."""
+    true = contents(ground.prior, ".pt", ".mp4", ".png")
+    for name, digest in contents(prior, ".pt", ".mp4", ".png").items():
+        if digest != true.get(name):
+            yield f"{name} has its final name and is not whole"
+    if (prior / prior_utils.METADATA_FILE).exists():
+        found = prior_utils.read_run(prior)
+        yield from prior_utils.damaged_files(found).values()
+        if found.is_complete and found.metadata["files"].keys() != true.keys():
+            yield "it looks whole and is not"
+
+
+def kill_generating(ground: Ground, rng: random.Random, seconds: float, counts: Counter) -> Iterator[str]:
+    """Kill a run, then kill what resumes it until it ends by itself; compare."""
+    folder = Path(tempfile.mkdtemp(dir=ground.folder))
+    prior = folder / "run_killed"
+    main, argv, kind = generate_prior.main, ground.generate(folder, "killed"), "generating"
+    while run_killed(main, argv, rng.uniform(0, 1.05 * seconds)):
+        counts[f"kills while {kind}"] += 1
+        yield from look_at_killed(prior, ground)
+        if (prior / prior_utils.METADATA_FILE).exists():
+            argv, kind = ground.resume(prior), "resuming"
+        else:
+            shutil.rmtree(prior, ignore_errors=True)  # nothing had begun
+    whole = prior_utils.read_run(prior).whole_steps
+    kept = {step: (prior / prior_utils.step_file(step)).stat().st_mtime_ns for step in range(whole)}
+    if run(main, ground.resume(prior)) != 0:
+        yield f"{prior} could not be resumed"
+        return
+    for step, written in kept.items():
+        if (prior / prior_utils.step_file(step)).stat().st_mtime_ns != written:
+            yield f"step {step} was lost"
+    if contents(prior, ".pt", ".mp4", ".png") != contents(ground.prior, ".pt", ".mp4", ".png"):
+        yield "the files are not an undisturbed run's"
+    if told(prior) != told(ground.prior):
+        yield "the metadata is not an undisturbed run's"
+    counts["priors finished and compared"] += 1
+    shutil.rmtree(folder)
+
+
+def kill_sweeping(ground: Ground, rng: random.Random, seconds: float, counts: Counter) -> Iterator[str]:
+    """Kill a sweep until it ends by itself; compare its videos."""
+    folder = Path(tempfile.mkdtemp(dir=ground.folder))
+    argv = ground.sweep(ground.prior, folder)
+    while run_killed(infer_from_prior.main, argv, rng.uniform(0, 1.05 * seconds)):
+        counts["kills while sweeping"] += 1
+        true = contents(ground.sweep_dir, ".mp4")
+        for name, digest in contents(folder, ".mp4").items():
+            if digest != true.get(name):
+                yield f"{name} has its final name and is not whole"
+        for report in folder.glob("step*.json"):
+            data = json.loads(report.read_text())
+            if data["video_sha256"] != true.get(report.with_suffix(".mp4").name):
+                yield f"{report.name} vouches for another video"
+    if run(infer_from_prior.main, argv) != 0:
+        yield "the sweep could not go on"
+    if contents(folder, ".mp4") != contents(ground.sweep_dir, ".mp4"):
+        yield "the videos are not an undisturbed sweep's"
+    counts["sweeps finished and compared"] += 1
+    shutil.rmtree(folder)
+
+
+def kill(ground: Ground, kills: int, *, seed: int, progress: Callable[[dict[str, int]], None]) -> list[str]:
+    """Kill so often; returns what went wrong."""
+    rng, counts, wrong = random.Random(seed), Counter(), []
+    whole = seconds_of(generate_prior.main, ground.generate(ground.folder, "timed"))
+    swept = seconds_of(infer_from_prior.main, ground.sweep(ground.prior, ground.folder / "timed"))
+    while sum(count for name, count in counts.items() if name.startswith("kills")) < kills:
+        if rng.random() < 0.7:
+            wrong += kill_generating(ground, rng, whole, counts)
+        else:
+            wrong += kill_sweeping(ground, rng, swept, counts)
+        progress(dict(counts) | {"wrong": len(wrong)})
+    return wrong
+
+
+# --- damaging -----------------------------------------------------------------------------------------------
+
+VALUES = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(-(2**70), 2**70),
+    st.floats(),
+    st.text(max_size=8),
+    st.lists(st.integers(-2, 2), max_size=3),
+    st.dictionaries(st.text(max_size=3), st.none(), max_size=2),
+    st.just([[[[[[[[[[[[1]]]]]]]]]]]]),
+    st.sampled_from(["../x", "/etc/passwd", "bfloat16", "running", "stopped", "complete", "\ud800", ...]),
+)
+
+
+def paths_of(value: object, path: tuple = ()) -> Iterator[tuple]:
+    """The place of every entry of a JSON value."""
+    entries = (
+        value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    )
+    for key, inner in entries:
+        yield (*path, key)
+        yield from paths_of(inner, (*path, key))
+
+
+def damages(prior: Path) -> st.SearchStrategy:
+    """Ways to damage a prior, as (kind, file, detail)."""
+    names = st.sampled_from(sorted(path.name for path in prior.iterdir() if path.is_file()))
+    metadata = json.loads((prior / prior_utils.METADATA_FILE).read_text())
+    places = st.sampled_from(sorted(paths_of(metadata), key=str))
+    share = st.floats(0, 1, exclude_max=True)
+    return st.one_of(
+        st.tuples(st.just("flip"), names, st.tuples(share, st.integers(0, 7))),
+        st.tuples(st.just("flip"), st.just(prior_utils.METADATA_FILE), st.tuples(share, st.integers(0, 7))),
+        st.tuples(st.just("cut"), names, share),
+        st.tuples(st.just("lengthen"), names, st.binary(min_size=1, max_size=64)),
+        st.tuples(st.just("overwrite"), names, st.tuples(share, st.binary(min_size=1, max_size=64))),
+        st.tuples(st.just("swap"), names, names),
+        st.tuples(st.sampled_from(["remove", "link", "folder"]), names, st.none()),
+        st.tuples(st.just("edit"), places, VALUES),
+        st.tuples(st.just("edit and seal"), places, VALUES),
+    )
+
+
+def edited(metadata: Any, path: tuple, value: object) -> Any:
+    """The metadata with another value at a place; `...` removes the entry."""
+    metadata = json.loads(json.dumps(metadata))
+    inner = metadata
+    for key in path[:-1]:
+        inner = inner[key]
+    if value is ...:
+        del inner[path[-1]]
+    else:
+        inner[path[-1]] = value
+    return metadata
+
+
+@contextlib.contextmanager
+def damaged(prior: Path, kind: str, where: Any, detail: Any) -> Iterator[None]:
+    """A prior with this damage, for the length of a `with`."""
+    name = prior_utils.METADATA_FILE if kind.startswith("edit") else where
+    names = [name, detail] if kind == "swap" else [name]
+    before = {each: (prior / each).read_bytes() for each in names}
+    path, content = prior / name, before[name]
+    try:
+        if kind == "swap":
+            path.write_bytes(before[detail])
+            (prior / detail).write_bytes(content)
+        elif kind.startswith("edit"):
+            metadata = edited(json.loads(content), where, detail)
+            metadata = prior_utils.sealed(metadata) if kind.endswith("seal") else metadata
+            path.write_text(json.dumps(metadata))
+        elif kind in ("remove", "link", "folder"):
+            path.unlink()
+            if kind == "link":
+                path.symlink_to("/etc/hostname")
+            elif kind == "folder":
+                path.mkdir()
+        else:
+            path.write_bytes(changed(kind, content, detail))
+        yield
+    finally:
+        for each, old in before.items():
+            if (prior / each).is_dir():
+                (prior / each).rmdir()
+            (prior / each).unlink(missing_ok=True)
+            (prior / each).write_bytes(old)
+
+
+def changed(kind: str, content: bytes, detail: Any) -> bytes:
+    """A file's content, damaged."""
+    if kind == "cut":
+        return content[: int(detail * len(content))]
+    if kind == "lengthen":
+        return content + detail
+    place = int(detail[0] * len(content))
+    if kind == "flip":
+        return content[:place] + bytes([content[place] ^ (1 << detail[1])]) + content[place + 1 :]
+    return content[:place] + detail[1] + content[place + len(detail[1]) :]
+
+
+def used(prior: Path, ground: Ground, flags: list[str]) -> tuple[object, dict[str, Any]] | None:
+    """The plan and the tensors infer_from_prior.py would run with; None: it refused."""
+    argv = ["--prior_dir", str(prior), "--model_dir", str(ground.model_dir), *flags]
+    taken = []
+
+    def take(jobs: list[sweep.Job], inputs: dict, **_: object) -> dict:
+        fingerprint = json.loads((ground.prior / prior_utils.METADATA_FILE).read_text())["model_fingerprint"]
+        prior_utils.check_fingerprint(jobs[0].prior, fingerprint)
+        taken.append((jobs[0].plan, inputs[jobs[0].prior.directory].tensors))
+        return {}
+
+    run_jobs, infer_from_prior.run_jobs = infer_from_prior.run_jobs, take
+    try:
+        with contextlib.redirect_stderr(None):
+            infer_from_prior.main(argv)
+    except InputError as error:
+        assert str(error)
+        return None
+    finally:
+        infer_from_prior.run_jobs = run_jobs
+    return taken[0]
+
+
+def try_resuming(prior: Path) -> None:
+    """What generate_prior.py --resume reads before it loads a model; refusals are fine."""
+    with contextlib.suppress(InputError), contextlib.redirect_stderr(None):
+        found = prior_utils.read_run(prior)
+        prior_run.check_resumable(found)
+        prior_run.what_is_left(found)
+        prior_run.check_same_machine(found, "cpu")
+
+
+def is_same(one: tuple[object, dict], other: tuple[object, dict], *, plans: bool) -> bool:
+    """The same tensors bit for bit, and the same plan."""
+    import torch
+
+    same = one[1].keys() == other[1].keys()
+    same = same and all(torch.equal(tensor, other[1][name]) for name, tensor in one[1].items())
+    return same and (not plans or one[0] == other[0])
+
+
+def damage(ground: Ground, number: int, *, seed_: int, kinds: Counter) -> None:
+    """Damage a prior so often.
+
+    Raises:
+        AssertionError: it was read as something else than it is.
+        Exception: what would be a traceback.
+    """
+    copy = Path(shutil.copytree(ground.prior, ground.folder / "damaged"))
+    choices = (["--start_step", "2"], ["--num_steps", "2"], ["--start_step", str(STEPS - 1)])
+    true = {" ".join(flags): used(copy, ground, flags) for flags in choices}
+    assert None not in true.values()
+
+    @seed(seed_)
+    @settings(
+        max_examples=number,
+        deadline=None,
+        database=None,
+        phases=[Phase.generate],
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(damages(ground.prior), st.sampled_from(choices))
+    def one(how: tuple[str, Any, Any], flags: list[str]) -> None:
+        with damaged(copy, *how):
+            found = used(copy, ground, flags)
+            try_resuming(copy)
+        kinds[f"{how[0]}: {'refused' if found is None else 'exact'}"] += 1
+        if found is not None:
+            assert is_same(found, true[" ".join(flags)], plans=how[0] != "edit and seal"), how
+
+    one()
+
+
+def main() -> None:
+    """Run the campaign and write down what was run."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--kills", type=int, default=300)
+    parser.add_argument("--damages", type=int, default=10_000)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", type=Path, default=HERE / "results" / "faults.json")
+    args = parser.parse_args()
+    result: dict[str, Any] = {"seed": args.seed, "versions": command_line.versions()}
+
+    def note(**entries: object) -> None:
+        result.update(entries)
+        prior_utils.write_json(args.output, result)
+
+    with tempfile.TemporaryDirectory() as folder:
+        ground, kinds = prepare(Path(folder)), Counter()
+        if args.damages:
+            damage(ground, args.damages, seed_=args.seed, kinds=kinds)
+            note(
+                damaged=sum(kinds.values()), damages=dict(sorted(kinds.items())), wrong_reads=0, tracebacks=0
+            )
+        wrong = []
+        if args.kills:
+            wrong = kill(ground, args.kills, seed=args.seed, progress=lambda counts: note(kills=counts))
+            note(wrong_after_kills=wrong)
+    print(json.dumps(result, indent=2))
+    sys.exit(1 if wrong else 0)
+
+
+if __name__ == "__main__":
+    main()
