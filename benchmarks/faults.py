@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import io
 import json
 import os
 import random
@@ -349,7 +350,7 @@ def used(prior: Path, ground: Ground, flags: list[str]) -> tuple[object, dict[st
 
     run_jobs, infer_from_prior.run_jobs = infer_from_prior.run_jobs, take
     try:
-        with contextlib.redirect_stderr(None):
+        with contextlib.redirect_stderr(io.StringIO()):
             infer_from_prior.main(argv)
     except InputError as error:
         assert str(error)
@@ -361,7 +362,7 @@ def used(prior: Path, ground: Ground, flags: list[str]) -> tuple[object, dict[st
 
 def try_resuming(prior: Path) -> None:
     """What generate_prior.py --resume reads before it loads a model; refusals are fine."""
-    with contextlib.suppress(InputError), contextlib.redirect_stderr(None):
+    with contextlib.suppress(InputError), contextlib.redirect_stderr(io.StringIO()):
         found = prior_utils.read_run(prior)
         prior_run.check_resumable(found)
         prior_run.what_is_left(found)

@@ -1,0 +1,343 @@
+"""Nothing is lost and nothing gets in: kills, damage, full disks, and priors made by somebody else."""
+
+from __future__ import annotations
+
+import builtins
+import errno
+import io
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import zipfile
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import PROMPT, ROOT, edit_metadata, listing, read_json, record_checksum
+
+import prior_utils
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+SHAPE = (1, 16, 3, 4, 4)  # latents of 9 frames of 32 x 32 pixels
+
+
+# --- the campaign, in short ---------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def ground(tmp_path_factory):
+    import faults
+
+    return faults.prepare(tmp_path_factory.mktemp("ground"))
+
+
+def test_kills_lose_nothing(ground):
+    import faults
+
+    counts = {}
+    assert faults.kill(ground, 8, seed=5, progress=counts.update) == []
+    assert sum(count for name, count in counts.items() if name.startswith("kills")) >= 8
+
+
+def test_damage_is_refused_or_does_not_matter(ground):
+    import faults
+
+    kinds = Counter()
+    faults.damage(ground, 300, seed_=1, kinds=kinds)
+    assert sum(kinds.values()) >= 300
+    assert {kind.split(": ")[1] for kind in kinds} == {"refused", "exact"}
+
+
+# --- every write call fails once ----------------------------------------------------------------------------
+
+
+class FailingDisk:
+    """Fails the n-th call that writes, syncs or renames below a folder."""
+
+    def __init__(self, folder, number, monkeypatch):
+        self.folder, self.number, self.calls = str(folder), number, 0
+        self.error = errno.ENOSPC
+        for owner, name in ((Path, "write_bytes"), (Path, "write_text"), (Path, "replace"), (os, "fsync")):
+            monkeypatch.setattr(owner, name, self.failing(getattr(owner, name), name))
+
+    def failing(self, original, name):
+        def call(*args, **kwargs):
+            if name == "fsync" or str(args[0]).startswith(self.folder):
+                self.calls += 1
+                if self.calls == self.number:
+                    if name == "write_bytes":
+                        original(args[0], bytes(args[1])[:10])  # what a full disk leaves
+                    raise OSError(self.error, os.strerror(self.error))
+            return original(*args, **kwargs)
+
+        return call
+
+
+def test_every_write_call_fails_once(generate, run, model_dir, image, tmp_path, monkeypatch):
+    """One by one: nothing half-written has a final name, the file is named, and the run can be finished."""
+    flags = ("--image", image, "--num_inference_steps", 1, "--prompt", PROMPT, "--run_id")
+    with monkeypatch.context() as patch:
+        disk = FailingDisk(tmp_path, -1, patch)
+        whole = generate(*flags, "whole").path
+    true = {name: digest for name, digest in listing(whole).items() if name != "run_metadata.json"}
+    assert disk.calls > 30
+    for number in range(1, disk.calls + 1):
+        prior = tmp_path / "priors" / f"run_{number}"
+        code = (errno.ENOSPC, errno.EIO)[number % 2]
+        with monkeypatch.context() as patch:
+            FailingDisk(tmp_path, number, patch).error = code
+            outcome = generate(*flags, number)
+        if outcome.code != 0:  # only a picture's may pass, with a warning
+            assert outcome.code == 2, outcome.err
+            assert os.strerror(code) in outcome.error and str(prior) in outcome.error
+        else:
+            assert "no formation.png" in outcome.err
+        found = listing(prior)
+        metadata = found.pop("run_metadata.json", None)
+        assert found.items() <= true.items()
+        if metadata is not None and read_json(prior / "run_metadata.json")["status"] != "complete":
+            assert not prior_utils.damaged_files(prior_utils.read_run(prior))
+            if number % 9 == 0:
+                resumed = run("generate_prior", "--resume", prior, "--model_dir", model_dir)
+                assert resumed.code == 0, resumed.err
+
+
+# --- hostile priors -----------------------------------------------------------------------------------------
+
+
+def gadget(function, *arguments):
+    class Gadget:
+        def __reduce__(self):
+            return function, arguments
+
+    return Gadget()
+
+
+GADGETS = {
+    "system": lambda proof: gadget(os.system, f"touch {proof}"),
+    "popen": lambda proof: gadget(subprocess.Popen, ["touch", str(proof)]),
+    "eval": lambda proof: gadget(builtins.eval, f"open({str(proof)!r}, 'w')"),
+    "exec": lambda proof: gadget(builtins.exec, f"open({str(proof)!r}, 'w')"),
+    "open": lambda proof: gadget(io.open, str(proof), "w"),
+    "getattr": lambda proof: gadget(builtins.getattr, Path(proof), "touch"),
+    "torch.load": lambda proof: gadget(torch.load, str(proof)),
+    "bytearray": lambda proof: gadget(builtins.bytearray, 2**40),
+}
+
+
+def replace_pickle(path: Path, content: bytes) -> None:
+    """An archive like torch.save's, with another pickle in it."""
+    with zipfile.ZipFile(path) as archive:
+        entries = {entry.filename: archive.read(entry) for entry in archive.infolist()}
+    name = next(name for name in entries if name.endswith("/data.pkl"))
+    with zipfile.ZipFile(path, "w") as archive:
+        for each, old in entries.items():
+            archive.writestr(each, content if each == name else old)
+
+
+@pytest.mark.parametrize("protocol", [0, 2, 4])
+@pytest.mark.parametrize("kind", GADGETS)
+def test_code_in_a_tensor_file(prior_copy, infer, refused, tmp_path, kind, protocol):
+    proof, path = tmp_path / "code_was_run", prior_copy / "step_0006.pt"
+    replace_pickle(path, pickle.dumps(GADGETS[kind](proof), protocol))
+    record_checksum(prior_copy, path.name)
+    refused(lambda: infer(prior_copy), path.name, "nothing in it was run")
+    assert not proof.exists()
+
+
+def limited_run(argv, cwd, *, mebibytes):
+    """infer_from_prior.py up to the loading of the model, with this much memory above what imports take."""
+    code = (
+        "import resource, sys\n"
+        f"sys.path.insert(0, {str(ROOT)!r})\n"
+        "import torch, wan_pipeline, infer_from_prior, command_line\n"
+        "size = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize()\n"
+        f"resource.setrlimit(resource.RLIMIT_AS, (size + {mebibytes} * 2**20,) * 2)\n"
+        "command_line.run_script(infer_from_prior.main)\n"
+    )
+    command = [sys.executable, "-c", code, *map(str, argv)]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=600)
+
+
+def claiming(path: Path, numel: int) -> None:
+    """A file of a few KB whose pickle says that its storage has so many values."""
+    with zipfile.ZipFile(path) as archive:
+        content = archive.read(next(name for name in archive.namelist() if name.endswith("/data.pkl")))
+    true, claim = (pickle.dumps(count, 2)[2:-1] for count in (16 * 3 * 4 * 4, numel))
+    assert true in content
+    replace_pickle(path, content.replace(true, claim, 1))  # the first one: others are strides
+
+
+def zip_bomb(path: Path) -> None:
+    with (
+        zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, compresslevel=9) as archive,
+        archive.open("archive/data.pkl", "w") as file,
+    ):
+        for _ in range(2**10):
+            file.write(bytes(2**20))
+
+
+def stored_bomb(path: Path) -> None:
+    """Says it is stored, and large; a hole, which costs no disk."""
+    with path.open("wb") as file:
+        file.truncate(2**32)
+
+
+def image_bomb(path: Path) -> None:
+    """Below what Pillow refuses, and half a GiB when decoded."""
+    from PIL import Image
+
+    Image.new("RGB", (13000, 13000)).save(path)
+
+
+def deep_json(path: Path) -> None:
+    path.write_text('{"run_id": ' + "[" * 900 + "]" * 900 + "}")
+
+
+def sparse_json(path: Path) -> None:
+    with path.open("r+b") as file:
+        file.truncate(2**30)
+
+
+BOMBS = {
+    "4 TB claimed": ("step_0006.pt", lambda path: claiming(path, 2**40), "make the prior again"),
+    "zip bomb": ("step_0006.pt", zip_bomb, "compressed"),
+    "stored bomb": ("step_0006.pt", stored_bomb, "expected at most"),
+    "image bomb": ("input_image.png", image_bomb, "13000 x 13000 pixels, expected 32 x 32"),
+    "deep json": ("run_metadata.json", deep_json, "nested deeper"),
+    "1 GB of metadata": ("run_metadata.json", sparse_json, "too large"),
+}
+
+
+@pytest.mark.parametrize("kind", BOMBS)
+def test_bombs_under_a_memory_limit(prior_copy, model_dir, image, tmp_path, kind):
+    name, make, words = BOMBS[kind]
+    make(prior_copy / name)
+    if name != "run_metadata.json" and kind != "stored bomb":
+        record_checksum(prior_copy, name)
+    argv = ("--prior_dir", prior_copy, "--model_dir", model_dir, "--start_step", 6, "--image", image)
+    ended = limited_run(argv, tmp_path, mebibytes=200)
+    assert (ended.returncode, ended.stdout) == (2, "")
+    assert "Traceback" not in ended.stderr and words in ended.stderr.splitlines()[-1]
+
+
+def test_the_memory_limit_is_one(prior_copy, model_dir, image, tmp_path):
+    """Shows that the test above can fail: this image is the user's own, and decoded."""
+    image_bomb(tmp_path / "large.png")
+    argv = ("--prior_dir", prior_copy, "--model_dir", model_dir, "--image", tmp_path / "large.png")
+    assert "13000" not in (ended := limited_run(argv, tmp_path, mebibytes=200)).stderr
+    assert ended.returncode != 0
+
+
+def test_a_tensor_that_claims_more_than_it_holds(prior_copy):
+    """torch would read on behind the end of what is there."""
+    path = prior_copy / "step_0006.pt"
+    with zipfile.ZipFile(path) as archive:
+        entries = {entry.filename: archive.read(entry) for entry in archive.infolist()}
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in entries.items():
+            archive.writestr(name, content[:64] if name.endswith("/data/0") else content)
+    with pytest.raises(prior_utils.InputError, match="more values than it holds|not a tensor file"):
+        prior_utils.load_tensor(path, shape=SHAPE, dtype="float32")
+
+
+@pytest.mark.parametrize("name", ["../../secret.pt", "/etc/passwd", "..", "a/b.pt", "..\\x.pt", "."])
+def test_no_path_leaves_the_prior(prior_copy, infer, run, refused, model_dir, name):
+    files = read_json(prior_copy / "run_metadata.json")["files"]
+    edit_metadata(prior_copy, files=files | {name: "0" * 64})
+    refused(lambda: infer(prior_copy), "not inside the prior")
+    refused(lambda: run("infer_from_prior", "--prior_dir", prior_copy, "--verify"), "not inside the prior")
+    command = ("generate_prior", "--resume", prior_copy, "--model_dir", model_dir)
+    refused(lambda: run(*command), "not inside the prior")
+
+
+@pytest.mark.parametrize("name", ["step_0006.pt", "y.pt", "run_metadata.json"])
+def test_no_link_leaves_the_prior(prior_copy, infer, refused, tmp_path, name):
+    (prior_copy / name).rename(tmp_path / "elsewhere")
+    (prior_copy / name).symlink_to(tmp_path / "elsewhere")
+    refused(lambda: infer(prior_copy), name, "symbolic link")
+
+
+def test_a_pipe_is_no_file(prior_copy, infer, refused):
+    """Reading one would wait forever."""
+    for name in ("step_0006.pt", "run_metadata.json"):
+        (prior_copy / name).unlink()
+        os.mkfifo(prior_copy / name)
+        signal.alarm(60)
+        outcome = infer(prior_copy)
+        signal.alarm(0)
+        assert outcome.code == 2 and name in outcome.error
+
+
+# --- metadata that was changed ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ('"cfg_scale": 5.0', '"cfg_scale": 4.0'),
+        (PROMPT, "The portrait moves lest."),
+        ('"seed": 0', '"seed": 1'),
+    ],
+)
+def test_metadata_that_is_sound_and_not_what_was_written(prior_copy, infer, refused, old, new):
+    path = prior_copy / "run_metadata.json"
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+    refused(lambda: infer(prior_copy), "was edited or damaged", "copy the prior again")
+
+
+def test_a_damaged_prior_never_passes_for_an_older_one(prior_copy, infer, refused, image):
+    path = prior_copy / "run_metadata.json"
+    path.write_text(path.read_text().replace("format_version", "format_versioo"))
+    refused(lambda: infer(prior_copy, "--image", image, "--prompt", PROMPT), "format_version None")
+
+
+# --- --verify -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def verify(run):
+    return lambda *priors: run("infer_from_prior", "--verify", "--prior_dir", *priors)
+
+
+def test_whole_priors_are_said_to_be_so(prior, prior_copy, verify, loads):
+    outcome = verify(prior, prior_copy)
+    assert (outcome.code, outcome.out) == (0, f"{prior}\n{prior_copy}\n")
+    assert outcome.err.count("28 of 28 files are whole; it can be resumed after steps 0-9") == 2
+    assert not loads
+
+
+def test_damage_is_told_file_by_file(prior_copy, verify, infer):
+    (prior_copy / "step_0003.pt").unlink()
+    (prior_copy / "output_full.mp4").write_bytes(b"half")
+    torch.save(torch.zeros(SHAPE) * float("nan"), prior_copy / "step_0008.pt")
+    record_checksum(prior_copy, "step_0008.pt")
+    outcome = verify(prior_copy)
+    assert (outcome.code, outcome.out) == (2, "")
+    for words in ("step_0003.pt is missing", "output_full.mp4 is damaged", "step_0008.pt holds NaN"):
+        assert words in outcome.err
+    assert "25 of 28 files are whole; it can be resumed after steps 0-2, 4-7, 9" in outcome.err
+    assert "3 files are damaged" in outcome.error
+    assert infer(prior_copy, "--start_step", 6).code == 0  # as was said
+    assert infer(prior_copy, "--start_step", 3).code == 2
+
+
+def test_a_prior_without_its_identity_is_said_to_be_useless(prior_copy, verify):
+    (prior_copy / "y.pt").unlink()
+    assert "can't be resumed" in verify(prior_copy).err
+
+
+def test_drafts_and_older_priors_are_verified_too(make_prior, older_prior, verify):
+    draft = make_prior("--stop_after", "3")
+    assert "it can be resumed after steps 0-3" in verify(draft).err
+    assert "10 of 10 files are whole" in verify(older_prior).err
+
+
+def test_verify_stands_alone(prior, run, refused):
+    command = ("infer_from_prior", "--verify", "--prior_dir", prior, "--prompt", PROMPT)
+    refused(lambda: run(*command), "--verify only looks at priors", "--prompt")
