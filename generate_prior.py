@@ -286,8 +286,6 @@ def describe(args: argparse.Namespace, settings: RunSettings, *, device: str) ->
         **TILING,
         **cli.machine(device),
         "versions": cli.versions(),
-        "seconds_per_step": [],
-        "forwards_per_step": [],
     }
 
 
@@ -404,6 +402,8 @@ def make_prior(
         "prompt": wanted.prompt,
         "prior_kind": "prompted" if wanted.prompt else "neutral",
         "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "seconds_per_step": [],
+        "forwards_per_step": [],
     }
     with prior_writer.locked(directory), saying_how_to_go_on(args, directory):
         writer = PriorWriter(directory, own | metadata)

@@ -79,7 +79,7 @@ def what_is_left(prior: Prior) -> Left:
     m = prior.metadata
     damaged = prior_utils.damaged_files(prior)
     for problem in damaged.values():
-        cli.warn(problem[: problem.rfind(";")])
+        cli.warn(problem.rsplit(";", 1)[0])
     whole = m["files"].keys() - damaged.keys()
     last_step = prior.num_inference_steps - 1
     if m["status"] == "running" and m["stop_after"] is not None:
