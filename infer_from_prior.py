@@ -384,7 +384,8 @@ def main(argv: list[str] | None = None) -> Path | str:
         return jobs[0].path
     folder = jobs[0].path.parent
     if len(failed) < len(jobs):
-        sweep_page.write_page(folder)
+        with sweep.own_folder(folder):
+            sweep_page.write_page(folder)
     report_failures(failed, jobs)
     return folder
 
