@@ -20,7 +20,7 @@ from helpers import PROMPT, ROOT, edit_metadata, listing, read_json, record_chec
 
 import prior_utils
 
-sys.path.insert(0, str(ROOT / "benchmarks"))
+sys.path.append(str(ROOT / "benchmarks"))  # behind the root: it has a sweep.py, too
 SHAPE = (1, 16, 3, 4, 4)  # latents of 9 frames of 32 x 32 pixels
 
 

@@ -437,6 +437,8 @@ def run_and_kill(argv: list[str], *, after: int | None) -> int:
 def test_killed_at_ten_moments_and_run_again(prior_copy, model_dir, infer, tmp_path):
     flags = ("--prompt", OTHER_PROMPT, THIRD_PROMPT, "--start_step", 8, "--output_dir")
     argv = ["--prior_dir", prior_copy, "--model_dir", model_dir, *flags]
+    assert infer(prior_copy, *flags, tmp_path / "warm").code == 0  # what is imported late is no file to count
+    shutil.rmtree(prior_copy / "contexts")
     total = run_and_kill([*map(str, argv), str(tmp_path / "whole")], after=None)
     expected, expected_contexts = results(tmp_path / "whole"), listing(prior_copy / "contexts")
     assert len(expected) == 2
