@@ -20,12 +20,13 @@ sys.path[:0] = [str(ROOT), str(ROOT / "data" / "tiny_wan_i2v")]
 import world  # noqa: E402
 
 STEPS = 10
-PRIOR_PROMPTS = {"motion": "old", "empty": "empty", "scene": "scene", "mean": "mean"}  # kind -> context
-RESUMED = {"motion": (3, 5, 6, 7, 8), "empty": (5, 6, 7, 8), "scene": (6,), "mean": (6,)}
+PRIOR_PROMPTS = {kind: kind for kind in ("empty", "scene", "mean", "still")} | {"motion": "old"}  # -> context
+RESUMED = {"motion": (3, 5, 6, 7, 8), "empty": (5, 6, 7, 8), "scene": (6,), "mean": (6,), "still": (3, 6)}
 DIFFERENTIAL = {
     "motion": ((2, 5, 8), (0, 5, 8), (0, 7)),
     "empty": ((0, 3, 6, 8), (2, 5, 8), (0, 4, 8), (0, 5, 8), (2, 6, 9), (0, 6), (0, 7), (2, 7), (0,)),
     "scene": ((0, 5, 8),),
+    "still": ((0, 3, 6, 8), (0, 4, 8), (0, 5, 8), (0, 6, 9), (2, 5, 8), (0, 7), (2, 7), (0,)),
 }
 
 
@@ -40,7 +41,7 @@ class Case:
     identity: world.Identity
     old_motion: str
     new_motion: str
-    contexts: dict[str, object]  # old, new, empty, scene, mean
+    contexts: dict[str, object]  # old, new, empty, scene, still, mean
     image: dict[str, object]  # y, clip_feature
     noise: object
 

@@ -67,7 +67,7 @@ def make_case(pipe, defaults, index: int, seed: int) -> Case:
     identity = world.sample_identity(rng)
     old, new = (str(motion) for motion in rng.choice(world.MOTIONS, 2, replace=False))
     texts = {"old": world.sample_prompt(rng, old), "new": world.sample_prompt(rng, new)}
-    texts |= {"empty": "", "scene": world.NEUTRAL[0]}
+    texts |= {"empty": "", "scene": world.NEUTRAL[0], "still": "the character stays still"}
     contexts = {name: encode_prompt(pipe, text) for name, text in texts.items()}
     every = [encode_prompt(pipe, f"the character {world.WORDINGS[motion][0][0]}") for motion in world.MOTIONS]
     contexts["mean"] = torch.stack(every).mean(0)

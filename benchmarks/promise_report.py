@@ -75,17 +75,20 @@ HEADLINE = (
     ("the original recipe: prior of another motion, resumed after 6", "resume", "motion", "7 8 9"),
     ("the same with the old prompt as the negative one", "resume, old prompt as negative", "motion", "7 8 9"),
     ("neutral prior, resumed after 6", "resume", "empty", "7 8 9"),
+    ("prior that stays still, resumed after 6", "resume", "still", "7 8 9"),
     ("3 steps from noise", "fewer steps", "none", "0 1 2"),
-    ("3 steps from noise on sigmas 0, 6, 9 of the 10", "fewer steps, chosen sigmas", "none", "0 6 9"),
+    ("3 steps from noise on sigmas 0, 5, 8 of the 10", "fewer steps, chosen sigmas", "none", "0 5 8"),
     ("video to video, strength 0.9, 3 steps", "video to video 0.9", "motion", "0 1 2"),
     ("FlowEdit, 2 steps", "FlowEdit", "motion", "0 6"),
-    ("**differential 0 5 8, neutral prior**", "differential", "empty", "0 5 8"),
+    ("**differential 0 5 8, prior that stays still**", "differential", "still", "0 5 8"),
+    ("differential 0 5 8, neutral prior", "differential", "empty", "0 5 8"),
     ("differential 0 5 8, prior of another motion", "differential", "motion", "0 5 8"),
     ("2 steps from noise", "fewer steps", "none", "0 1"),
     ("2 steps from noise on sigmas 0, 7 of the 10", "fewer steps, chosen sigmas", "none", "0 7"),
-    ("**differential 0 7, neutral prior**", "differential", "empty", "0 7"),
+    ("**differential 2 7, prior that stays still**", "differential", "still", "2 7"),
+    ("differential 0 7, neutral prior", "differential", "empty", "0 7"),
     ("1 step from noise", "fewer steps", "none", "0"),
-    ("differential 0, neutral prior", "differential", "empty", "0"),
+    ("differential 0, prior that stays still", "differential", "still", "0"),
 )
 
 
@@ -109,16 +112,20 @@ def headline(summary: list[dict]) -> str:
     return "\n".join(lines) + "\n"
 
 
+FULL = ("full run", "none", "0 1 2 3 4 5 6 7 8 9")
 CLAIMS = (  # difference of the first to the second, pair by pair
-    (("differential", "empty", "0 5 8"), ("full run", "none", "0 1 2 3 4 5 6 7 8 9")),
-    (("differential", "empty", "0 5 8"), ("fewer steps", "none", "0 1 2")),
+    (("differential", "still", "0 5 8"), FULL),
+    (("differential", "still", "0 5 8"), ("fewer steps", "none", "0 1 2")),
+    (("differential", "still", "0 5 8"), ("fewer steps, chosen sigmas", "none", "0 5 8")),
+    (("differential", "still", "0 5 8"), ("differential", "still", "0 4 8")),
+    (("differential", "still", "0 5 8"), ("differential", "empty", "0 5 8")),
     (("differential", "empty", "0 5 8"), ("fewer steps, chosen sigmas", "none", "0 5 8")),
-    (("differential", "empty", "0 5 8"), ("fewer steps, chosen sigmas", "none", "0 6 9")),
     (("differential", "empty", "0 5 8"), ("differential", "motion", "0 5 8")),
     (("differential", "empty", "0 5 8"), ("differential, second order", "empty", "0 5 8")),
-    (("differential", "empty", "0 7"), ("fewer steps, chosen sigmas", "none", "0 7")),
-    (("differential", "empty", "0 7"), ("full run", "none", "0 1 2 3 4 5 6 7 8 9")),
-    (("differential", "empty", "0"), ("full run", "none", "0 1 2 3 4 5 6 7 8 9")),
+    (("differential", "still", "2 7"), FULL),
+    (("differential", "still", "2 7"), ("fewer steps, chosen sigmas", "none", "0 7")),
+    (("differential", "still", "2 7"), ("differential", "still", "0 7")),
+    (("differential", "still", "0"), FULL),
 )
 
 
@@ -180,13 +187,18 @@ FAMILIES: tuple[tuple[str, str, Callable[[dict], bool]], ...] = (
     ("resume, motion prior", "#c0392b", lambda ln: (ln["method"], ln["prior"]) == ("resume", "motion")),
     ("resume, neutral prior", "#2471a3", lambda ln: (ln["method"], ln["prior"]) == ("resume", "empty")),
     (
+        "differential, prior that stays still",
+        "#117a65",
+        lambda ln: (ln["method"], ln["prior"]) == ("differential", "still"),
+    ),
+    (
         "differential, motion prior",
         "#e67e22",
         lambda ln: (ln["method"], ln["prior"]) == ("differential", "motion"),
     ),
     (
         "differential, neutral prior",
-        "#1e8449",
+        "#82c99b",
         lambda ln: (ln["method"], ln["prior"]) == ("differential", "empty"),
     ),
     ("video to video", "#8e44ad", lambda ln: ln["method"].startswith("video to video")),
