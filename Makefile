@@ -8,7 +8,7 @@ FACE := data/tiny_wan_i2v/inputs/mila.png
 .PHONY: demo test lint browser
 demo: $(VENV)/installed
 	set -e; \
-	prior=$$($(BIN)/python generate_prior.py --model tiny --image $(FACE)); \
+	prior=$$($(BIN)/python generate_prior.py --model tiny --image $(FACE) --prompt "she stays still"); \
 	left=$$($(BIN)/python infer_from_prior.py --prior_dir "$$prior" --prompt "she moves to the left"); \
 	talk=$$($(BIN)/python infer_from_prior.py --prior_dir "$$prior" --prompt "she speaks"); \
 	printf '%s\n' "prior: $$prior/output_full.mp4" "two new prompts:" "$$left" "$$talk"

@@ -107,8 +107,8 @@ def add_identity_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=[""],
         metavar="TEXT",
-        help="what happens in the prior's own video; leave it out for a neutral prior, which later prompts "
-        "can move more freely; one for all images or one for each",
+        help="what happens in the prior's own video; best is one that holds still, 'she stays still', or for "
+        "--start_step none at all, a neutral prior; one for all images or one for each",
     )
     group.add_argument(
         "--negative_prompt",

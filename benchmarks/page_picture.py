@@ -49,7 +49,7 @@ def take_screenshot(page: Path, output: Path, *, frame: int, profile: Path) -> N
 
     browser = open_browser(profile)
     try:
-        set_screen(browser, width=1120, height=1500)
+        set_screen(browser, width=1120, height=1340)
         browser.get(page.as_uri())
         wait_until(browser, "return videos.every(isReady)", message="the videos are not loaded")
         show_frame(browser, frame)
@@ -58,7 +58,7 @@ def take_screenshot(page: Path, output: Path, *, frame: int, profile: Path) -> N
     finally:
         browser.quit()
     with Image.open(output) as image:
-        small = image.convert("RGB").resize((840, 1125), Image.Resampling.LANCZOS)
+        small = image.convert("RGB").resize((840, 1005), Image.Resampling.LANCZOS)
     small.quantize(128).save(output, optimize=True)
 
 

@@ -151,6 +151,34 @@ def paired(rows: list[Row]) -> str:
     return "\n".join(lines) + "\n"
 
 
+SMALL = ("speak", "sleep")  # motions that leave the head and the body in their place
+
+
+def by_motion(rows: list[Row]) -> str:
+    """How near to the full run the cheap ways come, for small motions and for large ones."""
+    head = ("how the new prompt's clip is made", "forwards", "new motion", "clips", "PSNR to full run")
+    head += ("pattern error", "identity error")
+    lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
+    for label, *key in HEADLINE:
+        for small, name in ((True, "small"), (False, "large")):
+            some = [
+                row
+                for row in rows
+                if [row["method"], row["prior"], row["steps"]] == key
+                and (row["new_motion"] in SMALL) == small
+                and row["new_motion"] != "still"  # a prior that stays still would be the answer itself
+            ]
+            if not some or key == list(FULL):
+                continue
+            cells = [label, some[0]["forwards"], name, str(len(some))]
+            for number in ("psnr", "bloom_error", "identity_error"):
+                mean, low, high = bootstrap(float(row[number]) for row in some)
+                digits = 2 if number == "bloom_error" else 1
+                cells.append(f"{mean:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})")
+            lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
 def plot_start_step(summary: list[dict], path: Path) -> None:
     """What plain resume keeps and obeys over the start step, from a motion prior and from a neutral one."""
     import matplotlib.pyplot as plt
@@ -257,6 +285,7 @@ def write(clips: Path, output: Path) -> Path:
     (output / "summary.md").write_text(as_markdown(summary))
     (output / "headline.md").write_text(headline(summary))
     (output / "paired.md").write_text(paired(rows))
+    (output / "by_motion.md").write_text(by_motion(rows))
     plot_start_step(summary, output / "start_step.png")
     plot_quality(summary, output / "quality.png")
     return output / "summary.md"

@@ -143,7 +143,7 @@ def test_it_is_the_default(run, model_dir, prior_copy) -> None:
     ],
 )
 def test_a_prompt_that_comes_too_late_is_warned_of(infer, prior_copy, flags, warned) -> None:
-    assert ("mostly keeps what the prior shows" in infer(prior_copy, *flags).err) == warned
+    assert ("late for a new motion" in infer(prior_copy, *flags).err) == warned
 
 
 def test_a_prior_says_whether_it_was_made_with_a_prompt(generate, image, prior) -> None:

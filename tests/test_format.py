@@ -579,7 +579,7 @@ def test_an_older_prior_warns_of_what_could_not_be_checked(older_prior, infer, i
     outcome = infer(older_prior, "--model", "tiny", "--image", image, "--prompt", PROMPT)
     warnings = [line for line in outcome.err.splitlines() if line.startswith("warning: ")]
     assert len(warnings) == 2
-    assert "mostly keeps what the prior shows" in warnings[1] and "make the prior again" in warnings[1]
+    assert "late for a new motion" in warnings[1] and "make the prior again" in warnings[1]
     for word in (
         "older format",
         "could not be checked",
