@@ -408,7 +408,7 @@ def make_prior(
     with prior_writer.locked(directory), saying_how_to_go_on(args, directory):
         writer = PriorWriter(directory, own | metadata)
         writer.save(prior_utils.IMAGE_FILE, wanted.image.save)
-        writer.write_metadata()
+        writer.write_metadata()  # from here on --resume can finish it
         left = prior_run.what_is_left(writer.prior)
         prior_run.run(writer, left, pipe=pipe, image=wanted.image, input_video=input_video, clock=clock)
     say_what_was_made(args, writer, left)
@@ -458,14 +458,15 @@ def resume(args: argparse.Namespace) -> Path:
 
 @contextlib.contextmanager
 def saying_how_to_go_on(args: argparse.Namespace, directory: Path) -> Iterator[None]:
-    """Where the run is cut short, say in one line how to go on with what is whole."""
+    """Where a run that had begun is cut short, say in one line how to go on with what is whole."""
     try:
         yield
     except RunError:  # going on would only fail again
         raise
     except BaseException:
-        again = command(args, "generate_prior.py", "--resume", directory)
-        cli.say(f"every whole step is kept; go on with: {again}")
+        if (directory / prior_utils.METADATA_FILE).exists():
+            again = command(args, "generate_prior.py", "--resume", directory)
+            cli.say(f"every whole step is kept; go on with: {again}")
         raise
 
 

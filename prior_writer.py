@@ -55,7 +55,6 @@ class PriorWriter:
         self.directory = directory
         empty = {"format_version": FORMAT_VERSION, "status": "running", "files": {}, "shapes": {}}
         self.metadata = metadata | {key: metadata.get(key, value) for key, value in empty.items()}
-        self.write_metadata()
 
     @property
     def prior(self) -> Prior:

@@ -101,7 +101,8 @@ def test_every_write_call_fails_once(generate, run, model_dir, image, tmp_path, 
         if metadata is not None:
             left = prior_utils.read_run(prior)
             assert left.is_complete or not prior_utils.damaged_files(left)
-            if number % 9 == 0 and left.has(prior_utils.IMAGE_FILE):  # else nothing had begun
+            assert left.has(prior_utils.IMAGE_FILE)  # so that it can be finished
+            if number % 9 == 0:
                 resumed = run("generate_prior", "--resume", prior, "--model_dir", model_dir)
                 assert resumed.code == 0, resumed.err
 
