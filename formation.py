@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 KEY = "formation"  # in a prior's metadata
 PLOT_FILE = "formation.png"
-DEFAULT_TEXT_SHARE = 0.7  # what about 3 of 4 new prompts need to be obeyed: benchmarks/results/auto_step
+DEFAULT_TEXT_SHARE = 0.6  # what about 9 of 10 new prompts need to be obeyed: benchmarks/results/auto_step
 CURVES = (
     ("still_distances", "still part formed (who, where)", "#7f8c8d"),
     ("moving_distances", "moving part formed (what happens)", "#2471a3"),

@@ -16,7 +16,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 os.fsync = lambda descriptor: None  # no power cut is tested in this process, and waiting for disks is slow
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # the model is so small that threads only cost time
+os.environ["OMP_NUM_THREADS"] = "1"  # the model is so small that threads only cost time
 
 from helpers import FRAMES, PROMPT, PUBLISHED_KEYS, SIZE, Outcome, listing, run_in_process  # noqa: E402
 
