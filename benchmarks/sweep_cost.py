@@ -1,6 +1,6 @@
 """What a sweep saves: 8 prompts x 3 start steps in one process against 24 separate calls, embedded model.
 
-    python benchmarks/sweep.py
+    python benchmarks/sweep_cost.py
 
 Runs the command line as a user does, each side with its own copy of one prior that has met none of the
 prompts, and checks that both sides end in the same latents and the same videos, byte for byte. Then the sweep
