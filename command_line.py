@@ -17,7 +17,7 @@ import shutil
 import signal
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
@@ -474,3 +474,13 @@ def versions() -> dict[str, Any]:
         "numpy": version("numpy"),
         "pillow": version("pillow"),
     }
+
+
+def not_as_then(
+    metadata: Mapping[str, Any], device: str, names: Iterable[str]
+) -> Iterator[tuple[str, Any, Any]]:
+    """What of `machine` and `versions` is not as when a prior was made: name, now, then."""
+    then, now = metadata["versions"] | metadata, versions() | machine(device)
+    for name in names:
+        if now[name] != then.get(name):
+            yield name, now[name], then.get(name)

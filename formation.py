@@ -52,7 +52,7 @@ def record_step(metadata: dict[str, Any], step: Step) -> None:
 
 def save(writer: PriorWriter) -> None:
     """Add the record to a prior whose steps are all saved, and draw it; it is whole without the picture."""
-    writer.metadata[KEY] = record = measure(writer.directory, writer.metadata)
+    writer.metadata[KEY] = record = measure(writer.prior)
     try:
         sigmas = writer.metadata["scheduler_sigmas"]
         writer.save(PLOT_FILE, lambda path: plot(record, path, sigmas=sigmas))
@@ -60,19 +60,22 @@ def save(writer: PriorWriter) -> None:
         cli.warn(f"no {PLOT_FILE} ({type(error).__name__}: {error}); the prior is whole without it")
 
 
-def measure(directory: Path, metadata: Mapping[str, Any]) -> dict[str, list[float] | None]:
+def measure(prior: Prior) -> dict[str, list[float] | None]:
     """The whole record of a prior whose steps are all saved; one number a step in every list.
 
     Returns:
         branch_distances and text_moves: None where cfg_scale is 1; still_distances; moving_distances: None
         where the clip is a single latent frame.
     """
-    sigmas = metadata["scheduler_sigmas"]
+    import torch
+
+    metadata, sigmas = prior.metadata, prior.metadata["scheduler_sigmas"]
     branches, moves = metadata.get(KEY, {}).get("branch_distances"), None
     if branches is not None:
         moves = text_moves(branches, sigmas=sigmas, cfg_scale=metadata["cfg_scale"])
-    clean = _load(directory, metadata, prior_utils.step_file(len(sigmas) - 1))
-    estimates = (_denoised(directory, metadata, step) for step in range(len(sigmas)))
+    clean = prior_utils.load_latents(prior, prior_utils.step_file(len(sigmas) - 1)).float()
+    steps = range(len(sigmas))
+    estimates = (prior_utils.load_denoised(prior, step, dtype=torch.float32) for step in steps)
     return {"branch_distances": branches, "text_moves": moves, **distances(estimates, clean)}
 
 
@@ -112,17 +115,6 @@ def moving(latents: torch.Tensor) -> torch.Tensor:
 def relative_distance(estimate: torch.Tensor, final: torch.Tensor) -> float:
     """||estimate - final|| / ||final||: 1 for an estimate of zeros, 0 for the final one."""
     return float((estimate - final).norm() / final.norm())
-
-
-def _denoised(directory: Path, metadata: Mapping[str, Any], step: int) -> torch.Tensor:
-    """The clean latents a step points at, in float32. [B, C, T, H, W]"""
-    latents = _load(directory, metadata, prior_utils.latents_before_file(step))
-    noise_pred = _load(directory, metadata, prior_utils.noise_pred_file(step))
-    return latents - metadata["scheduler_sigmas"][step] * noise_pred
-
-
-def _load(directory: Path, metadata: Mapping[str, Any], name: str) -> torch.Tensor:
-    return prior_utils.load_tensor(directory / name, shape=tuple(metadata["shapes"][name])).float()
 
 
 # --- what is left to say ------------------------------------------------------------------------------------

@@ -239,11 +239,9 @@ def warn_of_doubts(plan: Plan, prior: Prior, *, device: str) -> None:
             "assumed), weights, image, prompts, cfg_scale, seed, checksums, versions, device"
         )
         return
-    then = prior.metadata["versions"] | {"device_name": prior.metadata.get("device_name")}
-    now = cli.versions() | cli.machine(device)
     names = ("torch", "diffsynth", "device_name")
     differ = [
-        f"{name} {now[name]} (then {then.get(name)!r})" for name in names if now[name] != then.get(name)
+        f"{name} {now} (then {then!r})" for name, now, then in cli.not_as_then(prior.metadata, device, names)
     ]
     if differ:
         cli.warn(

@@ -118,15 +118,12 @@ def check_same_machine(prior: Prior, device: str) -> None:
     Raises:
         InputError: other versions, another device, or on a CPU another number of threads.
     """
-    then = prior.metadata["versions"] | prior.metadata
-    now = cli.versions() | cli.machine(device)
     names = ["torch", "diffsynth", "device_name"] + ["num_threads"] * (device == "cpu")
-    for name in names:
-        if then.get(name) != now[name]:
-            raise InputError(
-                f"{name} is {now[name]} here and was {then.get(name)!r} when {prior.directory} was begun, so "
-                "the rest would differ from an undisturbed run's; resume it where it was, or make it again"
-            )
+    for name, now, then in cli.not_as_then(prior.metadata, device, names):
+        raise InputError(
+            f"{name} is {now} here and was {then!r} when {prior.directory} was begun, so "
+            "the rest would differ from an undisturbed run's; resume it where it was, or make it again"
+        )
 
 
 def read_own_image(prior: Prior) -> Image:
@@ -258,7 +255,7 @@ def save_videos(
     prior = writer.prior
     for name, step in tqdm(left.videos.items(), desc="videos", unit="video", disable=len(left.videos) < 2):
         if step is not None:
-            frames = decode(pipe, load_denoised(prior, step), tiled=prior.settings.tiled)
+            frames = decode(pipe, prior_utils.load_denoised(prior, step), tiled=prior.settings.tiled)
             clock.add("decode_estimates")
         elif not frames:
             last = prior_utils.load_latents(prior, prior_utils.step_file(left.last_step))
@@ -267,10 +264,3 @@ def save_videos(
         writer.save(name, functools.partial(cli.write_video, frames, fps=prior.metadata["fps"]))
         writer.write_metadata()
         clock.add("save")
-
-
-def load_denoised(prior: Prior, step: int) -> torch.Tensor:
-    """The clean latents a step points at, [B, C, T, H, W]: latents before it - sigma * noise_pred."""
-    latents = prior_utils.load_latents(prior, prior_utils.latents_before_file(step))
-    noise_pred = prior_utils.load_latents(prior, prior_utils.noise_pred_file(step))
-    return latents - prior.metadata["scheduler_sigmas"][step] * noise_pred

@@ -603,6 +603,22 @@ def load_latents(prior: Prior, name: str) -> torch.Tensor:
     return load_tensor(prior.directory / name, shape=prior.latents_shape, dtype=dtype)
 
 
+def load_denoised(prior: Prior, step: int, *, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """The clean latents a step points at, latents - sigma * noise_pred: [B, C, T, H, W], on the CPU.
+
+    Args:
+        dtype: to compute in; None: the prior's.
+
+    Raises:
+        InputError: see `load_latents`.
+    """
+    latents, noise_pred = (
+        load_latents(prior, name).to(dtype=dtype)
+        for name in (latents_before_file(step), noise_pred_file(step))
+    )
+    return latents - prior.metadata["scheduler_sigmas"][step] * noise_pred
+
+
 def load_conditioning(prior: Prior, name: str) -> torch.Tensor:
     """Load y, clip_feature or a context, in the prior's dtype and recorded shape, on the CPU.
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from methods import STEPS, Case, Method, Prior, differential, from_noise, resume
+from methods import STEPS, Case, Method, Prior, differential, from_noise, resume, sigmas_of
 
 MODEL_DIR = Path(__file__).resolve().parents[1] / "data" / "tiny_wan_i2v"
 DISTILLED, BRANCH = MODEL_DIR / "distilled_lora.safetensors", MODEL_DIR / "skip_branch.safetensors"
@@ -81,19 +81,14 @@ def with_whole_residual(run: Callable, every: int) -> Callable:
 def on_sigmas(case: Case, prior: Prior | None, *, sigmas: tuple[float, ...]):
     """--sigmas: these, from where the prior's path, or the noise, is at the first of them."""
     from prior_utils import place_on_path
-    from wan_pipeline import SigmasScheduler, run_scheduler
+    from wan_pipeline import run_on_sigmas
 
     latents = case.noise
     if prior is not None:
         step, part = place_on_path(sigmas[0], sigmas_of(case))
         latents = (1 - part) * prior.latents[step] + part * prior.latents[step + 1]
-    return run_scheduler(
-        case.pipe,
-        case.settings,
-        scheduler=SigmasScheduler(sigmas),
-        latents=latents,
-        conditioning=case.conditioning("new"),
-    )
+    conditioning = case.conditioning("new")
+    return run_on_sigmas(case.pipe, case.settings, sigmas=sigmas, latents=latents, conditioning=conditioning)
 
 
 def re_spaced(case: Case, prior: Prior, *, start_step: int, steps: int):
@@ -103,14 +98,6 @@ def re_spaced(case: Case, prior: Prior, *, start_step: int, steps: int):
     begin = sigmas_of(case)[start_step + 1]
     sigmas = tail_sigmas(begin, steps, sigma_shift=case.settings.sigma_shift)
     return on_sigmas(case, prior, sigmas=tuple(sigmas))
-
-
-def sigmas_of(case: Case) -> list[float]:
-    """The full run's."""
-    from wan_pipeline import compute_schedule
-
-    names = ("num_inference_steps", "denoising_strength", "sigma_shift")
-    return compute_schedule(**{name: getattr(case.settings, name) for name in names})[1]
 
 
 @functools.cache

@@ -134,18 +134,22 @@ def resume(case: Case, prior: Prior, *, start_step: int, contrast: bool = False)
 
 def differential(case: Case, prior: Prior, *, steps: tuple[int, ...]):
     """--steps: a few steps along the prior's path, spent on what the new prompt changes."""
-    from wan_pipeline import Trajectory, run_differential
+    from wan_pipeline import run_differential
 
-    latents = [prior.latents[step] for step in steps] + [prior.latents[-1]]
-    trajectory = Trajectory(steps, latents, [prior.noise_pred[step] for step in steps])
-    return run_differential(
-        case.pipe, case.settings, trajectory=trajectory, conditioning=case.conditioning("new")
-    )
+    path = trajectory(prior, steps, [prior.noise_pred[step] for step in steps])
+    return run_differential(case.pipe, case.settings, trajectory=path, conditioning=case.conditioning("new"))
+
+
+def trajectory(prior: Prior, steps: tuple[int, ...], noise_pred: list[object]):
+    """The prior's path at these steps, with velocities of its own or others."""
+    from wan_pipeline import Trajectory
+
+    return Trajectory(steps, [*(prior.latents[step] for step in steps), prior.latents[-1]], noise_pred)
 
 
 def differential_second_order(case: Case, prior: Prior, *, steps: tuple[int, ...]):
     """The same with Adams-Bashforth steps of second order for the offset, from the second one on."""
-    from wan_pipeline import DifferentialScheduler, Trajectory, run_scheduler
+    from wan_pipeline import DifferentialScheduler, run_scheduler
 
     class SecondOrder(DifferentialScheduler):
         before = None  # the step's sigma and difference before this one
@@ -160,13 +164,12 @@ def differential_second_order(case: Case, prior: Prior, *, steps: tuple[int, ...
             self.offset = self.offset + (there - here) * difference + (there - here) ** 2 / 2 * change
             return self.trajectory.latents[place + 1] + self.offset
 
-    latents = [prior.latents[step] for step in steps] + [prior.latents[-1]]
-    trajectory = Trajectory(steps, latents, [prior.noise_pred[step] for step in steps])
+    path = trajectory(prior, steps, [prior.noise_pred[step] for step in steps])
     return run_scheduler(
         case.pipe,
         case.settings,
-        scheduler=SecondOrder(trajectory),
-        latents=latents[0],
+        scheduler=SecondOrder(path),
+        latents=path.latents[0],
         conditioning=case.conditioning("new"),
     )
 
@@ -176,14 +179,14 @@ def differential_without_guidance(case: Case, prior: Prior, *, steps: tuple[int,
 
     `prompt` is the prior's. Its conditional velocity is computed here, uncounted; a prior would keep it.
     """
-    from wan_pipeline import Trajectory, run_differential
+    from wan_pipeline import run_differential
 
-    posi = [velocity(case, prior.latents[step], sigma_of(case, step), prompt, cfg_scale=1) for step in steps]
-    latents = [prior.latents[step] for step in steps] + [prior.latents[-1]]
+    sigmas = sigmas_of(case)
+    posi = [velocity(case, prior.latents[step], sigmas[step], prompt, cfg_scale=1) for step in steps]
     return run_differential(
         case.pipe,
         replace(case.settings, cfg_scale=1.0),
-        trajectory=Trajectory(steps, latents, posi),
+        trajectory=trajectory(prior, steps, posi),
         conditioning=case.conditioning("new"),
     )
 
@@ -194,7 +197,7 @@ def renoise(case: Case, prior: Prior, *, start_step: int, steps: tuple[int, ...]
 
     from wan_pipeline import ReportingScheduler, run_scheduler
 
-    sigma = sigma_of(case, start_step)
+    sigma = sigmas_of(case)[start_step]
     noise = torch.randn(case.noise.shape, generator=torch.Generator().manual_seed(case.seed + 500_000))
     return run_scheduler(
         case.pipe,
@@ -232,7 +235,8 @@ def flow_edit(case: Case, prior: Prior, *, steps: tuple[int, ...]):
 
     from wan_pipeline import RunResult, decode
 
-    chosen = [sigma_of(case, step) for step in steps] + [0.0]
+    sigmas = sigmas_of(case)
+    chosen = [*(sigmas[step] for step in steps), 0.0]
     source = prior.latents[-1]
     edited = source.clone()
     for sigma, sigma_next in zip(chosen, chosen[1:], strict=False):
@@ -245,12 +249,12 @@ def flow_edit(case: Case, prior: Prior, *, steps: tuple[int, ...]):
     return RunResult(frames, edited, list(steps), 4 * len(steps))
 
 
-def sigma_of(case: Case, step: int) -> float:
-    """The noise level a step of the full run starts at."""
+def sigmas_of(case: Case) -> list[float]:
+    """The noise levels that the steps of the full run start at."""
     from wan_pipeline import compute_schedule
 
     names = ("num_inference_steps", "denoising_strength", "sigma_shift")
-    return compute_schedule(**{name: getattr(case.settings, name) for name in names})[1][step]
+    return compute_schedule(**{name: getattr(case.settings, name) for name in names})[1]
 
 
 def velocity(case: Case, latents, sigma: float, prompt: str, *, cfg_scale: float | None = None):

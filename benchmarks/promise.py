@@ -212,7 +212,8 @@ def check_same_setup(path: Path, methods: list[Method]) -> None:
     }
     text = json.dumps(setup, indent=2)
     if path.exists() and path.read_text() != text:
-        sys.exit(f"promise.py: error: {path} is of other weights, methods or versions; use another --output")
+        program = Path(sys.argv[0]).name
+        sys.exit(f"{program}: error: {path} is of other weights, methods or versions; use another --output")
     path.write_text(text)
 
 
