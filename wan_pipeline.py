@@ -170,30 +170,61 @@ class SigmasScheduler(ReportingScheduler):
 class DifferentialScheduler(ReportingScheduler):
     """Follows a prior's trajectory at a few chosen steps and integrates only what the new prompt changes.
 
-    With the prior's latents x_i and guided velocity v_i at sigma_i, and an offset d that starts at zero,
+    With the prior's latents x_i and guided velocity v_i at sigma_i, `next` the next chosen step or the clean
+    end, h = sigma_next - sigma_i, and an offset d that starts at zero,
 
-        d <- d + (sigma_next - sigma_i) * (v_new(x_i + d, sigma_i) - v_i),    go on at x_next + d
+        d <- d + h * (v_new(x_i + d, sigma_i) - v_i) - (1 - share) * bend,      go on at x_next + d
 
-    where `next` is the next chosen step or the clean end. With the prior's own prompt the bracket is zero and
-    the result is the prior's own, exactly. (FlowEdit, arXiv 2412.08629, drives an edit by the same difference
-    of velocities; here one of the two is already on disk.)
+    where bend = x_next - x_i - h * v_i is what the prior's own fine steps did beyond one straight step, and
+    share (0 ... 1, `share_of_bend`) says where the new clip can be expected to do the same. With the prior's
+    own prompt the bracket is zero and the share one, so the result is the prior's own, exactly. (FlowEdit,
+    arXiv 2412.08629, drives an edit by the same difference of velocities; here one of the two is already on
+    disk. The share is ours; docs/method.md derives it.)
     """
 
     def __init__(self, trajectory: Trajectory):
         super().__init__(lambda _: trajectory.steps)
         self.trajectory = trajectory
         self.offset: torch.Tensor | float = 0.0  # float32: in bfloat16 small differences would be lost
+        self.estimates: tuple[torch.Tensor, torch.Tensor] | None = None  # new and old, at the step before
 
     def advance(
         self, place: int, model_output: torch.Tensor, timestep: torch.Tensor, sample: torch.Tensor
     ) -> torch.Tensor:
-        """Add the difference of the two velocities to the offset and go on at the next chosen step."""
+        """Add what the new prompt changes to the offset and go on at the next chosen step."""
         sigmas = [*self.sigmas.tolist(), 0.0]
-        noise_pred = self.trajectory.noise_pred[place].to(sample.device)
-        difference = model_output.float() - noise_pred.float()
-        self.offset = self.offset + (sigmas[place + 1] - sigmas[place]) * difference
-        latents = self.trajectory.latents[place + 1].to(sample.device)
-        return (latents.float() + self.offset).to(sample.dtype)
+        sigma, ahead = sigmas[place], sigmas[place + 1] - sigmas[place]
+        path = self.trajectory
+        here, there, old = (
+            tensor.to(sample.device).float()
+            for tensor in (path.latents[place], path.latents[place + 1], path.noise_pred[place])
+        )
+        new = model_output.float()
+        bend = there - here - ahead * old
+        share = self.share_of_bend(bend, new=sample.float() - sigma * new, old=here - sigma * old)
+        self.offset = self.offset + ahead * (new - old) - (1 - share) * bend
+        return torch.where(self.offset == 0, there, there + self.offset).to(sample.dtype)  # keeps a -0.0
+
+    def share_of_bend(
+        self, bend: torch.Tensor, *, new: torch.Tensor, old: torch.Tensor
+    ) -> torch.Tensor | float:
+        """How much of the prior's bend to follow, position by position: [B, 1, T, H, W], 0 ... 1.
+
+        Both denoised estimates have moved since the step before, at the first step since the picture at rest,
+        the prior's first frame. Where they moved alike the new clip follows the prior: with the moves m,
+
+            share = max(0, 1 - |m_new - m_old|^2 / (|m_new|^2 + |m_old|^2 + |bend|^2)),   norms over channels
+
+        Args:
+            bend: [B, C, T, H, W], like
+            new, old: the new run's and the prior's denoised estimate, latents - sigma * noise_pred.
+        """
+        before_new, before_old = self.estimates or (old[:, :, :1], old[:, :, :1])
+        self.estimates = new, old
+        moves = new - before_new, old - before_old
+        apart = (moves[0] - moves[1]).square().sum(1, keepdim=True)
+        all_moves = sum(each.square().sum(1, keepdim=True) for each in (*moves, bend))
+        return torch.where(apart > 0, 1 - apart / all_moves, 1.0).clamp(min=0)
 
 
 class ForwardCounter:

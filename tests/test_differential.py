@@ -1,4 +1,8 @@
-"""Differential resume: worked by hand, on a flow whose velocity is known, and through the command line."""
+"""Differential resume: worked by hand, on a flow whose velocity is known, and through the command line.
+
+Latents are [B, C, T, H, W]; the prior's bend is followed position by position, so what is to be followed and
+what is not lies at different H or W here, never in two channels.
+"""
 
 from __future__ import annotations
 
@@ -30,10 +34,14 @@ def prior_of(velocity, noise: torch.Tensor, chosen: tuple[int, ...]) -> Trajecto
     return Trajectory(chosen, latents, [steps[i].noise_pred for i in chosen])
 
 
+def at(*values: float) -> torch.Tensor:
+    """Latents of one channel and one frame with these values side by side: [1, 1, 1, 1, W]"""
+    return torch.tensor(values).view(1, 1, 1, 1, -1)
+
+
 @pytest.mark.parametrize("chosen", [(0,), (4,), (2, 7), (2, 5, 8), (0, 9)])
 def test_constant_velocities_give_the_offset_worked_by_hand(chosen: tuple[int, ...]) -> None:
-    noise = torch.tensor([[1.0, -2.0]])
-    old, new = torch.tensor([[0.5, 3.0]]), torch.tensor([[2.5, 2.0]])
+    noise, old, new = at(1.0, -2.0), at(0.5, 3.0), at(2.5, 2.0)
     trajectory = prior_of(lambda x, sigma: old, noise, chosen)
     steps = run(DifferentialScheduler(trajectory), lambda x, sigma: new, trajectory.latents[0])
     # the prior ends at noise - old; from sigma_i on the new velocity adds -sigma_i * (new - old)
@@ -44,7 +52,7 @@ def test_constant_velocities_give_the_offset_worked_by_hand(chosen: tuple[int, .
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_priors_own_velocity_gives_the_priors_own_latents(dtype: torch.dtype) -> None:
-    noise = torch.randn(3, 16, generator=torch.Generator().manual_seed(0)).to(dtype)
+    noise = torch.randn(1, 4, 3, 2, 8, generator=torch.Generator().manual_seed(0)).to(dtype)
 
     def velocity(x: torch.Tensor, sigma: float) -> torch.Tensor:
         return torch.sin(3 * x) + sigma
@@ -52,6 +60,41 @@ def test_the_priors_own_velocity_gives_the_priors_own_latents(dtype: torch.dtype
     trajectory = prior_of(velocity, noise, (1, 4, 8))
     steps = run(DifferentialScheduler(trajectory), velocity, trajectory.latents[0])
     assert torch.equal(steps[-1].latents, trajectory.latents[-1])
+
+
+def test_the_share_of_the_bend_worked_by_hand() -> None:
+    scheduler = DifferentialScheduler(Trajectory((0,), [], []))
+
+    def frames(first: tuple[float, float], second: tuple[float, float]) -> torch.Tensor:
+        """Two channels, two frames, one pixel."""
+        return torch.tensor([first, second]).T.view(1, 2, 2, 1, 1)
+
+    old, new = frames((1, 1), (1, 3)), frames((1, 1), (2, 4))
+    bend = frames((0, 0), (1, 1))
+    # at rest it is (1, 1): moves of (1, 3) and (0, 2), apart by (1, 1)
+    share = scheduler.share_of_bend(bend, new=new, old=old)
+    torch.testing.assert_close(share.flatten(), torch.tensor([1, 1 - 2 / (10 + 4 + 2)]))
+    # then the new one goes back by (0, 3) where the prior goes on by (0, 1): opposite ways
+    share = scheduler.share_of_bend(
+        0.1 * bend, new=new - frames((0, 0), (0, 3)), old=old + frames((0, 0), (0, 1))
+    )
+    assert share.flatten().tolist() == [1, 0]
+
+
+def test_with_nothing_of_the_bend_the_steps_are_those_from_noise() -> None:
+    class Straight(DifferentialScheduler):
+        def share_of_bend(self, bend: torch.Tensor, **estimates: torch.Tensor) -> float:
+            return 0.0
+
+    def velocity(x: torch.Tensor, sigma: float) -> torch.Tensor:
+        return torch.cos(2 * x) - sigma
+
+    noise, chosen = at(0.5, -1.0, 2.0), (0, 5, 8)
+    prior = prior_of(lambda x, sigma: torch.sin(3 * x) + sigma, noise, chosen)
+    found = run(Straight(prior), velocity, noise)[-1].latents
+    from_noise = run(ReportingScheduler(lambda _: chosen), velocity, noise)[-1].latents
+    torch.testing.assert_close(found, from_noise, atol=1e-5, rtol=0)
+    assert (run(DifferentialScheduler(prior), velocity, noise)[-1].latents - from_noise).abs().max() > 0.01
 
 
 def mixture_velocity(centres: torch.Tensor, width: float, x: torch.Tensor, sigma: float) -> torch.Tensor:
@@ -71,27 +114,45 @@ DETAIL = torch.linspace(-1.5, 1.5, 9)  # nine sharp modes, 0.375 apart, the same
 
 
 def world_velocity(motions: tuple[float, ...]):
-    """Two coordinates: a detail that no prompt touches, and a motion that is one of `motions`."""
+    """Two pixels: a detail that no prompt touches, and a motion that is one of `motions`."""
 
     def velocity(x: torch.Tensor, sigma: float) -> torch.Tensor:
-        detail = mixture_velocity(DETAIL, 0.03, x[:, 0], sigma)
-        return torch.stack([detail, mixture_velocity(torch.tensor(motions), 0.1, x[:, 1], sigma)], 1)
+        detail = mixture_velocity(DETAIL, 0.03, x[..., 0].flatten(), sigma)
+        motion = mixture_velocity(torch.tensor(motions), 0.1, x[..., 1].flatten(), sigma)
+        return torch.stack([detail, motion], 1).view_as(x)
 
     return velocity
 
 
 def test_detail_is_the_priors_and_motion_the_prompts() -> None:
-    noise = torch.randn(2000, 2, generator=torch.Generator().manual_seed(0))
+    noise = torch.randn(2000, 1, 1, 1, 2, generator=torch.Generator().manual_seed(0))
     neutral, asked = world_velocity((-1.0, 1.0)), world_velocity((1.0,))
     prior = prior_of(neutral, noise, (2, 6, 9))
     found = run(DifferentialScheduler(prior), asked, prior.latents[0])[-1].latents
-    assert torch.equal(found[:, 0], prior.latents[-1][:, 0])
-    assert (found[:, 1] > 0).float().mean() > 0.99
-    assert (prior.latents[-1][:, 1] > 0).float().mean() < 0.6  # the prior itself had not settled on it
+    assert torch.equal(found[..., 0], prior.latents[-1][..., 0])
+    assert (found[..., 1] > 0).float().mean() > 0.99
+    assert (prior.latents[-1][..., 1] > 0).float().mean() < 0.6  # the prior itself had not settled on it
 
     full = run(ResumableScheduler(), asked, noise)[-1].latents
     few = run(ReportingScheduler(lambda _: (0, 5, 8)), asked, noise)[-1].latents
-    assert math.sqrt((few - full)[:, 0].square().mean()) > 0.2  # three steps from noise miss the detail
+    assert math.sqrt((few - full)[..., 0].square().mean()) > 0.2  # three steps from noise miss the detail
+
+
+def test_following_the_bend_where_both_move_alike_is_nearer_than_following_it_everywhere() -> None:
+    class WholeBend(DifferentialScheduler):
+        def share_of_bend(self, bend: torch.Tensor, **estimates: torch.Tensor) -> float:
+            return 1.0
+
+    noise = torch.randn(2000, 1, 1, 1, 2, generator=torch.Generator().manual_seed(0))
+    asked = world_velocity((1.0,))
+    prior = prior_of(world_velocity((-1.0, 1.0)), noise, (0, 5, 8))
+    full = run(ResumableScheduler(), asked, noise)[-1].latents
+    found, whole = (
+        run(scheduler(prior), asked, noise)[-1].latents for scheduler in (DifferentialScheduler, WholeBend)
+    )
+    errors = [(each - full)[..., 1].square().mean().sqrt() for each in (found, whole)]
+    assert errors[0] < 0.8 * errors[1]
+    assert torch.equal(found[..., 0], full[..., 0])  # the detail, where it is followed whole
 
 
 @pytest.mark.parametrize("flags", [("--steps", 2, 5, 8), ("--num_steps", 2), ("--steps", 0, 9)])

@@ -75,8 +75,9 @@ def test_other_schedules_and_sizes_are_exact(make_prior, infer, tmp_path, flags,
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("flags", [("--num_steps", 3), ("--steps", 0), ("--steps", *range(10))])
-def test_differential_resume_is_exact_too(make_prior, infer, tmp_path, flags, dtype):
-    prior = make_prior("--dtype", dtype)
+@pytest.mark.parametrize("num_frames", ["5", "1"])  # 1: a picture, whose moves are all from itself
+def test_differential_resume_is_exact_too(make_prior, infer, tmp_path, flags, num_frames, dtype):
+    prior = make_prior("--dtype", dtype, "--num_frames", num_frames)
     outcome = infer(prior, *flags, "--output", tmp_path / "video.mp4")
     assert outcome.report["latents_sha256"] == full_sha256(prior)
 
@@ -85,8 +86,8 @@ def test_differential_resume_is_exact_too(make_prior, infer, tmp_path, flags, dt
 def test_prior_that_starts_from_a_video_is_exact(make_prior, infer, tmp_path, video, dtype):
     prior = make_prior("--denoising_strength", "0.6", "--input_video", str(video), "--dtype", dtype)
     assert read_json(prior / "run_metadata.json")["scheduler_sigmas"][0] == pytest.approx(3 / 3.4)
-    for step in (0, 6, 9):
-        outcome = infer(prior, "--start_step", step, "--output", tmp_path / f"{step}.mp4")
+    for flags in (("--start_step", 0), ("--start_step", 6), ("--start_step", 9), ("--num_steps", 3)):
+        outcome = infer(prior, *flags, "--output", tmp_path / f"{flags[-1]}.mp4")
         assert outcome.report["latents_sha256"] == full_sha256(prior)
 
 
