@@ -364,7 +364,9 @@ def make_priors(args: argparse.Namespace) -> list[Path]:
         args.image = [download_example()]
     wanted, input_video = read_wanted(args, settings), read_input_video(args, settings)
     options = dataclasses.replace(cli.load_options(args), device=device)
-    files = wan_models.weight_files(options)
+    files = wan_models.weight_files(
+        options, [*wan_models.COMPONENTS, *wan_models.cache_components(settings.skip_cache)]
+    )
     for note in lora.check_loras(options.loras, files["dit"]):
         cli.warn(note)
     metadata["model_fingerprint"] = wan_models.fingerprint(files)

@@ -244,7 +244,11 @@ def resolve_start_step(choice: int | None, prior: Prior) -> int:
 
 
 def differential_steps(args: argparse.Namespace, prior: Prior) -> list[int]:
-    """The steps of a differential resume: those given, or so many spread over the schedule."""
+    """The steps of a differential resume: those given, or so many at their places in the schedule.
+
+    Raises:
+        InputError: the prior has no such steps.
+    """
     total = prior.num_inference_steps
     num_steps = args.num_steps or prior_utils.recommended_num_steps(total)
     if num_steps > total:
@@ -308,7 +312,7 @@ def needed_components(plan: Plan, prior: Prior, *, known: Set[str]) -> list[str]
     """
     if not plan.steps_to_run:
         return ["vae"]
-    components = ["dit", "vae"]
+    components = ["dit", "vae", *wan_models.cache_components(plan.skip_cache)]
     if not known >= set(plan.texts):
         components.append("text_encoder")
     if prior.is_legacy:

@@ -34,6 +34,7 @@ class Left:
     last_step: int  # the one to end with
     damaged: frozenset[str]
     videos: dict[str, int | None]  # and the step whose denoised estimate each shows; None: the clean latents
+    skip_cache: int | None  # as the steps run
 
     @property
     def steps(self) -> range:
@@ -43,10 +44,11 @@ class Left:
     @property
     def components(self) -> list[str]:
         """The parts of the model that are needed."""
+        cache = wan_models.cache_components(self.skip_cache)
         if self.start_step is None:
-            return ["dit", "vae", "text_encoder", "image_encoder"]
+            return [*wan_models.COMPONENTS, *cache]
         if self.steps:
-            return ["dit", "vae"]
+            return ["dit", "vae", *cache]
         return ["vae"] if self.videos else []
 
 
@@ -90,7 +92,13 @@ def what_is_left(prior: Prior) -> Left:
         start_step = min(prior_utils.leading_steps(whole, prior.num_inference_steps) - 1, last_step)
         if start_step < last_step and (m.get("skip_cache") or m.get("tea_cache_l1_thresh")):
             start_step = -1  # a step uses again what earlier ones left in memory
-    return Left(start_step=start_step, last_step=last_step, damaged=frozenset(damaged), videos=videos)
+    return Left(
+        start_step=start_step,
+        last_step=last_step,
+        damaged=frozenset(damaged),
+        videos=videos,
+        skip_cache=m.get("skip_cache"),
+    )
 
 
 # --- whether it can go on here ------------------------------------------------------------------------------

@@ -100,7 +100,7 @@ def load_model(jobs: Sequence[Job], inputs: Mapping[Path, Inputs], options: Load
     known = {text for each in inputs.values() for text in each.contexts}
     needed = {name for job in jobs for name in needed_components(job.plan, job.prior, known=known)}
     options = dataclasses.replace(options, vram=wan_models.pick_vram(options))
-    files = wan_models.weight_files(options, [name for name in wan_models.COMPONENTS if name in needed])
+    files = wan_models.weight_files(options, [name for name in wan_models.ALL_COMPONENTS if name in needed])
     for note in check_loras(options.loras, files.get("dit", [])):
         cli.warn(note)
     fingerprint = wan_models.fingerprint(files)
@@ -223,7 +223,7 @@ def report(job: Job, inputs: Inputs, *, model: Model, result: RunResult, clock: 
         "dtype": options.dtype,
         "vram": options.vram,
         **cli.machine(options.device),
-        "components_loaded": list(model.fingerprint),
+        "components_loaded": [name for name in wan_models.COMPONENTS if name in model.fingerprint],
         "steps_run": result.steps,
         "steps_skipped": prior.num_inference_steps - len(result.steps),
         "forwards": result.forwards,

@@ -102,13 +102,19 @@ def check_one_model(plans: list[tuple[Prior, Plan]]) -> None:
             ("model", first_plan.model, plan.model),
             ("dtype", first_plan.dtype, plan.dtype),
             ("lora", first_plan.lora, plan.lora),
-            ("model_fingerprint", *(each.metadata.get("model_fingerprint") for each in (first, prior))),
+            ("model_fingerprint", weights(first), weights(prior)),
         ):
             if one != other:
                 raise InputError(
                     f"{first.directory} and {prior.directory} differ in {name}, and a sweep loads one model; "
                     "sweep them apart"
                 )
+
+
+def weights(prior: Prior) -> list[str] | None:
+    """The fingerprints of the components that every prior uses; an older one records none."""
+    recorded = prior.metadata.get("model_fingerprint")
+    return None if recorded is None else [recorded.get(name) for name in wan_models.COMPONENTS]
 
 
 def flags_of_each(

@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from diffsynth.models.wan_video_text_encoder import HuggingfaceTokenizer
 
 FOLDER = Path(__file__).resolve().parent / "data" / "tiny_wan_i2v"
-BRANCH_FILE = "skip_branch.safetensors"
 MODULES = ("dit", "text_encoder", "image_encoder", "vae")
 
 
@@ -46,12 +45,12 @@ def build(config: dict, *, seed: int = 0, only: Collection[str] = MODULES) -> di
 
 
 def load(folder: Path = FOLDER, *, only: Collection[str] = MODULES) -> dict[str, torch.nn.Module]:
-    """The trained modules in float32, whatever the dtype of the files; the DiT with its skip_branch."""
+    """The trained modules in float32, whatever the dtype of the files; a skip_branch is put into the DiT."""
     from safetensors.torch import load_file
 
     from skip_cache import Branch
 
-    modules = build(read_config(folder), only=only)
+    modules = build(read_config(folder), only=[name for name in MODULES if name in only])
     for name, module in modules.items():
         weights = {
             key: value.float() for key, value in load_file(Path(folder) / f"{name}.safetensors").items()
@@ -59,9 +58,8 @@ def load(folder: Path = FOLDER, *, only: Collection[str] = MODULES) -> dict[str,
         if name == "vae":
             set_latent_statistics(module, weights.pop("mean"), weights.pop("std"))
         module.load_state_dict(weights)
-    branch = Path(folder) / BRANCH_FILE
-    if "dit" in modules and branch.exists():
-        modules["dit"].skip_branch = Branch(**load_file(branch))
+    if "skip_branch" in only:
+        modules["dit"].skip_branch = Branch(**load_file(Path(folder) / "skip_branch.safetensors"))
     return modules
 
 

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parent
 TINY_DIR = ROOT / "data" / "tiny_wan_i2v"
 COMPONENTS = ("dit", "vae", "text_encoder", "image_encoder")
+SKIP_BRANCH = "skip_branch"  # what --skip_cache uses besides, of a model that has it (skip_cache.Branch)
+ALL_COMPONENTS = (*COMPONENTS, SKIP_BRANCH)
 MAX_HEADER_BYTES = 2**24  # of a safetensors file; the 14B model's headers are some 100 KB
 PLAIN_VRAM_GIB = 64  # bfloat16 weights of the 14B model are some 46 GiB; the rest is activations and decoding
 
@@ -147,11 +149,18 @@ def pick_vram(options: LoadOptions) -> str:
     return "plain" if free >= PLAIN_VRAM_GIB else "low"
 
 
+def cache_components(skip_cache: int | None) -> list[str]:
+    """What a run with --skip_cache needs besides the four components."""
+    return [] if skip_cache is None else [SKIP_BRANCH]
+
+
 # --- where the weights are ----------------------------------------------------------------------------------
 
 
 def weight_files(options: LoadOptions, components: Collection[str] = COMPONENTS) -> dict[str, list[Path]]:
     """The weight files of each component, fetched first where they are not there yet.
+
+    A model without a skip_branch has no file of it, which is no error.
 
     Raises:
         RunError: they could not be fetched.
@@ -159,12 +168,24 @@ def weight_files(options: LoadOptions, components: Collection[str] = COMPONENTS)
     """
     if "text_encoder" in components:
         _tokenizer_folder(options)
+    return {
+        name: _skip_branch(options) if name == SKIP_BRANCH else _component_files(options, name)
+        for name in components
+    }
+
+
+def _component_files(options: LoadOptions, name: str) -> list[Path]:
     if options.model not in REAL_MODELS:
-        folder = options.model_dir or TINY_DIR
-        return {name: _existing(folder, [f"{name}.safetensors"], name) for name in components}
+        return _existing(options.model_dir or TINY_DIR, [f"{name}.safetensors"], name)
     if options.model_dir is not None:
-        return {name: _in_folder(options, name) for name in components}
-    return {name: _fetch(*_published(options.model, name)) for name in components}
+        return _in_folder(options, name)
+    return _fetch(*_published(options.model, name))
+
+
+def _skip_branch(options: LoadOptions) -> list[Path]:
+    """No branch was published for a real model."""
+    path = (options.model_dir or TINY_DIR) / f"{SKIP_BRANCH}.safetensors"
+    return [path] if options.model not in REAL_MODELS and path.is_file() else []
 
 
 def _published(model: str, component: str) -> tuple[str, str]:
@@ -240,7 +261,7 @@ def fingerprint(files: Mapping[str, list[Path]]) -> dict[str, str]:
     Reads the header of a safetensors file and 33 pieces of 4 KiB spread evenly over the file, the first
     and the last among them, so 28 GB cost milliseconds.
     """
-    return {component: _fingerprint(paths) for component, paths in files.items()}
+    return {component: _fingerprint(paths) if paths else "none" for component, paths in files.items()}
 
 
 def _fingerprint(paths: list[Path], *, pieces: int = 32, piece_bytes: int = 4096) -> str:
@@ -264,6 +285,7 @@ def _fingerprint(paths: list[Path], *, pieces: int = 32, piece_bytes: int = 4096
 def load_pipeline(options: LoadOptions, files: Mapping[str, list[Path]]) -> WanVideoPipeline:
     """Load the components named in `files` (see `weight_files`), and no others, into a WanVideoPipeline."""
     load = _load_real if options.model in REAL_MODELS else _load_tiny
+    files = {name: paths for name, paths in files.items() if paths}
     pipe = load(options, files)
     if "dit" in files:
         load_loras(pipe, options.loras)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 import torch
 from helpers import OTHER_PROMPT, PROMPT, edit_metadata, read_json
@@ -82,6 +84,46 @@ def test_a_prior_made_with_skip_cache_is_exact_where_a_full_step_is_due(generate
         outcome = infer(made, "--start_step", step, *flags, "--output", path)
         assert (outcome.report["latents_sha256"] == sha256(made)) == exact
         assert ("made with --skip_cache 2" in outcome.err) == (not flags)
+
+
+def write_branch(folder, seed):
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {"weight": torch.randn(1, 48, 96, generator=generator), "bias": torch.zeros(1, 48)}
+    save_file(tensors, folder / "skip_branch.safetensors")
+
+
+def test_the_branch_is_one_of_the_weights_where_skip_cache_uses_it(run, model_dir, image, loads, tmp_path):
+    folder = shutil.copytree(model_dir, tmp_path / "model")
+    write_branch(folder, 0)
+    made = ("--model", "tiny", "--model_dir", folder, "--image", image, "--output_dir", tmp_path / "priors")
+    plain = run("generate_prior", *made).path
+    cached = run("generate_prior", *made, "--skip_cache", 2).path
+    assert sha256(plain) != sha256(cached)
+    assert [
+        sorted(read_json(each / "run_metadata.json")["model_fingerprint"]) for each in (plain, cached)
+    ] == [
+        ["dit", "image_encoder", "text_encoder", "vae"],
+        ["dit", "image_encoder", "skip_branch", "text_encoder", "vae"],
+    ]
+
+    def resumed(prior, *flags):
+        command = ("--prior_dir", prior, "--model_dir", folder, "--start_step", 5, *flags)
+        return run("infer_from_prior", *command, "--output", tmp_path / "x.mp4", "--overwrite")
+
+    assert resumed(cached, "--skip_cache", 2).report["latents_sha256"] == sha256(cached)
+    without = run("generate_prior", *made[:2], "--model_dir", model_dir, *made[4:], "--skip_cache", 2).path
+    assert sha256(without) != sha256(cached)
+    sweep = ("--prior_dir", plain, cached, "--model_dir", folder, "--start_step", 5, "--skip_cache", 2)
+    assert run("infer_from_prior", *sweep, "--output_dir", tmp_path / "sweep").code == 0
+    write_branch(folder, 1)
+    loads.clear()
+    assert "the skip_branch weights are not those" in resumed(cached, "--skip_cache", 2).error
+    (folder / "skip_branch.safetensors").unlink()
+    assert "the skip_branch weights are not those" in resumed(cached, "--skip_cache", 2).error
+    assert not loads
+    assert resumed(cached).code == 0  # without the cache the branch is of no use
+    assert resumed(plain).report["latents_sha256"] == sha256(plain)
+    assert resumed(plain, "--skip_cache", 2).code == 0
 
 
 def test_a_draft_with_cheaper_steps_is_finished_as_if_it_had_not_stopped(

@@ -132,7 +132,7 @@ def test_diffsynth_gets_the_files_that_were_found(gpu, asked, tmp_path, monkeypa
     for free, vram in ((80, "auto"), (24, "auto"), (80, "low"), (8, "plain")):
         gpu.free = free
         chosen = options(vram=vram, model_dir=tmp_path)
-        wan_models.load_pipeline(chosen, wan_models.weight_files(chosen))
+        wan_models.load_pipeline(chosen, wan_models.weight_files(chosen, wan_models.ALL_COMPONENTS))
     assert not asked
     for call in calls:
         paths = [config.path for config in call["model_configs"]]
