@@ -33,12 +33,11 @@ from torch import Tensor
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))
 
-import tiny_model  # noqa: E402
 import wan_models  # noqa: E402
 from wan_pipeline import compute_schedule, encode_image, encode_prompt  # noqa: E402
 
 FIRST_IDENTITY = 3_000_000  # a stream of identities of its own
-LORA_FILE = "distilled_lora.safetensors"
+LORA_FILE, BRANCH_FILE = "distilled_lora.safetensors", "skip_branch.safetensors"
 LORA_STEPS, PARTS = 4, 3  # the LoRA's steps, and the model's for each
 MAX_APART = 3  # steps; what --skip_cache 4 reuses
 
@@ -238,13 +237,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--folder", type=Path, default=HERE, help="holds the model, receives the file")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2, help="CPU threads")
-    parser.add_argument("--identities", type=int, help="identities to run the model on (default: 100; 20)")
+    parser.add_argument("--identities", type=int, help="identities to run the model on (default: 200; 20)")
     parser.add_argument("--clips", type=int, default=4, help="clips of each, and in a step of the training")
-    parser.add_argument("--steps", type=int, default=800, help="steps of the LoRA's training")
+    parser.add_argument("--steps", type=int, default=2400, help="steps of the LoRA's training")
     parser.add_argument("--rank", type=int, default=16, help="of the LoRA")
     parser.add_argument("--lr", type=float, default=2e-3, help="highest learning rate of the LoRA's training")
     args = parser.parse_args(argv)
-    args.identities = args.identities or {"lora": 100, "branch": 20}[args.what]
+    args.identities = args.identities or {"lora": 200, "branch": 20}[args.what]
     return args
 
 
@@ -258,7 +257,7 @@ def main(argv: list[str] | None = None) -> None:
     pipe = wan_models.load_pipeline(options, wan_models.weight_files(options))
     defaults = wan_models.model_defaults("tiny", args.folder)
     speed_up(pipe.dit)
-    made, name = {"lora": (train_lora, LORA_FILE), "branch": (fit_branch, tiny_model.BRANCH_FILE)}[args.what]
+    made, name = {"lora": (train_lora, LORA_FILE), "branch": (fit_branch, BRANCH_FILE)}[args.what]
     path = args.folder / name
     save_file(made(pipe, defaults, args), path.with_suffix(".tmp"))
     path.with_suffix(".tmp").chmod(0o644)  # safetensors writes for the owner alone
