@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from methods import STEPS, Case, Method, Prior, differential, from_noise, resume, sigmas_of
+from methods import (
+    PRIOR_PROMPTS,
+    STEPS,
+    Case,
+    Method,
+    Prior,
+    as_prior,
+    differential,
+    from_noise,
+    from_noise_on,
+    resume,
+    run_prior,
+    sigmas_of,
+)
 
 MODEL_DIR = Path(__file__).resolve().parents[1] / "data" / "tiny_wan_i2v"
 DISTILLED, BRANCH = MODEL_DIR / "distilled_lora.safetensors", MODEL_DIR / "skip_branch.safetensors"
@@ -80,15 +94,19 @@ def with_whole_residual(run: Callable, every: int) -> Callable:
 
 def on_sigmas(case: Case, prior: Prior | None, *, sigmas: tuple[float, ...]):
     """--sigmas: these, from where the prior's path, or the noise, is at the first of them."""
-    from prior_utils import place_on_path
     from wan_pipeline import run_on_sigmas
 
-    latents = case.noise
-    if prior is not None:
-        step, part = place_on_path(sigmas[0], sigmas_of(case))
-        latents = (1 - part) * prior.latents[step] + part * prior.latents[step + 1]
+    latents = case.noise if prior is None else on_path(case, prior, sigmas[0])
     conditioning = case.conditioning("new")
     return run_on_sigmas(case.pipe, case.settings, sigmas=sigmas, latents=latents, conditioning=conditioning)
+
+
+def on_path(case: Case, prior: Prior, sigma: float):
+    """Where the prior's path is at a noise level: [B, C, T, H, W]."""
+    from prior_utils import place_on_path
+
+    step, part = place_on_path(sigma, sigmas_of(case))
+    return (1 - part) * prior.latents[step] + part * prior.latents[step + 1]
 
 
 def re_spaced(case: Case, prior: Prior, *, start_step: int, steps: int):
@@ -108,13 +126,48 @@ def distilled_dit(pipe):
     return dit
 
 
-def distilled(case: Case, prior: Prior | None, *, sigmas: tuple[float, ...]):
-    """The distilled LoRA without guidance, from noise or from a prior of the base model."""
+@contextlib.contextmanager
+def with_distilled(case: Case) -> Iterator[Case]:
+    """The case as the distilled LoRA runs it for the length of a `with`: its DiT, 4 steps, no guidance."""
     from wan_pipeline import hooked
 
-    unguided = replace(case, settings=replace(case.settings, cfg_scale=1.0))
+    settings = replace(case.settings, cfg_scale=1.0, num_inference_steps=len(DISTILLED_SIGMAS))
     with hooked(case.pipe, dit=distilled_dit(case.pipe)):
-        return on_sigmas(unguided, prior, sigmas=sigmas)
+        yield replace(case, settings=settings)
+
+
+def distilled(case: Case, prior: Prior | None, *, sigmas: tuple[float, ...]):
+    """The distilled LoRA without guidance, from noise or from a prior of the base model."""
+    from wan_pipeline import run_on_sigmas
+
+    latents = case.noise if prior is None else on_path(case, prior, sigmas[0])
+    with with_distilled(case) as own:
+        conditioning = own.conditioning("new")
+        return run_on_sigmas(
+            own.pipe, own.settings, sigmas=sigmas, latents=latents, conditioning=conditioning
+        )
+
+
+def distilled_after_base(case: Case, prior: Prior | None, *, base_steps: int):
+    """What is done by hand today: the base model begins, with guidance and the new prompt, the LoRA ends."""
+    from wan_pipeline import run_on_sigmas
+
+    steps = []
+    on = {"sigmas": DISTILLED_SIGMAS, "latents": case.noise, "conditioning": case.conditioning("new")}
+    run_on_sigmas(case.pipe, case.settings, **on, on_step=steps.append)
+    with with_distilled(case) as own:
+        on |= {"sigmas": DISTILLED_SIGMAS[base_steps:], "latents": steps[base_steps].latents_before}
+        result = run_on_sigmas(own.pipe, own.settings, **on)
+    result.forwards += sum(step.forwards for step in steps[:base_steps])
+    result.block_evaluations += 2 * base_steps * len(case.pipe.dit.blocks)
+    result.seconds["denoise"] += sum(step.seconds for step in steps[:base_steps])
+    return result
+
+
+def distilled_differential(case: Case, prior: Prior | None, *, steps: tuple[int, ...], prompt: str):
+    """Differential resume from a prior made by the LoRA itself, in its 4 steps; the prior is not counted."""
+    with with_distilled(case) as own:
+        return differential(own, as_prior(*run_prior(own, prompt)), steps=steps)
 
 
 def cheaper() -> Iterator[Method]:
@@ -123,13 +176,17 @@ def cheaper() -> Iterator[Method]:
     bases = (  # name, how, prior, choices
         ("full run", from_noise, "none", {"steps": STEPS}),
         ("resume", resume, "empty", {"start_step": 3}),
-        ("differential", differential, "empty", {"steps": (0, 5, 8)}),
-        ("differential", differential, "empty", {"steps": (0, 2, 4, 6, 8)}),
+        ("differential", differential, "still", {"steps": (0, 5, 8)}),
+        ("differential", differential, "still", {"steps": (0, 3, 6, 8, 9)}),
     )
     for name, run, kind, choices in bases:
         yield Method(name, bind(run, **choices), kind)
     for steps in (6, 4, 3, 2, 1):
         yield Method("fewer steps", bind(from_noise, steps=steps))
+    for steps in ((0, 4, 7, 9), (0, 5, 8), (0, 7)):
+        yield Method("fewer steps, chosen sigmas", bind(from_noise_on, steps=steps))
+    for steps in ((0, 4, 7, 9), (1, 7), (1,)):
+        yield Method("differential", bind(differential, steps=steps), "still")
     for (name, run, kind, choices), periods in zip(bases, ((2, 3, 4), (2, 3, 4), (2,), (2,)), strict=True):
         for every in periods:
             cached = bind(changed(run, skip_cache=every), **choices)
@@ -163,10 +220,21 @@ def by_step(bases) -> Iterator[Method]:
 
 
 def with_lora() -> Iterator[Method]:
-    """The distilled LoRA on its own sigmas, from noise and from a prior, and the base model on the same."""
-    yield Method("distilled LoRA", functools.partial(distilled, sigmas=DISTILLED_SIGMAS))
+    """The distilled LoRA on its own sigmas: alone, after a prior or the base model, from its own prior."""
+    bind, own = functools.partial, DISTILLED_SIGMAS
+    for places in ((0, 1, 2, 3), (0, 2, 3), (0, 2), (0,)):
+        sigmas, steps = tuple(own[place] for place in places), f"{' '.join(map(str, places))} of 4"
+        yield Method("distilled LoRA", bind(distilled, sigmas=sigmas), steps=steps)
+        yield Method("base on the LoRA's sigmas", bind(on_sigmas, sigmas=sigmas), steps=steps)
     for first in (1, 2, 3):
-        sigmas = DISTILLED_SIGMAS[first:]
-        for kind in ("empty", "motion"):
-            yield Method("distilled LoRA", functools.partial(distilled, sigmas=sigmas), kind)
-            yield Method("base on the same sigmas", functools.partial(on_sigmas, sigmas=sigmas), kind)
+        steps = f"{' '.join(map(str, range(first, 4)))} of 4"
+        by_hand = bind(distilled_after_base, base_steps=first)
+        yield Method(f"distilled LoRA after {first} of the base", by_hand, steps=steps)
+        for kind in ("empty", "still", "motion"):
+            yield Method("distilled LoRA from a base prior", bind(distilled, sigmas=own[first:]), kind, steps)
+        yield Method("base on the LoRA's sigmas", bind(on_sigmas, sigmas=own[first:]), "empty", steps)
+    for places in ((0, 2, 3), (0, 3), (0,)):
+        for kind in ("still", "motion"):
+            run = bind(distilled_differential, steps=places, prompt=PRIOR_PROMPTS[kind])
+            steps = f"{' '.join(map(str, places))} of 4"
+            yield Method("differential with the LoRA", run, f"{kind}, by the LoRA", steps)

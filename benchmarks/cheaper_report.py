@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,7 +16,7 @@ COSTS = {
 }
 QUALITY = ("obeyed", "identity_error", "decided", "psnr")
 FAMILIES: tuple[tuple[str, str, Callable[[str], bool]], ...] = (
-    ("fewer steps", "#7f8c8d", lambda name: name in ("full run", "fewer steps")),
+    ("fewer steps", "#7f8c8d", lambda name: name == "full run" or name.startswith("fewer steps")),
     (
         "skip-cache",
         "#2471a3",
@@ -27,11 +26,18 @@ FAMILIES: tuple[tuple[str, str, Callable[[str], bool]], ...] = (
     ("whole residual", "#c0392b", lambda name: "whole residual" in name),
     ("guided on the first steps", "#8e44ad", lambda name: "guided" in name and "skip" not in name),
     ("differential", "#1e8449", lambda name: name == "differential"),
-    ("distilled LoRA", "#d4ac0d", lambda name: name.startswith("distilled")),
+    ("distilled LoRA alone", "#d4ac0d", lambda name: name == "distilled LoRA"),
+    ("... after the base model", "#e67e22", lambda name: name.startswith("distilled LoRA after")),
+    ("... from a base prior", "#a04000", lambda name: name == "distilled LoRA from a base prior"),
+    ("... differential, its own prior", "#ec7063", lambda name: name == "differential with the LoRA"),
 )
 
 
-MARKERS = {"resume": "s", "differential": "^"}  # others: a full run
+def marker(method: str) -> str:
+    """A square for what resumes from latents, a triangle for a differential resume, else a circle."""
+    if method.startswith("differential"):
+        return "^"
+    return "s" if method.startswith("resume") or method.endswith("from a base prior") else "o"
 
 
 def summarise(rows: list[Row]) -> list[dict]:
@@ -77,15 +83,14 @@ def plot(lines: list[dict], path: Path) -> None:
                 found = [line for line in lines if belongs(line["method"]) and shows(line, quality)]
                 axis.plot([], [], "o", color=colour, label=family)
                 for line in found:
-                    marker = MARKERS.get(re.split(r"[ ,]", line["method"])[0], "o")
-                    style = {"fmt": marker, "ms": 5, "elinewidth": 0.7, "color": colour}
+                    style = {"fmt": marker(line["method"]), "ms": 5, "elinewidth": 0.7, "color": colour}
                     axis.errorbar(line[cost], line[quality], line[f"{quality}_half"], **style)
             axis.set(xscale="log", xlabel=COSTS[cost], ylabel=label)
             axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             axis.xaxis.set_major_formatter("{x:g}")
             axis.minorticks_off()
-    for name, marker in {"full": "o", "differential": "^", "resumed": "s"}.items():
-        axes[0, 0].plot([], [], marker, color="black", label=f"({name})")
+    for name, shape in {"full": "o", "differential": "^", "resumed": "s"}.items():
+        axes[0, 0].plot([], [], shape, color="black", label=f"({name})")
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=5, fontsize=9)
     figure.savefig(path, dpi=110)
     plt.close(figure)

@@ -22,12 +22,19 @@ import world  # noqa: E402
 STEPS = 10
 PRIOR_PROMPTS = {kind: kind for kind in ("empty", "scene", "mean", "still")} | {"motion": "old"}  # -> context
 RESUMED = {"motion": (3, 5, 6, 7, 8), "empty": (5, 6, 7, 8), "scene": (6,), "mean": (6,), "still": (3, 6)}
+SIGMAS = ((0, 3, 5, 7, 8, 9), (0, 3, 6, 8, 9), (0, 3, 6, 8), (0, 4, 7, 9), (0, 5, 8), (0, 6, 9), (0, 7))
+DEFAULTS = ((0, 4, 7, 9), (0, 5, 8), (1, 7), (1,))  # what infer_from_prior.py runs of ten steps
 DIFFERENTIAL = {
-    "motion": ((2, 5, 8), (0, 5, 8), (0, 7)),
-    "empty": ((0, 3, 6, 8), (2, 5, 8), (0, 4, 8), (0, 5, 8), (2, 6, 9), (0, 6), (0, 7), (2, 7), (0,)),
+    "motion": DEFAULTS,
+    "empty": (*DEFAULTS, (2, 6, 9)),
     "scene": ((0, 5, 8),),
-    "still": ((0, 3, 6, 8), (0, 4, 8), (0, 5, 8), (0, 6, 9), (2, 5, 8), (0, 7), (2, 7), (0,)),
+    "still": (
+        *((0, 3, 5, 7, 8, 9), (0, 3, 6, 8, 9), *DEFAULTS),
+        *((0, 3, 6, 8), (0, 4, 8), (0, 6, 9), (2, 5, 8), (0, 7), (2, 7), (2, 8), (0,)),
+    ),
 }
+WHOLE_BEND = {"motion": ((0, 5, 8),), "empty": ((0, 5, 8),), "still": ((0, 4, 7, 9), (0, 5, 8), (1, 7), (1,))}
+BY_BENDS = {"motion": (3,), "still": (4, 3, 2)}  # numbers of steps
 
 
 @dataclass
@@ -136,20 +143,54 @@ def differential(case: Case, prior: Prior, *, steps: tuple[int, ...]):
     """--steps: a few steps along the prior's path, spent on what the new prompt changes."""
     from wan_pipeline import run_differential
 
-    path = trajectory(prior, steps, [prior.noise_pred[step] for step in steps])
+    path = trajectory(prior, steps)
     return run_differential(case.pipe, case.settings, trajectory=path, conditioning=case.conditioning("new"))
 
 
-def trajectory(prior: Prior, steps: tuple[int, ...], noise_pred: list[object]):
-    """The prior's path at these steps, with velocities of its own or others."""
+def differential_by_bends(case: Case, prior: Prior, *, num_steps: int):
+    """The same at the steps that the prior's own bends choose (bends.py)."""
+    from bends import best_steps
+
+    sigmas = [*sigmas_of(case), 0.0]
+    steps = best_steps(prior.latents, prior.noise_pred, sigmas)[num_steps - 1]
+    return differential(case, prior, steps=tuple(steps))
+
+
+def whole_bend():
+    """The scheduler that follows the prior's bend everywhere: the offset is all that is integrated."""
+    from wan_pipeline import DifferentialScheduler
+
+    class WholeBend(DifferentialScheduler):
+        def share_of_bend(self, bend, *, new, old):
+            return 1.0
+
+    return WholeBend
+
+
+def differential_whole_bend(case: Case, prior: Prior, *, steps: tuple[int, ...]):
+    """The same, but following the prior's bend everywhere."""
+    return along_path(case, trajectory(prior, steps), whole_bend())
+
+
+def along_path(case: Case, path, scheduler: Callable):
+    """Another kind of DifferentialScheduler, made of the prior's path."""
+    from wan_pipeline import run_scheduler
+
+    start = {"latents": path.latents[0], "conditioning": case.conditioning("new")}
+    return run_scheduler(case.pipe, case.settings, scheduler=scheduler(path), **start)
+
+
+def trajectory(prior: Prior, steps: tuple[int, ...], noise_pred: list[object] | None = None):
+    """The prior's path at these steps, with its own velocities or others."""
     from wan_pipeline import Trajectory
 
-    return Trajectory(steps, [*(prior.latents[step] for step in steps), prior.latents[-1]], noise_pred)
+    own = [prior.noise_pred[step] for step in steps]
+    return Trajectory(steps, [*(prior.latents[step] for step in steps), prior.latents[-1]], noise_pred or own)
 
 
 def differential_second_order(case: Case, prior: Prior, *, steps: tuple[int, ...]):
     """The same with Adams-Bashforth steps of second order for the offset, from the second one on."""
-    from wan_pipeline import DifferentialScheduler, run_scheduler
+    from wan_pipeline import DifferentialScheduler
 
     class SecondOrder(DifferentialScheduler):
         before = None  # the step's sigma and difference before this one
@@ -164,14 +205,7 @@ def differential_second_order(case: Case, prior: Prior, *, steps: tuple[int, ...
             self.offset = self.offset + (there - here) * difference + (there - here) ** 2 / 2 * change
             return self.trajectory.latents[place + 1] + self.offset
 
-    path = trajectory(prior, steps, [prior.noise_pred[step] for step in steps])
-    return run_scheduler(
-        case.pipe,
-        case.settings,
-        scheduler=SecondOrder(path),
-        latents=path.latents[0],
-        conditioning=case.conditioning("new"),
-    )
+    return along_path(case, trajectory(prior, steps), SecondOrder)
 
 
 def differential_without_guidance(case: Case, prior: Prior, *, steps: tuple[int, ...], prompt: str):
@@ -179,16 +213,10 @@ def differential_without_guidance(case: Case, prior: Prior, *, steps: tuple[int,
 
     `prompt` is the prior's. Its conditional velocity is computed here, uncounted; a prior would keep it.
     """
-    from wan_pipeline import run_differential
-
     sigmas = sigmas_of(case)
     posi = [velocity(case, prior.latents[step], sigmas[step], prompt, cfg_scale=1) for step in steps]
-    return run_differential(
-        case.pipe,
-        replace(case.settings, cfg_scale=1.0),
-        trajectory=trajectory(prior, steps, posi),
-        conditioning=case.conditioning("new"),
-    )
+    unguided = replace(case, settings=replace(case.settings, cfg_scale=1.0))
+    return along_path(unguided, trajectory(prior, steps, posi), whole_bend())
 
 
 def renoise(case: Case, prior: Prior, *, start_step: int, steps: tuple[int, ...]):
@@ -274,11 +302,15 @@ def velocity(case: Case, latents, sigma: float, prompt: str, *, cfg_scale: float
 
 @dataclass(frozen=True)
 class Method:
-    """A way to make the clip: its name in the table, the prior it starts from, how it runs."""
+    """A way to make the clip: its name in the table, the prior it starts from, how it runs.
+
+    steps: what the table says of the steps where they differ from clip to clip.
+    """
 
     name: str
     run: Callable
     prior: str = "none"
+    steps: str = ""
 
 
 def methods() -> Iterator[Method]:
@@ -287,7 +319,7 @@ def methods() -> Iterator[Method]:
     yield Method("full run", bind(from_noise, steps=STEPS))
     for steps in (6, 4, 3, 2, 1):
         yield Method("fewer steps", bind(from_noise, steps=steps))
-    for steps in ((0, 3, 6, 8), (0, 4, 8), (0, 5, 8), (0, 6, 9), (0, 7)):
+    for steps in SIGMAS:
         yield Method("fewer steps, chosen sigmas", bind(from_noise_on, steps=steps))
     for kind, start_steps in RESUMED.items():
         for start_step in start_steps:
@@ -296,6 +328,13 @@ def methods() -> Iterator[Method]:
     for kind, choices in DIFFERENTIAL.items():
         for steps in choices:
             yield Method("differential", bind(differential, steps=steps), kind)
+    for kind, numbers in BY_BENDS.items():
+        for number in numbers:
+            run = bind(differential_by_bends, num_steps=number)
+            yield Method("differential, steps by its bends", run, kind, f"{number} steps")
+    for kind, choices in WHOLE_BEND.items():
+        for steps in choices:
+            yield Method("differential, whole bend", bind(differential_whole_bend, steps=steps), kind)
     for steps in ((0, 4, 8), (0, 5, 8)):
         yield Method("differential, second order", bind(differential_second_order, steps=steps), "empty")
     for kind in ("empty", "motion"):

@@ -17,6 +17,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 
 ROOT = Path(__file__).resolve().parents[1]
+PRIOR_PROMPT = "she stays still"
 PROMPTS = ("she moves to the left", "she floats up", "she comes closer", "she speaks")
 FRAMES = (0, 3, 6, 9, 12, 16)
 GAP, LABEL = 6, 210  # pixels
@@ -64,14 +65,11 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        prior = run("generate_prior.py", "--model", "tiny", "--image", args.image, "--output_dir", folder)
+        made = ("--model", "tiny", "--image", args.image, "--prompt", PRIOR_PROMPT, "--output_dir", folder)
+        prior = run("generate_prior.py", *made)
         forwards = json.loads((prior / "run_metadata.json").read_text())["forwards"]
-        rows = [
-            (
-                f"the prior\n(no motion asked)\n{forwards} forwards",
-                strip(prior / "output_full.mp4", zoom=args.zoom),
-            )
-        ]
+        label = f'the prior:\n"{PRIOR_PROMPT}"\n{forwards} forwards'
+        rows = [(label, strip(prior / "output_full.mp4", zoom=args.zoom))]
         for prompt in args.prompts:
             video = run("infer_from_prior.py", "--prior_dir", prior, "--prompt", prompt, *args.flags)
             forwards = json.loads(video.with_suffix(".json").read_text())["forwards"]

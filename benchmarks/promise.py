@@ -92,7 +92,7 @@ def make_case(pipe, defaults, index: int, seed: int) -> Case:
 def measure_case(pipe, defaults, index: int, seed: int, methods: list[Method]) -> Iterator[dict]:
     """One line for every method."""
     case = make_case(pipe, defaults, index, seed)
-    kinds = {method.prior for method in methods} - {"none"}
+    kinds = {method.prior for method in methods} & PRIOR_PROMPTS.keys()
     priors = {kind: make_prior(case, PRIOR_PROMPTS[kind]) for kind in sorted(kinds)}
     before = {kind: world.measure(prior.frames, case.identity) for kind, prior in priors.items()}
     full, full_found = None, None
@@ -110,7 +110,7 @@ def measure_case(pipe, defaults, index: int, seed: int, methods: list[Method]) -
             "new_motion": case.new_motion,
             "method": method.name,
             "prior": method.prior,
-            "steps": " ".join(map(str, result.steps)),
+            "steps": method.steps or " ".join(map(str, result.steps)),
             "forwards": result.forwards,
             "block_evaluations": result.block_evaluations,
             "shown": found.motion,
@@ -157,7 +157,7 @@ def start_worker(threads: int) -> None:
 
     torch.set_num_threads(threads)
     options = wan_models.LoadOptions("tiny", "cpu", "float32")
-    pipe = wan_models.load_pipeline(options, wan_models.weight_files(options))
+    pipe = wan_models.load_pipeline(options, wan_models.weight_files(options, wan_models.ALL_COMPONENTS))
     vae = pipe.vae
     del pipe.vae  # a module's place takes no other object
     pipe.vae = FastDecoder(vae)
@@ -205,7 +205,7 @@ def check_same_setup(path: Path, methods: list[Method]) -> None:
 
     options = wan_models.LoadOptions("tiny", "cpu", "float32")
     setup = {
-        "weights": wan_models.fingerprint(wan_models.weight_files(options)),
+        "weights": wan_models.fingerprint(wan_models.weight_files(options, wan_models.ALL_COMPONENTS)),
         "methods": [f"{method.name}, {method.prior}: {method.run.keywords}" for method in methods],
         "decoded_in": "bfloat16",
         "versions": command_line.versions(),

@@ -26,14 +26,14 @@ import command_line  # noqa: E402
 import prior_utils  # noqa: E402
 import wan_models  # noqa: E402
 
-DEFAULT_STEPS = tuple(prior_utils.spread_steps(STEPS, 3))  # what infer_from_prior.py runs
+DEFAULT = tuple(prior_utils.spread_steps(STEPS, prior_utils.recommended_num_steps(STEPS)))
 METHODS = (
     Method("full run", lambda case, prior: from_noise(case, prior, steps=STEPS)),
-    Method("3 steps from noise", lambda case, prior: from_noise(case, prior, steps=3)),
+    Method("as few steps from noise", lambda case, prior: from_noise(case, prior, steps=len(DEFAULT))),
     Method("resume after 6", lambda case, prior: resume(case, prior, start_step=6), "motion"),
     Method("resume after 6", lambda case, prior: resume(case, prior, start_step=6), "empty"),
-    Method("differential", lambda case, prior: differential(case, prior, steps=DEFAULT_STEPS), "motion"),
-    Method("differential", lambda case, prior: differential(case, prior, steps=DEFAULT_STEPS), "empty"),
+    Method("differential", lambda case, prior: differential(case, prior, steps=DEFAULT), "motion"),
+    Method("differential", lambda case, prior: differential(case, prior, steps=DEFAULT), "empty"),
 )
 
 

@@ -76,6 +76,9 @@ HEADLINE = (
     ("the same with the old prompt as the negative one", "resume, old prompt as negative", "motion", "7 8 9"),
     ("neutral prior, resumed after 6", "resume", "empty", "7 8 9"),
     ("prior that stays still, resumed after 6", "resume", "still", "7 8 9"),
+    ("4 steps from noise", "fewer steps", "none", "0 1 2 3"),
+    ("4 steps from noise on sigmas 0, 4, 7, 9 of the 10", "fewer steps, chosen sigmas", "none", "0 4 7 9"),
+    ("**differential 0 4 7 9, prior that stays still**", "differential", "still", "0 4 7 9"),
     ("3 steps from noise", "fewer steps", "none", "0 1 2"),
     ("3 steps from noise on sigmas 0, 5, 8 of the 10", "fewer steps, chosen sigmas", "none", "0 5 8"),
     ("video to video, strength 0.9, 3 steps", "video to video 0.9", "motion", "0 1 2"),
@@ -85,10 +88,10 @@ HEADLINE = (
     ("differential 0 5 8, prior of another motion", "differential", "motion", "0 5 8"),
     ("2 steps from noise", "fewer steps", "none", "0 1"),
     ("2 steps from noise on sigmas 0, 7 of the 10", "fewer steps, chosen sigmas", "none", "0 7"),
-    ("**differential 2 7, prior that stays still**", "differential", "still", "2 7"),
-    ("differential 0 7, neutral prior", "differential", "empty", "0 7"),
+    ("**differential 1 7, prior that stays still**", "differential", "still", "1 7"),
+    ("differential 1 7, prior of another motion", "differential", "motion", "1 7"),
     ("1 step from noise", "fewer steps", "none", "0"),
-    ("differential 0, prior that stays still", "differential", "still", "0"),
+    ("differential 1, prior that stays still", "differential", "still", "1"),
 )
 
 
@@ -113,19 +116,29 @@ def headline(summary: list[dict]) -> str:
 
 
 FULL = ("full run", "none", "0 1 2 3 4 5 6 7 8 9")
+ON_SIGMAS, WHOLE_BEND = "fewer steps, chosen sigmas", "differential, whole bend"
 CLAIMS = (  # difference of the first to the second, pair by pair
+    (("differential", "still", "0 4 7 9"), FULL),
+    (("differential", "still", "0 4 7 9"), (ON_SIGMAS, "none", "0 4 7 9")),
+    (("differential", "still", "0 4 7 9"), ("differential", "still", "0 3 6 8")),
     (("differential", "still", "0 5 8"), FULL),
     (("differential", "still", "0 5 8"), ("fewer steps", "none", "0 1 2")),
-    (("differential", "still", "0 5 8"), ("fewer steps, chosen sigmas", "none", "0 5 8")),
-    (("differential", "still", "0 5 8"), ("differential", "still", "0 4 8")),
-    (("differential", "still", "0 5 8"), ("differential", "empty", "0 5 8")),
-    (("differential", "empty", "0 5 8"), ("fewer steps, chosen sigmas", "none", "0 5 8")),
-    (("differential", "empty", "0 5 8"), ("differential", "motion", "0 5 8")),
-    (("differential", "empty", "0 5 8"), ("differential, second order", "empty", "0 5 8")),
-    (("differential", "still", "2 7"), FULL),
-    (("differential", "still", "2 7"), ("fewer steps, chosen sigmas", "none", "0 7")),
-    (("differential", "still", "2 7"), ("differential", "still", "0 7")),
-    (("differential", "still", "0"), FULL),
+    (("differential", "still", "0 5 8"), (ON_SIGMAS, "none", "0 5 8")),
+    (("differential", "still", "0 5 8"), ("differential", "still", "0 6 9")),
+    (("differential", "still", "0 5 8"), ("differential, steps by its bends", "still", "3 steps")),
+    (("differential", "still", "0 5 8"), ("differential", "motion", "0 5 8")),
+    (("differential", "motion", "0 5 8"), FULL),
+    (("differential", "motion", "0 5 8"), (ON_SIGMAS, "none", "0 5 8")),
+    (("differential", "empty", "0 5 8"), (ON_SIGMAS, "none", "0 5 8")),
+    (("differential", "still", "0 5 8"), (WHOLE_BEND, "still", "0 5 8")),
+    (("differential", "motion", "0 5 8"), (WHOLE_BEND, "motion", "0 5 8")),
+    (("differential", "empty", "0 5 8"), (WHOLE_BEND, "empty", "0 5 8")),
+    ((WHOLE_BEND, "empty", "0 5 8"), ("differential, second order", "empty", "0 5 8")),
+    (("differential", "still", "1 7"), FULL),
+    (("differential", "still", "1 7"), (ON_SIGMAS, "none", "0 7")),
+    (("differential", "still", "1 7"), ("differential", "still", "2 7")),
+    (("differential", "still", "1"), FULL),
+    (("differential", "still", "1"), ("differential", "still", "0")),
 )
 
 

@@ -87,7 +87,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, default=HERE / "results" / "cheaper")
     args = parser.parse_args(argv)
     options = wan_models.LoadOptions("tiny", "cpu", "float32", model_dir=args.model_dir)
-    pipe = wan_models.load_pipeline(options, wan_models.weight_files(options))
+    pipe = wan_models.load_pipeline(options, wan_models.weight_files(options, wan_models.ALL_COMPONENTS))
     defaults = wan_models.model_defaults("tiny", args.model_dir)
     errors = measure(pipe, defaults, identities=args.identities, clips=args.clips)
     args.output.mkdir(parents=True, exist_ok=True)
