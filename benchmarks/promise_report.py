@@ -168,17 +168,17 @@ SMALL = ("speak", "sleep")  # motions that leave the head and the body in their 
 
 
 def by_motion(rows: list[Row]) -> str:
-    """How near to the full run the cheap ways come, for small motions and for large ones."""
+    """How near to the full run the cheap ways come, for small motions, for large ones and for both."""
     head = ("how the new prompt's clip is made", "forwards", "new motion", "clips", "PSNR to full run")
     head += ("pattern error", "identity error")
     lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
     for label, *key in HEADLINE:
-        for small, name in ((True, "small"), (False, "large")):
+        for name, kinds in {"small": (True,), "large": (False,), "either": (True, False)}.items():
             some = [
                 row
                 for row in rows
                 if [row["method"], row["prior"], row["steps"]] == key
-                and (row["new_motion"] in SMALL) == small
+                and (row["new_motion"] in SMALL) in kinds
                 and row["new_motion"] != "still"  # a prior that stays still would be the answer itself
             ]
             if not some or key == list(FULL):
