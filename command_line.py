@@ -198,9 +198,17 @@ def load_options(args: argparse.Namespace) -> LoadOptions:
     return LoadOptions(args.model, args.device, args.dtype, args.vram, args.model_dir, loras)
 
 
+def _number(kind: Callable[[str], Any], text: str, what: str) -> Any:
+    """int(text) or float(text), and in words what it should have been."""
+    try:
+        return kind(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not {what}") from None
+
+
 def positive_int(text: str) -> int:
     """An argparse type: 1, 2, 3 ..."""
-    value = int(text)
+    value = _number(int, text, "a whole number above 0")
     if value < 1:
         raise argparse.ArgumentTypeError(f"{value} is not a whole number above 0")
     return value
@@ -208,7 +216,7 @@ def positive_int(text: str) -> int:
 
 def non_negative_int(text: str) -> int:
     """An argparse type: 0, 1, 2 ..."""
-    value = int(text)
+    value = _number(int, text, "a whole number")
     if value < 0:
         raise argparse.ArgumentTypeError(f"{value} is below 0")
     return value
@@ -235,7 +243,7 @@ def start_steps(text: str) -> list[int | str]:
 
 def positive_float(text: str) -> float:
     """An argparse type: a finite number above 0."""
-    value = float(text)
+    value = _number(float, text, "a number above 0")
     if not (math.isfinite(value) and value > 0):
         raise argparse.ArgumentTypeError(f"{text} is not a number above 0")
     return value
