@@ -2,9 +2,9 @@
 
     python benchmarks/gpu.py --output benchmarks/results/gpu.json
 
-Exactness runs the two scripts on the embedded model, resuming at every step. The timing needs some 40 GB of
-VRAM: a WanModel of the I2V-14B's sizes with random bfloat16 weights, at 480P and 81 frames. Its output means
-nothing; its cost is that of the real one.
+Exactness runs the two scripts on the embedded model, resumed at every step and differentially. The timing
+needs some 40 GB of VRAM: a WanModel of the I2V-14B's sizes with random bfloat16 weights, at 480P and 81
+frames. Its output means nothing; its cost is that of the real one.
 """
 
 from __future__ import annotations
@@ -59,60 +59,69 @@ def script(name: str, *flags: object) -> Path:
 
 
 def exactness(image: Path, dtype: str) -> dict:
-    """Resume at every step with the prior's own prompt and compare latents_sha256."""
+    """Resume at every step, and differentially, with the prior's own prompt and compare latents_sha256."""
     with tempfile.TemporaryDirectory() as folder:
         model = ("--device", "cuda", "--dtype", dtype)
         prompt = ("--prompt", "the character speaks", "--output_dir", folder)
         prior = script("generate_prior.py", "--model", "tiny", *model, "--image", image, *prompt)
         expected = json.loads((prior / "run_metadata.json").read_text())["latents_sha256"]
         equal = {}
-        for step in range(10):
-            video = script("infer_from_prior.py", "--prior_dir", prior, "--start_step", step, *model)
-            equal[step] = json.loads(video.with_suffix(".json").read_text())["latents_sha256"] == expected
-    return {"dtype": dtype, "latents_sha256_equal_at_step": equal, "all": all(equal.values())}
+        for flags in (*(("--start_step", step) for step in range(10)), ("--num_steps", 3)):
+            video = script("infer_from_prior.py", "--prior_dir", prior, *flags, *model)
+            report = json.loads(video.with_suffix(".json").read_text())
+            equal[" ".join(map(str, flags))] = report["latents_sha256"] == expected
+    return {"dtype": dtype, "latents_sha256_equal": equal, "all": all(equal.values())}
 
 
-def full_size_dit():
-    """A WanModel of the 14B's sizes, random bfloat16 weights, made on the GPU."""
+def random_dit(sizes: dict, device: str):
+    """A WanModel of these sizes, random bfloat16 weights, made on the device."""
     import torch
     from diffsynth.models.wan_video_dit import WanModel
 
     with torch.device("meta"):
-        dit = WanModel(**FULL_SIZE)
-    freqs = WanModel(**{**FULL_SIZE, "num_layers": 0}).freqs  # not a parameter
-    dit = dit.to(torch.bfloat16).to_empty(device="cuda").eval().requires_grad_(False)
+        dit = WanModel(**sizes)
+    freqs = WanModel(**{**sizes, "num_layers": 0}).freqs  # not a parameter
+    dit = dit.to(torch.bfloat16).to_empty(device=device).eval().requires_grad_(False)
     dit.freqs = freqs
     for parameter in dit.parameters():
         parameter.normal_(0, 0.02)
     return dit
 
 
-def full_size_timing(*, runs: int) -> dict:
+def timing(
+    *,
+    runs: int,
+    sizes: dict = FULL_SIZE,
+    height: int = 480,
+    width: int = 832,
+    num_frames: int = 81,
+    device: str = "cuda",
+) -> dict:
     """Seconds per step of a full and a resumed run, with Skip-Cache and without, in turn, not decoded."""
     import torch
     from diffsynth.pipelines.wan_video import WanVideoPipeline
 
     from wan_pipeline import Conditioning, ResumableScheduler, run_scheduler
 
-    pipe = WanVideoPipeline(device="cuda", torch_dtype=torch.bfloat16)
-    pipe.dit = full_size_dit()
+    pipe = WanVideoPipeline(device=device, torch_dtype=torch.bfloat16)
+    pipe.dit = random_dit(sizes, device)
     pipe.vae = NoVae()
     settings = prior_utils.RunSettings(
         num_inference_steps=10,
         denoising_strength=1.0,
         sigma_shift=5.0,
         cfg_scale=5.0,
-        height=480,
-        width=832,
-        num_frames=81,
+        height=height,
+        width=width,
+        num_frames=num_frames,
     )
-    shape = prior_utils.latents_shape(height=480, width=832, num_frames=81)
-    random = {"device": "cuda", "dtype": torch.bfloat16}
+    shape = prior_utils.latents_shape(height=height, width=width, num_frames=num_frames)
+    random = {"device": device, "dtype": torch.bfloat16}
     conditioning = Conditioning(
         y=torch.randn(1, 20, *shape[2:], **random),
         clip_feature=torch.randn(1, 257, 1280, **random),
-        context_posi=torch.randn(1, 512, 4096, **random),
-        context_nega=torch.randn(1, 512, 4096, **random),
+        context_posi=torch.randn(1, 512, sizes["text_dim"], **random),
+        context_nega=torch.randn(1, 512, sizes["text_dim"], **random),
     )
     found: dict = {}
     for run in range(runs + 1):
@@ -125,7 +134,7 @@ def full_size_timing(*, runs: int) -> dict:
                 latents=torch.randn(shape, **random),
                 conditioning=conditioning,
             )
-            torch.cuda.synchronize()
+            result.latents.cpu()  # waits for the device
             found.setdefault(name, []).append(
                 {
                     "seconds": time.perf_counter() - started,
@@ -134,7 +143,7 @@ def full_size_timing(*, runs: int) -> dict:
                     "block_evaluations": result.block_evaluations,
                 }
             )
-    return found | {"vram_gib": torch.cuda.max_memory_allocated() / 2**30}
+    return found
 
 
 class NoVae:
@@ -165,7 +174,8 @@ def main() -> None:
         sys.exit("gpu.py: error: torch sees no CUDA GPU here; this benchmark needs one")
     result = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__}
     result["exactness"] = [exactness(args.image, dtype) for dtype in ("bfloat16", "float32")]
-    result["full_size"] = full_size_timing(runs=args.runs)
+    result["full_size"] = timing(runs=args.runs)
+    result["vram_gib"] = torch.cuda.max_memory_allocated() / 2**30
     args.output.parent.mkdir(parents=True, exist_ok=True)
     prior_utils.write_json(args.output, result)
     print(json.dumps(result, indent=2))

@@ -42,7 +42,7 @@ def load(args: argparse.Namespace):
     defaults = wan_models.model_defaults(args.model, args.model_dir)
     args.device = wan_models.pick_device(args.model, args.device)
     args.dtype = args.dtype or defaults.dtype
-    options = command_line.load_options(args)
+    options = wan_models.LoadOptions(args.model, args.device, args.dtype, args.vram, args.model_dir)
     return wan_models.load_pipeline(options, wan_models.weight_files(options)), defaults
 
 
