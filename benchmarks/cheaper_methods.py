@@ -94,17 +94,23 @@ def with_whole_residual(run: Callable, every: int) -> Callable:
 
 def on_sigmas(case: Case, prior: Prior | None, *, sigmas: tuple[float, ...]):
     """--sigmas: these, from where the prior's path, or the noise, is at the first of them."""
+    return from_latents(case, on_path(case, prior, sigmas[0]), sigmas)
+
+
+def from_latents(case: Case, latents, sigmas: tuple[float, ...], *, on_step: Callable | None = None):
+    """The new prompt's clip on these sigmas, from latents at the first of them."""
     from wan_pipeline import run_on_sigmas
 
-    latents = case.noise if prior is None else on_path(case, prior, sigmas[0])
-    conditioning = case.conditioning("new")
-    return run_on_sigmas(case.pipe, case.settings, sigmas=sigmas, latents=latents, conditioning=conditioning)
+    run = {"sigmas": sigmas, "latents": latents, "conditioning": case.conditioning("new")}
+    return run_on_sigmas(case.pipe, case.settings, **run, on_step=on_step)
 
 
-def on_path(case: Case, prior: Prior, sigma: float):
-    """Where the prior's path is at a noise level: [B, C, T, H, W]."""
+def on_path(case: Case, prior: Prior | None, sigma: float):
+    """Where the prior's path is at a noise level, without a prior the noise: [B, C, T, H, W]."""
     from prior_utils import place_on_path
 
+    if prior is None:
+        return case.noise
     step, part = place_on_path(sigma, sigmas_of(case))
     return (1 - part) * prior.latents[step] + part * prior.latents[step + 1]
 
@@ -138,26 +144,17 @@ def with_distilled(case: Case) -> Iterator[Case]:
 
 def distilled(case: Case, prior: Prior | None, *, sigmas: tuple[float, ...]):
     """The distilled LoRA without guidance, from noise or from a prior of the base model."""
-    from wan_pipeline import run_on_sigmas
-
-    latents = case.noise if prior is None else on_path(case, prior, sigmas[0])
+    latents = on_path(case, prior, sigmas[0])
     with with_distilled(case) as own:
-        conditioning = own.conditioning("new")
-        return run_on_sigmas(
-            own.pipe, own.settings, sigmas=sigmas, latents=latents, conditioning=conditioning
-        )
+        return from_latents(own, latents, sigmas)
 
 
 def distilled_after_base(case: Case, prior: Prior | None, *, base_steps: int):
     """What is done by hand today: the base model begins, with guidance and the new prompt, the LoRA ends."""
-    from wan_pipeline import run_on_sigmas
-
     steps = []
-    on = {"sigmas": DISTILLED_SIGMAS, "latents": case.noise, "conditioning": case.conditioning("new")}
-    run_on_sigmas(case.pipe, case.settings, **on, on_step=steps.append)
+    from_latents(case, case.noise, DISTILLED_SIGMAS, on_step=steps.append)
     with with_distilled(case) as own:
-        on |= {"sigmas": DISTILLED_SIGMAS[base_steps:], "latents": steps[base_steps].latents_before}
-        result = run_on_sigmas(own.pipe, own.settings, **on)
+        result = from_latents(own, steps[base_steps].latents_before, DISTILLED_SIGMAS[base_steps:])
     result.forwards += sum(step.forwards for step in steps[:base_steps])
     result.block_evaluations += 2 * base_steps * len(case.pipe.dit.blocks)
     result.seconds["denoise"] += sum(step.seconds for step in steps[:base_steps])

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import subprocess
 import sys
 import tempfile
 import time
@@ -22,6 +21,8 @@ from types import SimpleNamespace
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 sys.path.insert(0, str(ROOT))
+
+from picture import run  # noqa: E402
 
 import prior_utils  # noqa: E402
 
@@ -50,24 +51,16 @@ KINDS = (  # name, start_step, skip_cache
 )
 
 
-def script(name: str, *flags: object) -> Path:
-    """Run one of the scripts; its last line of stdout is the path it made."""
-    command = [sys.executable, str(ROOT / name), *map(str, flags)]
-    return Path(
-        subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1]
-    )
-
-
 def exactness(image: Path, dtype: str) -> dict:
     """Resume at every step, and differentially, with the prior's own prompt and compare latents_sha256."""
     with tempfile.TemporaryDirectory() as folder:
         model = ("--device", "cuda", "--dtype", dtype)
         prompt = ("--prompt", "the character speaks", "--output_dir", folder)
-        prior = script("generate_prior.py", "--model", "tiny", *model, "--image", image, *prompt)
+        prior = run("generate_prior.py", "--model", "tiny", *model, "--image", image, *prompt)
         expected = json.loads((prior / "run_metadata.json").read_text())["latents_sha256"]
         equal = {}
         for flags in (*(("--start_step", step) for step in range(10)), ("--num_steps", 3)):
-            video = script("infer_from_prior.py", "--prior_dir", prior, *flags, *model)
+            video = run("infer_from_prior.py", "--prior_dir", prior, *flags, *model)
             report = json.loads(video.with_suffix(".json").read_text())
             equal[" ".join(map(str, flags))] = report["latents_sha256"] == expected
     return {"dtype": dtype, "latents_sha256_equal": equal, "all": all(equal.values())}
@@ -124,8 +117,8 @@ def timing(
         context_nega=torch.randn(1, 512, sizes["text_dim"], **random),
     )
     found: dict = {}
-    for run in range(runs + 1):
-        for name, start_step, every in KINDS if run else (("warm-up", 8, None),):
+    for turn in range(runs + 1):
+        for name, start_step, every in KINDS if turn else (("warm-up", 8, None),):
             started = time.perf_counter()
             result = run_scheduler(
                 pipe,

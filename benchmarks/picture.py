@@ -26,7 +26,8 @@ GAP, LABEL = 6, 210  # pixels
 def run(script: str, *flags: object) -> Path:
     """Run one of the scripts; its last line of stdout is the path it made."""
     command = [sys.executable, str(ROOT / script), *map(str, flags)]
-    return Path(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    return Path(done.stdout.splitlines()[-1])
 
 
 def strip(video: Path, *, zoom: float) -> list[Image.Image]:
