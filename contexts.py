@@ -35,14 +35,20 @@ def path(prior: Prior, text: str) -> Path:
 
 def is_known(prior: Prior, text: str) -> bool:
     """Whether a prior has a context of this text, its own or a kept one; its content isn't looked at."""
-    return prior.has(prior_utils.context_file(text)) or path(prior, text).is_file()
+    return prior.has(prior_utils.context_file(text)) or is_kept(prior, text)
+
+
+def is_kept(prior: Prior, text: str) -> bool:
+    """Whether a file of this text's context is in the prior; neither it nor its folder may be a link."""
+    file = path(prior, text)
+    return not file.parent.is_symlink() and not file.is_symlink() and file.is_file()
 
 
 def load(prior: Prior, text: str) -> torch.Tensor | None:
     """The kept context of a text, as the text encoder gave it, on the CPU; None: it has to be encoded."""
     from safetensors import SafetensorError, safe_open
 
-    if encoder(prior) is None:
+    if encoder(prior) is None or not is_kept(prior, text):
         return None
     try:
         with safe_open(path(prior, text), framework="pt") as file:
@@ -58,14 +64,15 @@ def save(prior: Prior, text: str, context: torch.Tensor) -> None:
     Not kept: NaN or infinite values, and what nothing could tell the text encoder of later.
 
     Raises:
-        OSError: the folder can't be written.
+        InputError: the folder is a link.
+        OSError: it can't be written.
     """
     import safetensors.torch
     import torch
 
     if encoder(prior) is None or not torch.isfinite(context).all():
         return
-    target = path(prior, text)
+    target = prior_utils.folder_inside(prior.directory, FOLDER) / path(prior, text).name
     context = context.cpu().contiguous()
     content = safetensors.torch.save({"context": context}, _header(prior, text, context))
     target.parent.mkdir(exist_ok=True)

@@ -24,11 +24,14 @@ This module knows files and schedules; it imports neither a pipeline nor the com
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import math
 import os
 import re
+import secrets
+import stat
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -290,35 +293,72 @@ def spread_steps(num_inference_steps: int, num_steps: int) -> list[int]:
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield a temporary name beside `path`; on success it takes the final name, on failure it is removed.
+    """Yield a temporary file beside `path`; on success it takes the final name, on failure it is removed.
 
     The content is on the disk before the name is, and the name before this returns: a reader never sees
     half a file, not even after a power cut. The temporary name keeps the suffix, by which imageio chooses
     the format.
 
+    The folder may be a stranger's, with links laid in the way: the temporary name can't be guessed, is made
+    anew in the folder that was opened, and what takes the final name is the file that was made.
+
     Raises:
         DiskError: whatever the disk refused, with `path`.
     """
-    temporary = path.with_name(f"{TEMPORARY_PREFIX}{os.getpid()}_{path.name[-40:]}")  # at most 255 bytes
+    name = f"{TEMPORARY_PREFIX}{secrets.token_hex(8)}_{path.name[-40:]}"  # at most 255 bytes
     try:
-        yield temporary
-        _sync(temporary)
-        temporary.replace(path)
-        _sync(path.parent)
+        folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError as error:
+        raise DiskError(error.errno, error.strerror or str(error), str(path)) from error
+    try:
+        os.close(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666, dir_fd=folder))
+        yield path.with_name(name)
+        _sync_file(name, folder)
+        os.replace(name, path.name, src_dir_fd=folder, dst_dir_fd=folder)
+        _sync_folder(folder)
     except OSError as error:
         raise DiskError(error.errno, error.strerror or str(error), str(path)) from error
     finally:
         with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
+            os.unlink(name, dir_fd=folder)
+        os.close(folder)
 
 
-def _sync(path: Path) -> None:
-    """Wait until a file's content, or a folder's list of names, is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
+def _sync_file(name: str, folder: int) -> None:
+    """Wait until a file's content is on the disk; a link or anything else under its name is refused."""
+    descriptor = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=folder)
     try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EEXIST, "another program put something in its place while it was written")
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _sync_folder(folder: int) -> None:
+    """Wait until a folder's list of names is on the disk, where its file system can do that."""
+    try:
+        os.fsync(folder)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+
+
+def folder_inside(directory: Path, *names: str) -> Path:
+    """The folder of these names, one in the other, inside a prior; it need not be there.
+
+    Raises:
+        InputError: one of them is a link, which would lead what is written there out of the prior.
+    """
+    folder = directory
+    for name in names:
+        folder = folder / name
+        if folder.is_symlink():
+            raise InputError(
+                f"{folder} is a symbolic link, which leads out of the prior; remove it, or name another "
+                "folder with --output or --output_dir"
+            )
+    return folder
 
 
 def write_json(path: Path, data: Mapping[str, Any]) -> None:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import re
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     import torch
 
 LOCK_FILE = ".lock"
+LEFTOVER = re.compile(rf"{re.escape(TEMPORARY_PREFIX)}([0-9a-f]{{16}}|\d+)_.+")  # once with the writer's pid
 
 
 class PriorWriter:
@@ -120,8 +122,9 @@ def locked(directory: Path) -> Iterator[None]:
         if not _take(descriptor):
             raise InputError(f"another process is writing {directory}; wait until it has ended")
         with _removed_at_the_end(path):
-            for leftover in directory.glob(f"{TEMPORARY_PREFIX}*"):
-                leftover.unlink()
+            for leftover in directory.iterdir():
+                if LEFTOVER.fullmatch(leftover.name) and (leftover.is_symlink() or leftover.is_file()):
+                    leftover.unlink()
             yield
     finally:
         os.close(descriptor)

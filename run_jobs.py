@@ -142,8 +142,9 @@ def keep_context(job: Job, text: str, context: torch.Tensor) -> None:
     """Keep a context for the prior's next run; a prior that can't be written to only costs that."""
     try:
         contexts.save(job.prior, text, context)
-    except OSError as error:
-        cli.warn(f"cannot keep the encoded prompt in {job.prior.directory} ({error.strerror})")
+    except (OSError, InputError) as error:
+        why = error.strerror if isinstance(error, OSError) else error
+        cli.warn(f"cannot keep the encoded prompt in {job.prior.directory} ({why})")
 
 
 # --- one video ----------------------------------------------------------------------------------------------

@@ -236,7 +236,7 @@ def sweep_jobs(args: argparse.Namespace, plans: list[tuple[Prior, Plan]]) -> lis
     folder = args.output_dir
     if folder is None:
         digest = hashlib.sha256("\n".join(named).encode()).hexdigest()[:8]
-        folder = plans[0][0].directory / "outputs" / f"sweep_{digest}"
+        folder = prior_utils.folder_inside(plans[0][0].directory, "outputs", f"sweep_{digest}")
     if (folder / prior_utils.METADATA_FILE).exists():
         raise InputError(f"--output_dir {folder} is a prior; name another folder")
     return [Job(prior, plan, folder / name) for name, (prior, plan) in named.items()]
@@ -285,7 +285,7 @@ def check_output(path: Path, prior: Prior, *, overwrite: bool) -> None:
 def free_output(plan: Plan, prior: Prior) -> Path:
     """A name in the prior's outputs folder that tells steps and prompt, and that nothing has yet."""
     stem, again = video_name(plan), 1
-    path = prior.directory / "outputs" / f"{stem}.mp4"
+    path = prior_utils.folder_inside(prior.directory, "outputs") / f"{stem}.mp4"
     while path.exists() or path.with_suffix(".json").exists():
         again += 1
         path = path.with_name(f"{stem}_{again}.mp4")

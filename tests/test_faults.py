@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import PROMPT, ROOT, edit_metadata, listing, read_json, record_checksum
+from helpers import OTHER_PROMPT, PROMPT, ROOT, edit_metadata, listing, read_json, record_checksum
 
 import prior_utils
 
@@ -60,12 +60,12 @@ class FailingDisk:
     def __init__(self, folder, number, monkeypatch):
         self.folder, self.number, self.calls = str(folder), number, 0
         self.error = errno.ENOSPC
-        for owner, name in ((Path, "write_bytes"), (Path, "write_text"), (Path, "replace"), (os, "fsync")):
+        for owner, name in ((Path, "write_bytes"), (Path, "write_text"), (os, "replace"), (os, "fsync")):
             monkeypatch.setattr(owner, name, self.failing(getattr(owner, name), name))
 
     def failing(self, original, name):
         def call(*args, **kwargs):
-            if name == "fsync" or str(args[0]).startswith(self.folder):
+            if name in ("fsync", "replace") or str(args[0]).startswith(self.folder):
                 self.calls += 1
                 if self.calls == self.number:
                     if name == "write_bytes":
@@ -343,3 +343,80 @@ def test_drafts_and_older_priors_are_verified_too(make_prior, older_prior, verif
 def test_verify_stands_alone(prior, run, refused):
     command = ("infer_from_prior", "--verify", "--prior_dir", prior, "--prompt", PROMPT)
     refused(lambda: run(*command), "--verify only looks at priors", "--prompt")
+
+
+# --- links in the way of what is written --------------------------------------------------------------------
+
+
+@pytest.fixture
+def precious(tmp_path):
+    """A file of the user's that no prior may change."""
+    path = tmp_path / "profile"
+    path.write_text("export PATH")
+    return path
+
+
+def test_links_under_guessable_temporary_names_are_not_followed(prior_copy, infer, precious, tmp_path):
+    """A forged prior may hold links under any name it can foresee, wherever something will be written."""
+    import contexts
+
+    prior = prior_utils.read_prior(prior_copy)
+    names = [contexts.path(prior, OTHER_PROMPT).name, "output.json", "output.mp4", "index.html"]
+    for folder in (prior_copy, prior_copy / "contexts", prior_copy / "outputs"):
+        folder.mkdir(exist_ok=True)
+        for name in names:
+            for number in (os.getpid(), *range(os.getpid() + 1, os.getpid() + 50)):
+                (folder / f".tmp_{number}_{name}").symlink_to(precious)
+            (folder / name).symlink_to(precious)
+    outcome = infer(prior_copy, "--prompt", OTHER_PROMPT)
+    assert outcome.code == 0, outcome.err
+    assert precious.read_text() == "export PATH"
+    assert not contexts.path(prior, OTHER_PROMPT).is_symlink()  # replaced, not followed
+
+
+def test_a_temporary_name_is_never_one_that_is_there(tmp_path, precious, monkeypatch):
+    monkeypatch.setattr(prior_utils.secrets, "token_hex", lambda _: "0" * 16)
+    (tmp_path / f".tmp_{'0' * 16}_file.json").symlink_to(precious)
+    with pytest.raises(OSError, match="exists"):
+        prior_utils.write_json(tmp_path / "file.json", {})
+    assert precious.read_text() == "export PATH"
+
+
+@pytest.mark.parametrize("kind", ["link", "fifo"])
+def test_what_was_put_in_place_of_the_temporary_file_is_not_taken(tmp_path, precious, kind):
+    words = {"link": "symbolic links", "fifo": "another program"}[kind]
+    with (
+        pytest.raises(OSError, match=words),
+        prior_utils.replacing(tmp_path / "file.json") as temporary,
+    ):
+        temporary.unlink()
+        temporary.symlink_to(precious) if kind == "link" else os.mkfifo(temporary)
+    assert not (tmp_path / "file.json").exists()
+    assert precious.read_text() == "export PATH"
+
+
+@pytest.mark.parametrize("flags", [(), ("--start_step", "5", "6")])
+def test_a_link_in_place_of_the_outputs_folder(prior_copy, infer, refused, tmp_path, flags):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / ".tmp_thesis.tex").write_text("years of work")
+    (prior_copy / "outputs").symlink_to(tmp_path / "elsewhere")
+    refused(lambda: infer(prior_copy, *flags), "outputs is a symbolic link")
+
+
+def test_a_link_in_place_of_the_contexts_folder(prior_copy, infer, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (prior_copy / "contexts").symlink_to(tmp_path / "elsewhere")
+    outcome = infer(prior_copy, "--prompt", OTHER_PROMPT)
+    assert outcome.code == 0 and "is a symbolic link" in outcome.err
+    assert listing(tmp_path / "elsewhere") == {}
+
+
+def test_only_our_own_leftovers_are_cleared_away(tmp_path):
+    import prior_writer
+
+    for name in (".tmp_thesis.tex", ".tmp_0123456789abcdef_step_0001.pt", ".tmp_77_step_0001.pt", "a.pt"):
+        (tmp_path / name).write_text("text")
+    (tmp_path / ".tmp_78_folder").mkdir()
+    with prior_writer.locked(tmp_path):
+        pass
+    assert set(listing(tmp_path)) == {".tmp_thesis.tex", ".tmp_78_folder", "a.pt"}
