@@ -16,31 +16,57 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import math
+import logging
 import re
 import shlex
-import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import command_line as cli
-import lora
-import prior_run
-import prior_utils
-import prior_writer
-import wan_models
-from plan import check_schedule
-from prior_utils import Clock, InputError, RunError, RunSettings
-from prior_writer import PriorWriter
-from wan_models import LoadOptions
+import step_skip
+from step_skip import cli
+from step_skip.files import InputError, RunError, check_folder, locked
+from step_skip.generate import (
+    Left,
+    check_resumable,
+    check_same_machine,
+    plan_prior,
+    read_own_image,
+    run_what_is_left,
+    what_is_left,
+)
+from step_skip.loading import load_components, pick_device
+from step_skip.media import read_image, read_video, video_bytes
+from step_skip.metadata import PriorWriter, read_run
+from step_skip.models import (
+    COMPONENTS,
+    ROOT,
+    LoadOptions,
+    cache_components,
+    find_recorded_loras,
+    model_defaults,
+)
+from step_skip.plan import PriorChoices, check_prior_choices
+from step_skip.prior import (
+    IMAGE_FILE,
+    METADATA_FILE,
+    Prior,
+    RunSettings,
+    bytes_of_prior,
+    check_files,
+    check_fingerprint,
+    check_run_id,
+    denoised_file,
+)
+from step_skip.steps import recommended_num_steps
 
 if TYPE_CHECKING:
-    from diffsynth.pipelines.wan_video import WanVideoPipeline
     from PIL.Image import Image
 
-EXAMPLE_IMAGE = wan_models.ROOT / "data" / "examples" / "wan" / "input_image.jpg"
+log = logging.getLogger("step_skip")
+
+EXAMPLE_IMAGE = ROOT / "data" / "examples" / "wan" / "input_image.jpg"
 RESUME_FLAGS = {"--resume", "--model_dir", "--device", "--vram"}
 
 
@@ -67,16 +93,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         dtype_help="(default: bfloat16; tiny: float32)",
     )
     args = parser.parse_args(argv)
-    defaults = wan_models.model_defaults(args.model, args.model_dir)
-    for name, value in dataclasses.asdict(defaults).items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
+    args.dtype = args.dtype or model_defaults(args.model, args.model_dir).dtype
     if args.resume is not None:
         settings = sorted(cli.given_flags(argv) - RESUME_FLAGS)
         if settings:
             parser.error(f"--resume takes every setting from its run: leave out {settings[0]}")
-    if args.start_step is None:
-        args.start_step = prior_utils.recommended_start_step(args.num_inference_steps)
     return args
 
 
@@ -195,25 +216,24 @@ def add_output_arguments(parser: argparse.ArgumentParser) -> None:
         "--start_step",
         type=cli.non_negative_int,
         metavar="N",
-        help="recorded as the recommendation for infer_from_prior.py; does not change this run "
-        "(default: 6 of 10)",
+        help="where infer_from_prior.py resumes this prior unless told otherwise; does not change this run "
+        "(default: it runs 3 of 10 steps differentially)",
     )
     group.add_argument(
         "--save_decoded_videos", action="store_true", help="also a video of each step's denoised estimate"
     )
 
 
-def check_args(args: argparse.Namespace) -> None:
-    """Refuse what no run could use, before anything heavy is imported.
+def read_prior_choices(args: argparse.Namespace) -> PriorChoices:
+    """What the flags ask of the run, refused before anything heavy is imported if no run could use it.
 
     Raises:
         InputError: with the flag that is wrong.
     """
-    if args.num_inference_steps > prior_utils.MAX_STEPS:
-        raise InputError(f"--num_inference_steps {args.num_inference_steps}: at most {prior_utils.MAX_STEPS}")
-    if args.start_step >= args.num_inference_steps:
-        last = args.num_inference_steps - 1
-        raise InputError(f"--start_step {args.start_step}: this schedule has steps 0 to {last}")
+    choices = PriorChoices(
+        **{field.name: getattr(args, field.name) for field in dataclasses.fields(PriorChoices)}
+    )
+    check_prior_choices(choices)
     if args.denoising_strength < 1 and args.input_video is None:
         raise InputError(
             f"--denoising_strength {args.denoising_strength} starts from a video: give --input_video"
@@ -222,15 +242,11 @@ def check_args(args: argparse.Namespace) -> None:
         raise InputError(
             "--input_video is not used at --denoising_strength 1: give a strength below 1, 0.7 say"
         )
-    if args.stop_after is not None and args.stop_after >= args.num_inference_steps - 1:
-        raise InputError(
-            f"--stop_after {args.stop_after}: expected 0 to {args.num_inference_steps - 2}; "
-            "leave it out to run all steps"
-        )
     for run_id in args.run_id or ():
         if not re.fullmatch(r"[\w.-]+", run_id, flags=re.ASCII):
             raise InputError(f"--run_id {run_id!r}: use letters, digits, . _ and - only")
-        prior_writer.check_run_id(args.output_dir, run_id)
+        check_run_id(args.output_dir, run_id)
+    return choices
 
 
 def download_example() -> Path:
@@ -246,8 +262,8 @@ def download_example() -> Path:
     try:
         dataset_snapshot_download(
             "DiffSynth-Studio/examples_in_diffsynth",
-            local_dir=str(wan_models.ROOT),
-            allow_file_pattern=str(EXAMPLE_IMAGE.relative_to(wan_models.ROOT)),
+            local_dir=str(ROOT),
+            allow_file_pattern=str(EXAMPLE_IMAGE.relative_to(ROOT)),
         )
     except Exception as error:  # modelscope, requests and urllib3 each raise their own
         raise RunError(
@@ -255,69 +271,6 @@ def download_example() -> Path:
             "network, or give an image of your own with --image"
         ) from error
     return EXAMPLE_IMAGE
-
-
-def describe(args: argparse.Namespace, settings: RunSettings, *, device: str) -> dict[str, Any]:
-    """The metadata that is known before the run, but for the prompt.
-
-    Raises:
-        InputError: the schedule is one that can't be resumed.
-    """
-    from wan_pipeline import TILING, compute_schedule
-
-    timesteps, sigmas = compute_schedule(
-        num_inference_steps=settings.num_inference_steps,
-        denoising_strength=settings.denoising_strength,
-        sigma_shift=settings.sigma_shift,
-    )
-    prior_utils.check_distinct(timesteps)
-    return {
-        **dataclasses.asdict(settings),
-        "scheduler_timesteps": timesteps,
-        "scheduler_sigmas": sigmas,
-        "negative_prompt": args.negative_prompt,
-        "start_step": args.start_step,
-        "stop_after": args.stop_after,
-        "save_decoded_videos": args.save_decoded_videos,
-        "fps": args.fps,
-        "model": args.model,
-        "lora": lora.describe(args.lora or ()),
-        "dtype": args.dtype,
-        **TILING,
-        **cli.machine(device),
-        "versions": cli.versions(),
-    }
-
-
-def run_settings(args: argparse.Namespace) -> RunSettings:
-    """The settings of the run, with the sizes rounded as the pipeline would."""
-    wanted = {"height": args.height, "width": args.width, "num_frames": args.num_frames}
-    sizes = prior_utils.round_sizes(**wanted)
-    if sizes != wanted:
-        cli.say(
-            "size rounded up to {width} x {height} pixels, {num_frames} frames, as the model needs".format(
-                **sizes
-            )
-        )
-    return RunSettings(
-        num_inference_steps=args.num_inference_steps,
-        denoising_strength=args.denoising_strength,
-        sigma_shift=args.sigma_shift,
-        cfg_scale=args.cfg_scale,
-        seed=args.seed,
-        **sizes,
-        **cli.cheaper_settings(args, args.model),
-    )
-
-
-def bytes_needed(settings: RunSettings, *, videos: int) -> int:
-    """A safe upper bound of what the prior takes on disk."""
-    shape = prior_utils.latents_shape(
-        height=settings.height, width=settings.width, num_frames=settings.num_frames
-    )
-    latents = math.prod(shape) * 4
-    saved = 2 * settings.num_inference_steps + 4  # latents and velocity of each step, the noise, y
-    return saved * latents + videos * cli.video_bytes(settings) + 32 * 2**20
 
 
 def read_wanted(args: argparse.Namespace, settings: RunSettings) -> list[Wanted]:
@@ -337,7 +290,7 @@ def read_wanted(args: argparse.Namespace, settings: RunSettings) -> list[Wanted]
         if run_id is not None and run_ids.count(run_id) > 1:
             raise InputError(f"--run_id {run_id}: given twice; every prior needs its own")
     sizes = {"width": settings.width, "height": settings.height}
-    images = [cli.read_image(path, **sizes) for path in args.image]
+    images = [read_image(path, **sizes) for path in args.image]
     return [Wanted(*each) for each in zip(images, prompts, run_ids, strict=True)]
 
 
@@ -346,7 +299,7 @@ def read_input_video(args: argparse.Namespace, settings: RunSettings) -> list[Im
     if args.input_video is None:
         return None
     sizes = {"width": settings.width, "height": settings.height, "num_frames": settings.num_frames}
-    return cli.read_video(args.input_video, **sizes)
+    return read_video(args.input_video, **sizes)
 
 
 # --- making and finishing priors ----------------------------------------------------------------------------
@@ -354,67 +307,46 @@ def read_input_video(args: argparse.Namespace, settings: RunSettings) -> list[Im
 
 def make_priors(args: argparse.Namespace) -> list[Path]:
     """Make a prior of every image on one loaded pipeline, and return their folders."""
-    settings = run_settings(args)
+    choices = read_prior_choices(args)
+    options = dataclasses.replace(cli.load_options(args), device=pick_device(args.model, args.device))
+    planned = Prior(args.output_dir, plan_prior(options, choices))
+    settings = planned.settings
     videos = 1 + settings.num_inference_steps * args.save_decoded_videos
-    number = 1 if args.image is None else len(args.image)
-    cli.check_folder(args.output_dir, number * bytes_needed(settings, videos=videos))
-    device = wan_models.pick_device(args.model, args.device)
-    metadata = describe(args, settings, device=device)
     if args.download_example:
         args.image = [download_example()]
+    check_folder(args.output_dir, len(args.image) * bytes_needed(settings, videos=videos))
     wanted, input_video = read_wanted(args, settings), read_input_video(args, settings)
-    options = dataclasses.replace(cli.load_options(args), device=device)
-    files = wan_models.weight_files(
-        options, [*wan_models.COMPONENTS, *wan_models.cache_components(settings.skip_cache)]
-    )
-    for note in lora.check_loras(options.loras, files["dit"]):
-        cli.warn(note)
-    metadata["model_fingerprint"] = wan_models.fingerprint(files)
-
-    clock = Clock()
-    pipe = wan_models.load_pipeline(options, files)
-    clock.add("load")
+    model = load_components(options, [*COMPONENTS, *cache_components(settings.skip_cache)])
     made, failed = [], []
-    for number, each in enumerate(wanted):
+    for path, each in zip(args.image, wanted, strict=True):
+        begun: list[Path] = []
         try:
-            made.append(make_prior(each, args, metadata, pipe=pipe, input_video=input_video, clock=clock))
+            with saying_how_to_go_on(args, begun):
+                prior = step_skip.generate_prior(
+                    model,
+                    each.image,
+                    each.prompt,
+                    output_dir=args.output_dir,
+                    run_id=each.run_id,
+                    input_video=input_video,
+                    on_begin=begun.append,
+                    **dataclasses.asdict(choices),
+                )
         except RunError as error:  # NaN, for example: the next image may do better
             if len(wanted) == 1:
                 raise
-            failed.append(f"{args.image[number]}: {error}")
-        clock = Clock()
+            failed.append(f"{path}: {error}")
+        else:
+            say_what_was_made(args, prior, len(prior.metadata["seconds_per_step"]))
+            made.append(prior.directory)
     if failed:
         raise RunError(f"{len(failed)} of {len(wanted)} priors failed: {'; '.join(failed)}")
     return made
 
 
-def make_prior(
-    wanted: Wanted,
-    args: argparse.Namespace,
-    metadata: Mapping[str, Any],
-    *,
-    pipe: WanVideoPipeline,
-    input_video: list[Image] | None,
-    clock: Clock,
-) -> Path:
-    """Make one prior and return its folder."""
-    directory, run_id = prior_writer.create_run_dir(args.output_dir, wanted.run_id)
-    own = {
-        "run_id": run_id,
-        "prompt": wanted.prompt,
-        "prior_kind": "prompted" if wanted.prompt else "neutral",
-        "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "seconds_per_step": [],
-        "forwards_per_step": [],
-    }
-    with prior_writer.locked(directory), saying_how_to_go_on(args, directory):
-        writer = PriorWriter(directory, own | metadata)
-        writer.save(prior_utils.IMAGE_FILE, wanted.image.save)
-        writer.write_metadata()  # from here on --resume can finish it
-        left = prior_run.what_is_left(writer.prior)
-        prior_run.run(writer, left, pipe=pipe, image=wanted.image, input_video=input_video, clock=clock)
-    say_what_was_made(args, writer, left)
-    return directory
+def bytes_needed(settings: RunSettings, *, videos: int) -> int:
+    """A safe upper bound of what a prior takes on disk."""
+    return bytes_of_prior(settings) + videos * video_bytes(settings)
 
 
 def resume(args: argparse.Namespace) -> Path:
@@ -423,81 +355,94 @@ def resume(args: argparse.Namespace) -> Path:
     Raises:
         InputError: it can't be finished as the run that was begun would have.
     """
-    prior_utils.read_run(args.resume)  # says what is wrong with the folder before it is locked
-    with prior_writer.locked(args.resume):
-        prior = prior_utils.read_run(args.resume)
-        prior_run.check_resumable(prior)
-        left = prior_run.what_is_left(prior)
+    read_run(args.resume)  # says what is wrong with the folder before it is locked
+    with locked(args.resume):
+        prior = read_run(args.resume)
+        check_resumable(prior)
+        left = what_is_left(prior)
         if prior.is_complete:
-            prior_utils.check_files(prior, [prior_utils.IMAGE_FILE])  # the one that can't be made again
+            check_files(prior, [IMAGE_FILE])  # the one that can't be made again
         if prior.is_complete and not left.damaged and not left.components:
-            cli.say(f"{prior.directory} is complete and undamaged: nothing to do")
+            log.info(f"{prior.directory} is complete and undamaged: nothing to do")
             return prior.directory
-        device = wan_models.pick_device(prior.metadata["model"], args.device or prior.metadata["device"])
-        prior_run.check_same_machine(prior, device)
-        check_schedule(prior)
-        cli.check_folder(prior.directory, bytes_needed(prior.settings, videos=len(left.videos)))
-        image = prior_run.read_own_image(prior) if left.start_step is None else None
-        m = prior.metadata
-        loras = lora.recorded(m.get("lora", []))
-        options = LoadOptions(m["model"], device, m["dtype"], args.vram, args.model_dir, loras)
-        files = wan_models.weight_files(options, left.components)
-        prior_utils.check_fingerprint(prior, wan_models.fingerprint(files))
-        cli.say(f"{len(left.steps)} of {prior.num_inference_steps} steps are left to run")
-        clock = Clock()
-        clock.include(m.get("seconds", {}))
-        pipe = wan_models.load_pipeline(options, files) if files else None
-        clock.add("load")
-        with saying_how_to_go_on(args, prior.directory):
-            writer = PriorWriter(prior.directory, dict(m))
-            prior_run.run(writer, left, pipe=pipe, image=image, input_video=None, clock=clock)
-    say_what_was_made(args, writer, left)
+        made = finish(args, prior, left)
+    say_what_was_made(args, made, len(left.steps))
     return prior.directory
+
+
+def finish(args: argparse.Namespace, prior: Prior, left: Left) -> Prior:
+    """Run what is left of a prior whose folder is locked."""
+    from step_skip.pipeline import Clock
+    from step_skip.schedule import check_installed_schedule
+
+    m = prior.metadata
+    device = pick_device(m["model"], args.device or m["device"])
+    check_same_machine(prior, device)
+    check_installed_schedule(prior)
+    check_folder(prior.directory, bytes_needed(prior.settings, videos=len(left.videos)))
+    image = read_own_image(prior) if left.start_step is None else None
+    loras = find_recorded_loras(m.get("lora", []))
+    options = LoadOptions(m["model"], device, m["dtype"], args.vram, args.model_dir, loras)
+    log.info(f"{len(left.steps)} of {prior.num_inference_steps} steps are left to run")
+    clock = Clock()
+    clock.include(m.get("seconds", {}))
+    model = load_components(
+        options, left.components, check=lambda fingerprint: check_fingerprint(prior, fingerprint)
+    )
+    clock.add("load")
+    with saying_how_to_go_on(args, [prior.directory]):
+        writer = PriorWriter(prior.directory, dict(m))
+        run_what_is_left(writer, left, pipe=model.pipe, image=image, input_video=None, clock=clock)
+    return writer.prior
 
 
 # --- what the user is told ----------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
-def saying_how_to_go_on(args: argparse.Namespace, directory: Path) -> Iterator[None]:
-    """Where a run that had begun is cut short, say in one line how to go on with what is whole."""
+def saying_how_to_go_on(args: argparse.Namespace, begun: list[Path]) -> Iterator[None]:
+    """Where a run that had begun is cut short, say in one line how to go on with what is whole.
+
+    Args:
+        begun: the prior's folder, once there is something in it.
+    """
     try:
         yield
     except RunError:  # going on would only fail again
         raise
     except BaseException:
-        if (directory / prior_utils.METADATA_FILE).exists():
-            again = command(args, "generate_prior.py", "--resume", directory)
-            cli.say(f"every whole step is kept; go on with: {again}")
+        if begun and (begun[0] / METADATA_FILE).exists():
+            again = command_line(args, "generate_prior.py", "--resume", begun[0])
+            log.info(f"every whole step is kept; go on with: {again}")
         raise
 
 
-def say_what_was_made(args: argparse.Namespace, writer: PriorWriter, left: prior_run.Left) -> None:
+def say_what_was_made(args: argparse.Namespace, prior: Prior, steps_run: int) -> None:
     """Sum up a prior and say what can be done with it."""
-    m, directory = writer.metadata, writer.directory
+    m, directory = prior.metadata, prior.directory
     steps, seconds = m["num_inference_steps"], sum(m["seconds"].values())
-    resumed = f'{command(args, "infer_from_prior.py", "--prior_dir", directory)} --prompt "..."'
-    cli.say(f"{directory}: {len(left.steps)} steps, {m['forwards']} forwards, {seconds:.1f} s")
+    resumed = f'{command_line(args, "infer_from_prior.py", "--prior_dir", directory)} --prompt "..."'
+    log.info(f"{directory}: {steps_run} steps, {m['forwards']} forwards, {seconds:.1f} s")
     if m["status"] == "stopped":
-        preview = directory / prior_utils.denoised_file(left.last_step)
-        cli.say(
-            f"Stopped after step {left.last_step} of {steps}; what it points at: {preview}\n"
+        preview = directory / denoised_file(prior.whole_steps - 1)
+        log.info(
+            f"Stopped after step {prior.whole_steps - 1} of {steps}; what it points at: {preview}\n"
             f"Finished with a new prompt:\n"
             f"  {resumed}\n"
             f"Or with its own, as if never stopped:\n"
-            f"  {command(args, 'generate_prior.py', '--resume', directory)}"
+            f"  {command_line(args, 'generate_prior.py', '--resume', directory)}"
         )
         return
     start_step = m["start_step"]
-    cli.say(
-        f"A new prompt in {prior_utils.recommended_num_steps(steps)} of {steps} steps:\n"
+    log.info(
+        f"A new prompt in {recommended_num_steps(steps)} of {steps} steps:\n"
         f"  {resumed}\n"
         f"Or resumed after step {start_step}, {steps - start_step - 1} of {steps} steps:\n"
         f"  {resumed} --start_step {start_step}"
     )
 
 
-def command(args: argparse.Namespace, name: str, *words: object) -> str:
+def command_line(args: argparse.Namespace, name: str, *words: object) -> str:
     """A command line of one of the scripts, from where the user is, with the same model and device."""
     script = Path(__file__).resolve().with_name(name)
     if script.is_relative_to(Path.cwd()):
@@ -512,11 +457,14 @@ def command(args: argparse.Namespace, name: str, *words: object) -> str:
 def main(argv: list[str] | None = None) -> str:
     """Make or finish priors and return their folders, one a line."""
     args = parse_args(argv)
-    if args.resume is not None:
-        return str(resume(args))
-    check_args(args)
-    return "\n".join(map(str, make_priors(args)))
+    folders = make_priors(args) if args.resume is None else [resume(args)]
+    return "\n".join(map(str, folders))
+
+
+def command() -> None:
+    """The console script of an installed package."""
+    cli.run_script(main)
 
 
 if __name__ == "__main__":
-    cli.run_script(main)
+    command()

@@ -16,22 +16,36 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-from collections.abc import Collection, Mapping, Sequence
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
-import command_line as cli
-import formation
-import lora
 import prior_utils
-import sweep
-import sweep_page
-import wan_models
-from plan import Inputs, Plan, check_schedule, load_inputs, read_inputs, run_settings
-from prior_utils import InputError, Prior, RunError
-from run_jobs import run_jobs
-from sweep import Job
-from verify import verify
-from wan_models import LoadOptions
+from step_skip import cli
+from step_skip.files import InputError, RunError, check_folder
+from step_skip.infer import run_jobs, warn_of_what_differs
+from step_skip.loading import differences_since, pick_device
+from step_skip.media import video_bytes
+from step_skip.models import LoadOptions, parse_recorded_loras
+from step_skip.page import write_page
+from step_skip.plan import AUTO, Plan, settings_of
+from step_skip.prior import Prior
+from step_skip.steps import DEFAULT_TEXT_SHARE, FORMATION_FILE, is_late
+from step_skip.sweep import (
+    Group,
+    all_jobs,
+    components_to_load,
+    describe_job,
+    is_made,
+    load_inputs,
+    make_groups,
+    read_inputs,
+    summarize_jobs,
+    sweep_folder,
+)
+
+log = logging.getLogger("step_skip")
 
 # Clips of the embedded model that showed the new motion, resumed after 6 of 10, by the prior's kind; a full
 # run: 100%. From benchmarks/results/promise/headline.md.
@@ -76,7 +90,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"--verify only looks at priors: leave out {others[0]}")
     if args.overwrite and args.output is None:
         parser.error("--overwrite replaces what --output names: give --output")
-    may_be_auto = args.prompts_file is not None or [cli.AUTO] in (args.start_step or ())
+    may_be_auto = args.prompts_file is not None or [AUTO] in (args.start_step or ())
     if args.text_share is not None and not may_be_auto:
         parser.error("--text_share is what --start_step auto goes by: give that, too")
     return args
@@ -132,7 +146,7 @@ def add_method_arguments(parser: argparse.ArgumentParser) -> None:
         type=cli.strength,
         metavar="X",
         help="with --start_step auto: the share of all the text had to say in the prior's run that has to be "
-        f"left, as the prior's {formation.PLOT_FILE} shows it (default: {formation.DEFAULT_TEXT_SHARE})",
+        f"left, as the prior's {FORMATION_FILE} shows it (default: {DEFAULT_TEXT_SHARE})",
     )
 
 
@@ -153,7 +167,7 @@ def add_prompt_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="more prompts, one per line; a line that begins with { is JSON and may set what holds for it "
         'alone: {"prompt": "She nods.", "cfg_scale": 3, "start_step": "2-4"}; it knows '
-        f"{', '.join(sweep.OVERRIDES)}",
+        f"{', '.join(cli.OVERRIDES)}",
     )
     group.add_argument(
         "--negative_prompt",
@@ -210,15 +224,15 @@ def add_checked_arguments(parser: argparse.ArgumentParser) -> None:
 # --- what the user is told ----------------------------------------------------------------------------------
 
 
-def warn_of_old_motion(jobs: Collection[Job]) -> None:
+def warn_of_old_motion(groups: Sequence[Group]) -> None:
     """Say so where a new prompt comes too late to be obeyed: motion is settled early."""
-    late = [job for job in jobs if comes_late(job.plan, job.prior)]
+    late = [job for job in all_jobs(groups) if comes_late(job.plan, job.prior)]
     if not late:
         return
     plan, prior = min(((job.plan, job.prior) for job in late), key=lambda each: each[0].start_step)
     obeyed = OBEYED_AFTER_6[prior.metadata.get("prior_kind", "prompted")]
     advice = "make the prior again" if prior.is_legacy else "leave --start_step out"
-    cli.warn(
+    log.warning(
         f"resuming after step {plan.start_step} of {prior.num_inference_steps} is late for a new motion: "
         f"after 6 of 10, {obeyed} of the embedded model's clips obeyed a new prompt, 100% in a full run; "
         f"{advice} to have it obeyed in as many steps"
@@ -229,78 +243,67 @@ def comes_late(plan: Plan, prior: Prior) -> bool:
     """Whether a plan brings a new prompt in when the prior has settled most of the motion."""
     if plan.method == "differential" or plan.prompt == prior.metadata.get("prompt"):
         return False
-    return prior_utils.is_late(plan.start_step, prior.num_inference_steps)
+    return is_late(plan.start_step, prior.num_inference_steps)
 
 
-def warn_of_doubts(plan: Plan, prior: Prior, *, device: str) -> None:
+def warn_of_doubts(group: Group, *, device: str) -> None:
     """Say what could not be checked, or what differs from when the prior was made and may change bits."""
+    prior = group.prior
     if prior.is_legacy:
-        cli.warn(
-            f"{prior.directory} is of an older format, so these could not be checked: model ({plan.model} "
-            "assumed), weights, image, prompts, cfg_scale, seed, checksums, versions, device"
+        log.warning(
+            f"{prior.directory} is of an older format, so these could not be checked: model "
+            f"({group.plans[0].model} assumed), weights, image, prompts, cfg_scale, seed, checksums, "
+            "versions, device"
         )
         return
     names = ("torch", "diffsynth", "device_name")
     differ = [
-        f"{name} {now} (then {then!r})" for name, now, then in cli.not_as_then(prior.metadata, device, names)
+        f"{name} {now} (then {then!r})"
+        for name, now, then in differences_since(prior.metadata, device, names)
     ]
     if differ:
-        cli.warn(
+        log.warning(
             f"not as when the prior was made: {', '.join(differ)}; the result may differ in the last bits"
         )
 
 
-def warn_of_what_differs(plan: Plan, prior: Prior) -> None:
-    """Say where the prior was made in another way, so that its own prompt won't give its own video."""
-    own, given = (lora.summary(each) for each in (prior.metadata.get("lora", []), plan.lora))
-    if own != given:
-        cli.warn(f"runs with {given}, and the prior was made with {own}: a mix of two models, as asked for")
-    for name in ("skip_cache", "tea_cache_l1_thresh"):
-        value = prior.metadata.get(name)
-        if value is not None and value != getattr(plan, name):
-            cli.warn(
-                f"the prior was made with --{name} {value}, which is not taken over; give it, too, to have "
-                "steps as cheap, and without it the prior's own prompt gives nearly the prior's video"
-            )
-
-
-def say_what_auto_means(jobs: Collection[Job]) -> None:
+def say_what_auto_means(groups: Sequence[Group]) -> None:
     """Tell the step that each prior chose."""
-    groups = sweep.by_prior(jobs)
-    for directory, group in groups.items():
-        chosen = [job.plan.auto for job in group if job.plan.auto is not None]
+    for group in groups:
+        chosen = [plan.auto for plan in group.plans if plan.auto is not None]
         if chosen:
-            cli.say(f"{f'{directory}: ' if len(groups) > 1 else ''}auto: {chosen[0]}")
+            log.info(f"{f'{group.prior.directory}: ' if len(groups) > 1 else ''}auto: {chosen[0]}")
 
 
-def say_what_runs(jobs: Collection[Job], *, there: int | None) -> None:
+def say_what_runs(groups: Sequence[Group], *, there: int | None) -> None:
     """Tell what will run: a single video's steps, or a sweep's sums."""
+    jobs = all_jobs(groups)
     if there is not None:
-        cli.say(f"{sweep.summarize(jobs)}; {there} are there already")
+        log.info(f"{summarize_jobs(jobs)}; {there} are there already")
         return
     [job] = jobs
     total, running = job.prior.num_inference_steps, len(job.plan.steps_to_run)
-    if job.plan.sigmas is not None:
-        cli.say(f"runs {running} steps from sigma {job.plan.sigmas[0]:.3f}; the prior's run took {total}")
+    if job.plan.method == "sigmas":
+        log.info(f"runs {running} steps from sigma {job.plan.sigmas[0]:.3f}; the prior's run took {total}")
         return
-    cli.say(
+    log.info(
         f"runs {running} of {total} steps, skips {total - running}"
         if running
         else f"step {job.plan.start_step} is the last: nothing left to run, decodes only"
     )
 
 
-def report_failures(failed: Mapping[Path, Exception], jobs: Collection[Job]) -> None:
+def report_failures(failed: Mapping[Path, Exception], total: int) -> None:
     """Tell what a sweep could not make.
 
     Raises:
         RunError: there is such a video.
     """
     for path, error in failed.items():
-        cli.warn(f"{path.name} failed: {' '.join(str(error).split())[:200] or type(error).__name__}")
+        log.warning(f"{path.name} failed: {' '.join(str(error).split())[:200] or type(error).__name__}")
     if failed:
         raise RunError(
-            f"{len(failed)} of {len(jobs)} videos failed, see above; the others are in "
+            f"{len(failed)} of {total} videos failed, see above; the others are in "
             f"{next(iter(failed)).parent}; the same command tries only these again"
         )
 
@@ -308,86 +311,90 @@ def report_failures(failed: Mapping[Path, Exception], jobs: Collection[Job]) -> 
 # --- the run ------------------------------------------------------------------------------------------------
 
 
-def read_all(jobs: Collection[Job]) -> dict[Path, Inputs]:
-    """The inputs of every prior, checked, by its folder.
-
-    Raises:
-        InputError: something is missing, damaged, or not the prior's.
-    """
-    return {
-        directory: read_inputs([job.plan for job in group], group[0].prior)
-        for directory, group in sweep.by_prior(jobs).items()
-    }
-
-
-def load_all(jobs: Collection[Job], inputs: Mapping[Path, Inputs]) -> str:
-    """Check every prior's schedule, load its tensors into `inputs`, and return the dtype they are in.
+def load_all(groups: Sequence[Group]) -> str:
+    """Check every prior's schedule, load its tensors, and return the dtype they are in.
 
     Raises:
         InputError: a schedule differs, a file holds something else, or the dtypes differ.
     """
-    dtypes = {}
-    for directory, group in sweep.by_prior(jobs).items():
-        check_schedule(group[0].prior)
-        dtype = load_inputs([job.plan for job in group], group[0].prior, inputs[directory])
-        dtypes.setdefault(dtype, directory)
+    from step_skip.schedule import check_installed_schedule
+
+    dtypes: dict[str, Path] = {}
+    for group in groups:
+        check_installed_schedule(group.prior)
+        dtypes.setdefault(load_inputs(group), group.prior.directory)
     if len(dtypes) > 1:
         raise InputError(f"{' and '.join(map(str, dtypes.values()))} differ in dtype; sweep them apart")
     return next(iter(dtypes))
 
 
 def make_videos(
-    jobs: Sequence[Job], inputs: Mapping[Path, Inputs], args: argparse.Namespace, *, there: int | None
+    groups: Sequence[Group], args: argparse.Namespace, *, there: int | None
 ) -> dict[Path, Exception]:
     """Check what is left to check, load the model and run; returns the errors of jobs that failed.
 
     Args:
         there: the videos of a sweep that are there already; None: no sweep, a single video.
     """
+    jobs = all_jobs(groups)
     model, folder = jobs[0].plan.model, jobs[0].path.parent
-    device = wan_models.pick_device(model, args.device)
-    for group in sweep.by_prior(jobs).values():
-        warn_of_doubts(group[0].plan, group[0].prior, device=device)
-        warn_of_what_differs(group[0].plan, group[0].prior)
-    warn_of_old_motion(jobs)
-    dtype = load_all(jobs, inputs)
-    sizes = [cli.video_bytes(run_settings(job.plan, job.prior)) for job in jobs]
-    cli.check_folder(folder, sum(sizes) + 2**20)
-    say_what_runs(jobs, there=there)
-    loras = lora.of(jobs[0].plan.lora)
+    device = pick_device(model, args.device)
+    for group in groups:
+        warn_of_doubts(group, device=device)
+        warn_of_what_differs(group)
+    warn_of_old_motion(groups)
+    dtype = load_all(groups)
+    sizes = [video_bytes(settings_of(job.plan, job.prior)) for job in jobs]
+    check_folder(folder, sum(sizes) + 2**20)
+    say_what_runs(groups, there=there)
+    loras = parse_recorded_loras(jobs[0].plan.lora)
     options = LoadOptions(model, device, dtype, args.vram, args.model_dir, loras)
-    with contextlib.nullcontext() if there is None else sweep.own_folder(folder):
-        return run_jobs(jobs, inputs, options=options)
+    with contextlib.nullcontext() if there is None else sweep_folder(folder):
+        return run_jobs(groups, options=options)
 
 
 def main(argv: list[str] | None = None) -> Path | str:
     """Make one video and return its path, or a sweep of them and return its folder."""
     args = parse_args(argv)
     if args.verify:
-        return verify(args.prior_dir)
-    jobs = sweep.make_jobs(args)
-    say_what_auto_means(jobs)
-    inputs = read_all(jobs)
-    is_sweep = sweep.is_sweep(args, jobs)
-    made = {job.path for job in jobs if is_sweep and sweep.is_made(job, inputs[job.prior.directory])}
-    to_do = [job for job in jobs if job.path not in made]
+        return prior_utils.verify(args.prior_dir)
+    groups = make_groups(
+        args.prior_dir,
+        cli.read_choices(args),
+        output=args.output,
+        output_dir=args.output_dir,
+        overwrite=args.overwrite,
+        is_sweep=args.prompts_file is not None,
+    )
+    jobs = all_jobs(groups)
+    is_sweep = len(jobs) > 1 or args.prompts_file is not None or args.output_dir is not None
+    say_what_auto_means(groups)
+    for group in groups:
+        group.inputs = read_inputs(group)
+    made = {job.path for group in groups for job in group.jobs if is_sweep and is_made(job, group)}
+    left = [replace(group, jobs=[job for job in group.jobs if job.path not in made]) for group in groups]
+    to_do = [group for group in left if group.jobs]
     if args.dry_run:
-        components = ", ".join(sweep.components(to_do)) or "nothing"
-        cli.say(f"{sweep.summarize(to_do)}; {len(made)} are there already; would load {components}")
-        return "\n".join(sweep.describe(job, made=job.path in made) for job in jobs)
-    there = len(made) if is_sweep else None
-    failed = make_videos(to_do, inputs, args, there=there) if to_do else {}
+        components = ", ".join(components_to_load(all_jobs(to_do))) or "nothing"
+        log.info(f"{summarize_jobs(all_jobs(to_do))}; {len(made)} are there already; would load {components}")
+        return "\n".join(describe_job(job, made=job.path in made) for job in jobs)
+    failed = make_videos(to_do, args, there=len(made) if is_sweep else None) if to_do else {}
     if not is_sweep:
         for error in failed.values():
             raise error
         return jobs[0].path
     folder = jobs[0].path.parent
     if len(failed) < len(jobs):
-        with sweep.own_folder(folder):
-            sweep_page.write_page(folder)
-    report_failures(failed, jobs)
+        with sweep_folder(folder):
+            write_page(folder)
+    report_failures(failed, len(jobs))
     return folder
 
 
-if __name__ == "__main__":
+def command() -> None:
+    """The console script of an installed package."""
     cli.run_script(main)
+
+
+if __name__ == "__main__":
+    command()

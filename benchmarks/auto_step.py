@@ -23,9 +23,9 @@ import numpy as np
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent), str(HERE.parent / "data" / "tiny_wan_i2v")]
 
-import promise  # noqa: E402
-import world  # noqa: E402
-from methods import (  # noqa: E402
+import promise
+import world
+from methods import (
     PRIOR_PROMPTS,
     STEPS,
     Case,
@@ -37,7 +37,7 @@ from methods import (  # noqa: E402
     run_prior,
 )
 
-import formation  # noqa: E402
+from step_skip.steps import DEFAULT_TEXT_SHARE, part_distances, say_left, text_moves
 
 KINDS = {"motion": "another motion's", "empty": "neutral"}
 STATISTICS = {  # each is the larger, the earlier the step
@@ -58,9 +58,9 @@ def statistics(steps) -> Iterator[dict[str, float]]:
     """What a prior's own run says after each of its steps."""
     sigmas = [step.sigma for step in steps]
     distances = [step.branch_distance for step in steps]
-    moves = formation.text_moves(distances, sigmas=sigmas, cfg_scale=1.0)  # one scale, no part in a share
-    left, _ = formation.say_left(moves, sigmas=sigmas)
-    formed = formation.distances((step.denoised for step in steps), steps[-1].latents)
+    moves = text_moves(distances, sigmas=sigmas, cfg_scale=1.0)  # one scale, no part in a share
+    left, _ = say_left(moves, sigmas=sigmas)
+    formed = part_distances((step.denoised for step in steps), steps[-1].latents)
     for step, sigma in enumerate([*sigmas[1:], 0.0]):
         yield {
             "text_left": left[step],
@@ -293,7 +293,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--text_share",
         type=float,
-        default=formation.DEFAULT_TEXT_SHARE,
+        default=DEFAULT_TEXT_SHARE,
         help="the share to report every prior at (default: infer_from_prior.py's)",
     )
     parser.add_argument("--output", type=Path, default=HERE / "results" / "auto_step")

@@ -43,7 +43,7 @@ def without_branch(run: Callable) -> Callable:
     """The same method with Skip-Cache in its form without training, whatever the DiT has."""
 
     def method(case: Case, prior: Prior | None, **choices):
-        from wan_pipeline import hooked
+        from step_skip.pipeline import hooked
 
         if getattr(case.pipe.dit, "skip_branch", None) is None:
             return run(case, prior, **choices)
@@ -79,7 +79,7 @@ def with_whole_residual(run: Callable, every: int) -> Callable:
     """The same method with the whole residual reused."""
 
     def method(case: Case, prior: Prior | None, *, every=every, **choices):
-        from wan_pipeline import hooked
+        from step_skip.pipeline import hooked
 
         caches, model_fn = {True: WholeResidual(every), False: WholeResidual(every)}, case.pipe.model_fn
 
@@ -99,7 +99,7 @@ def on_sigmas(case: Case, prior: Prior | None, *, sigmas: tuple[float, ...]):
 
 def from_latents(case: Case, latents, sigmas: tuple[float, ...], *, on_step: Callable | None = None):
     """The new prompt's clip on these sigmas, from latents at the first of them."""
-    from wan_pipeline import run_on_sigmas
+    from step_skip.pipeline import run_on_sigmas
 
     run = {"sigmas": sigmas, "latents": latents, "conditioning": case.conditioning("new")}
     return run_on_sigmas(case.pipe, case.settings, **run, on_step=on_step)
@@ -107,7 +107,7 @@ def from_latents(case: Case, latents, sigmas: tuple[float, ...], *, on_step: Cal
 
 def on_path(case: Case, prior: Prior | None, sigma: float):
     """Where the prior's path is at a noise level, without a prior the noise: [B, C, T, H, W]."""
-    from prior_utils import place_on_path
+    from step_skip.steps import place_on_path
 
     if prior is None:
         return case.noise
@@ -117,7 +117,7 @@ def on_path(case: Case, prior: Prior | None, sigma: float):
 
 def re_spaced(case: Case, prior: Prior, *, start_step: int, steps: int):
     """--num_steps_after: from the prior's latents to the end in so many steps."""
-    from prior_utils import tail_sigmas
+    from step_skip.steps import tail_sigmas
 
     begin = sigmas_of(case)[start_step + 1]
     sigmas = tail_sigmas(begin, steps, sigma_shift=case.settings.sigma_shift)
@@ -135,7 +135,7 @@ def distilled_dit(pipe):
 @contextlib.contextmanager
 def with_distilled(case: Case) -> Iterator[Case]:
     """The case as the distilled LoRA runs it for the length of a `with`: its DiT, 4 steps, no guidance."""
-    from wan_pipeline import hooked
+    from step_skip.pipeline import hooked
 
     settings = replace(case.settings, cfg_scale=1.0, num_inference_steps=len(DISTILLED_SIGMAS))
     with hooked(case.pipe, dit=distilled_dit(case.pipe)):

@@ -39,16 +39,18 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 os.environ["TQDM_DISABLE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from hypothesis import HealthCheck, Phase, given, seed, settings  # noqa: E402
-from hypothesis import strategies as st  # noqa: E402
+from hypothesis import HealthCheck, Phase, given, seed, settings
+from hypothesis import strategies as st
 
-import command_line  # noqa: E402
-import generate_prior  # noqa: E402
-import infer_from_prior  # noqa: E402
-import prior_run  # noqa: E402
-import prior_utils  # noqa: E402
-import sweep  # noqa: E402
-from prior_utils import InputError  # noqa: E402
+import generate_prior
+import infer_from_prior
+from step_skip.cli import run_script
+from step_skip.files import TEMPORARY_PREFIX, InputError, sha256_file, write_json
+from step_skip.generate import check_resumable, check_same_machine, what_is_left
+from step_skip.loading import installed_versions
+from step_skip.metadata import SEAL, read_run, sealed
+from step_skip.prior import METADATA_FILE, check_fingerprint, damaged_files, step_file
+from step_skip.sweep import Group
 
 PROMPTS = ("The portrait moves left.", "The portrait sinks, eyes shut.")
 STEPS = 4
@@ -94,8 +96,6 @@ def prepare(folder: Path) -> Ground:
     """Make the model, an image and the undisturbed runs."""
     from conftest import build_model, save_image
 
-    import wan_pipeline  # noqa: F401, so that no fork has to import it again
-
     (folder / "model").mkdir()
     ground = Ground(folder, build_model(folder / "model"), save_image(folder / "image.png"))
     ground.prior, ground.sweep_dir = folder / "run_undisturbed", folder / "sweep"
@@ -115,7 +115,7 @@ def start(main: Callable[[list[str]], object], argv: list[str]) -> int:
         os.dup2(null, 1)
         os.dup2(null, 2)
         try:
-            command_line.run_script(lambda: main(argv))
+            run_script(lambda: main(argv))
         except SystemExit as ended:
             os._exit(ended.code)
         except BaseException:
@@ -146,16 +146,16 @@ def seconds_of(main: Callable[[list[str]], object], argv: list[str]) -> float:
 
 def told(prior: Path) -> dict[str, Any]:
     """A prior's metadata but for times."""
-    metadata = json.loads((prior / prior_utils.METADATA_FILE).read_text())
-    return {key: value for key, value in metadata.items() if key not in TIMES | {prior_utils.SEAL}}
+    metadata = json.loads((prior / METADATA_FILE).read_text())
+    return {key: value for key, value in metadata.items() if key not in TIMES | {SEAL}}
 
 
 def contents(folder: Path, *suffixes: str) -> dict[str, str]:
     """SHA-256 of the files of these kinds below a folder."""
     return {
-        str(path.relative_to(folder)): prior_utils.sha256_file(path)
+        str(path.relative_to(folder)): sha256_file(path)
         for path in sorted(folder.rglob("*"))
-        if path.suffix in suffixes and not path.name.startswith(prior_utils.TEMPORARY_PREFIX)
+        if path.suffix in suffixes and not path.name.startswith(TEMPORARY_PREFIX)
     }
 
 
@@ -165,9 +165,9 @@ def look_at_killed(prior: Path, ground: Ground) -> Iterator[str]:
     for name, digest in contents(prior, ".pt", ".mp4", ".png").items():
         if digest != true.get(name):
             yield f"{name} has its final name and is not whole"
-    if (prior / prior_utils.METADATA_FILE).exists():
-        found = prior_utils.read_run(prior)
-        yield from prior_utils.damaged_files(found).values()
+    if (prior / METADATA_FILE).exists():
+        found = read_run(prior)
+        yield from damaged_files(found).values()
         if found.is_complete and found.metadata["files"].keys() != true.keys():
             yield "it looks whole and is not"
 
@@ -180,17 +180,17 @@ def kill_generating(ground: Ground, rng: random.Random, seconds: float, counts: 
     while run_killed(main, argv, rng.uniform(0, 1.05 * seconds)):
         counts[f"kills while {kind}"] += 1
         yield from look_at_killed(prior, ground)
-        if (prior / prior_utils.METADATA_FILE).exists():
+        if (prior / METADATA_FILE).exists():
             argv, kind = ground.resume(prior), "resuming"
         else:
             shutil.rmtree(prior, ignore_errors=True)  # nothing had begun
-    whole = prior_utils.read_run(prior).whole_steps
-    kept = {step: (prior / prior_utils.step_file(step)).stat().st_mtime_ns for step in range(whole)}
+    whole = read_run(prior).whole_steps
+    kept = {step: (prior / step_file(step)).stat().st_mtime_ns for step in range(whole)}
     if run(main, ground.resume(prior)) != 0:
         yield f"{prior} could not be resumed"
         return
     for step, written in kept.items():
-        if (prior / prior_utils.step_file(step)).stat().st_mtime_ns != written:
+        if (prior / step_file(step)).stat().st_mtime_ns != written:
             yield f"step {step} was lost"
     if contents(prior, ".pt", ".mp4", ".png") != contents(ground.prior, ".pt", ".mp4", ".png"):
         yield "the files are not an undisturbed run's"
@@ -264,12 +264,12 @@ def paths_of(value: object, path: tuple = ()) -> Iterator[tuple]:
 def damages(prior: Path) -> st.SearchStrategy:
     """Ways to damage a prior, as (kind, file, detail)."""
     names = st.sampled_from(sorted(path.name for path in prior.iterdir() if path.is_file()))
-    metadata = json.loads((prior / prior_utils.METADATA_FILE).read_text())
+    metadata = json.loads((prior / METADATA_FILE).read_text())
     places = st.sampled_from(sorted(paths_of(metadata), key=str))
     share = st.floats(0, 1, exclude_max=True)
     return st.one_of(
         st.tuples(st.just("flip"), names, st.tuples(share, st.integers(0, 7))),
-        st.tuples(st.just("flip"), st.just(prior_utils.METADATA_FILE), st.tuples(share, st.integers(0, 7))),
+        st.tuples(st.just("flip"), st.just(METADATA_FILE), st.tuples(share, st.integers(0, 7))),
         st.tuples(st.just("cut"), names, share),
         st.tuples(st.just("lengthen"), names, st.binary(min_size=1, max_size=64)),
         st.tuples(st.just("overwrite"), names, st.tuples(share, st.binary(min_size=1, max_size=64))),
@@ -296,7 +296,7 @@ def edited(metadata: Any, path: tuple, value: object) -> Any:
 @contextlib.contextmanager
 def damaged(prior: Path, kind: str, where: Any, detail: Any) -> Iterator[None]:
     """A prior with this damage, for the length of a `with`."""
-    name = prior_utils.METADATA_FILE if kind.startswith("edit") else where
+    name = METADATA_FILE if kind.startswith("edit") else where
     names = [name, detail] if kind == "swap" else [name]
     before = {each: (prior / each).read_bytes() for each in names}
     path, content = prior / name, before[name]
@@ -306,7 +306,7 @@ def damaged(prior: Path, kind: str, where: Any, detail: Any) -> Iterator[None]:
             (prior / detail).write_bytes(content)
         elif kind.startswith("edit"):
             metadata = edited(json.loads(content), where, detail)
-            metadata = prior_utils.sealed(metadata) if kind.endswith("seal") else metadata
+            metadata = sealed(metadata) if kind.endswith("seal") else metadata
             path.write_text(json.dumps(metadata))
         elif kind in ("remove", "link", "folder"):
             path.unlink()
@@ -342,10 +342,10 @@ def used(prior: Path, ground: Ground, flags: list[str]) -> tuple[object, dict[st
     argv = ["--prior_dir", str(prior), "--model_dir", str(ground.model_dir), *flags]
     taken = []
 
-    def take(jobs: list[sweep.Job], inputs: dict, **_: object) -> dict:
-        fingerprint = json.loads((ground.prior / prior_utils.METADATA_FILE).read_text())["model_fingerprint"]
-        prior_utils.check_fingerprint(jobs[0].prior, fingerprint)
-        taken.append((jobs[0].plan, inputs[jobs[0].prior.directory].tensors))
+    def take(groups: list[Group], **_: object) -> dict:
+        fingerprint = json.loads((ground.prior / METADATA_FILE).read_text())["model_fingerprint"]
+        check_fingerprint(groups[0].prior, fingerprint)
+        taken.append((groups[0].plans[0], groups[0].inputs.tensors))
         return {}
 
     run_jobs, infer_from_prior.run_jobs = infer_from_prior.run_jobs, take
@@ -363,10 +363,10 @@ def used(prior: Path, ground: Ground, flags: list[str]) -> tuple[object, dict[st
 def try_resuming(prior: Path) -> None:
     """What generate_prior.py --resume reads before it loads a model; refusals are fine."""
     with contextlib.suppress(InputError), contextlib.redirect_stderr(io.StringIO()):
-        found = prior_utils.read_run(prior)
-        prior_run.check_resumable(found)
-        prior_run.what_is_left(found)
-        prior_run.check_same_machine(found, "cpu")
+        found = read_run(prior)
+        check_resumable(found)
+        what_is_left(found)
+        check_same_machine(found, "cpu")
 
 
 def is_same(found: tuple[object, dict], true: tuple[object, dict], *, edited: bool) -> bool:
@@ -432,11 +432,11 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=HERE / "results" / "faults.json")
     args = parser.parse_args()
-    result: dict[str, Any] = {"seed": args.seed, "versions": command_line.versions()}
+    result: dict[str, Any] = {"seed": args.seed, "versions": installed_versions()}
 
     def note(**entries: object) -> None:
         result.update(entries)
-        prior_utils.write_json(args.output, result)
+        write_json(args.output, result)
 
     def note_damages(kinds: Counter) -> None:  # the first wrong one ends the campaign
         note(damaged=sum(kinds.values()), damages=dict(sorted(kinds.items())), wrong_reads=0, tracebacks=0)

@@ -22,9 +22,10 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 sys.path.insert(0, str(ROOT))
 
-from picture import run  # noqa: E402
+from picture import run
 
-import prior_utils  # noqa: E402
+from step_skip.files import write_json
+from step_skip.prior import RunSettings, latents_shape
 
 # Wan2.1-I2V-14B: diffsynth/configs/model_configs.py
 FULL_SIZE = {
@@ -94,12 +95,13 @@ def timing(
     import torch
     from diffsynth.pipelines.wan_video import WanVideoPipeline
 
-    from wan_pipeline import Conditioning, ResumableScheduler, run_scheduler
+    from step_skip.pipeline import Conditioning, run_scheduler
+    from step_skip.schedule import ResumableScheduler
 
     pipe = WanVideoPipeline(device=device, torch_dtype=torch.bfloat16)
     pipe.dit = random_dit(sizes, device)
     pipe.vae = NoVae()
-    settings = prior_utils.RunSettings(
+    settings = RunSettings(
         num_inference_steps=10,
         denoising_strength=1.0,
         sigma_shift=5.0,
@@ -108,7 +110,7 @@ def timing(
         width=width,
         num_frames=num_frames,
     )
-    shape = prior_utils.latents_shape(height=height, width=width, num_frames=num_frames)
+    shape = latents_shape(height=height, width=width, num_frames=num_frames)
     random = {"device": device, "dtype": torch.bfloat16}
     conditioning = Conditioning(
         y=torch.randn(1, 20, *shape[2:], **random),
@@ -170,7 +172,7 @@ def main() -> None:
     result["full_size"] = timing(runs=args.runs)
     result["vram_gib"] = torch.cuda.max_memory_allocated() / 2**30
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    prior_utils.write_json(args.output, result)
+    write_json(args.output, result)
     print(json.dumps(result, indent=2))
 
 

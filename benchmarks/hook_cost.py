@@ -22,12 +22,14 @@ ROOT = HERE.parent
 sys.path.insert(0, str(ROOT))
 os.environ["TQDM_DISABLE"] = "1"
 
-import command_line  # noqa: E402
-import generate_prior  # noqa: E402
-import prior_run  # noqa: E402
-import prior_utils  # noqa: E402
-import prior_writer  # noqa: E402
-import wan_models  # noqa: E402
+import generate_prior
+from step_skip.cli import load_options
+from step_skip.files import write_json
+from step_skip.generate import plan_prior, save_start, save_step
+from step_skip.loading import installed_versions, load_components, pick_device
+from step_skip.metadata import PriorWriter
+from step_skip.models import COMPONENTS
+from step_skip.prior import Prior
 
 
 def seconds(function, *args) -> float:
@@ -47,28 +49,29 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=HERE / "results" / "hook_cost.json")
     own, flags = parser.parse_known_args()
     args = generate_prior.parse_args(["--model", "tiny", "--image", str(own.image), *flags])
-    args.device = wan_models.pick_device(args.model, args.device)
-    settings = generate_prior.run_settings(args)
+    args.device = pick_device(args.model, args.device)
+    options = load_options(args)
+    metadata = plan_prior(options, generate_prior.read_prior_choices(args))
+    settings = Prior(own.output, metadata).settings
     wanted = generate_prior.read_wanted(args, settings)[0]
-    options = command_line.load_options(args)
-    pipe = wan_models.load_pipeline(options, wan_models.weight_files(options))
+    pipe = load_components(options, COMPONENTS).pipe
 
-    from wan_pipeline import TILING, run_full
+    from step_skip.pipeline import TILING, run_full
 
-    prompts = {"prompt": wanted.prompt, "negative_prompt": args.negative_prompt}
+    prompts = {"prompt": wanted.prompt, "negative_prompt": metadata["negative_prompt"]}
     inputs = prompts | {"input_image": wanted.image}
 
     def bare() -> None:
         pipe(**inputs, **settings.pipeline_inputs, **TILING)
 
     def saving(folder: str) -> None:
-        writer = prior_writer.PriorWriter(Path(folder), prompts | vars(settings))
+        writer = PriorWriter(Path(folder), prompts | vars(settings))
         run_full(
             pipe,
             settings,
             **inputs,
-            on_start=lambda *start: prior_run.save_start(writer, *start),
-            on_step=lambda step: prior_run.save_step(writer, step),
+            on_start=lambda *start: save_start(writer, *start),
+            on_step=lambda step: save_step(writer, step),
         )
 
     pairs = []
@@ -89,10 +92,10 @@ def main() -> None:
         "size": f"{settings.width} x {settings.height}, {settings.num_frames} frames",
         "device": args.device,
         "cores": os.cpu_count(),
-        "versions": command_line.versions(),
+        "versions": installed_versions(),
     }
     own.output.parent.mkdir(parents=True, exist_ok=True)
-    prior_utils.write_json(own.output, result)
+    write_json(own.output, result)
     print(json.dumps(result, indent=2))
 
 

@@ -17,7 +17,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "data" / "tiny_wan_i2v")]
 
-import world  # noqa: E402
+import world
 
 STEPS = 10
 PRIOR_PROMPTS = {kind: kind for kind in ("empty", "scene", "mean", "still")} | {"motion": "old"}  # -> context
@@ -54,7 +54,7 @@ class Case:
 
     def conditioning(self, posi: str, nega: str = "empty"):
         """The conditioning of one prompt against another."""
-        from wan_pipeline import Conditioning
+        from step_skip.pipeline import Conditioning
 
         return Conditioning(**self.image, context_posi=self.contexts[posi], context_nega=self.contexts[nega])
 
@@ -70,7 +70,7 @@ class Prior:
 
 def run_prior(case: Case, prompt: str):
     """A full run: its steps and its result."""
-    from wan_pipeline import run_from
+    from step_skip.pipeline import run_from
 
     steps = []
     result = run_from(
@@ -105,7 +105,7 @@ def as_array(frames) -> np.ndarray:
 
 def from_noise(case: Case, prior: Prior | None, *, steps: int):
     """What anyone can do: fewer steps, DiffSynth's own schedule."""
-    from wan_pipeline import run_from
+    from step_skip.pipeline import run_from
 
     settings = replace(case.settings, num_inference_steps=steps)
     conditioning = case.conditioning("new")
@@ -114,7 +114,8 @@ def from_noise(case: Case, prior: Prior | None, *, steps: int):
 
 def from_noise_on(case: Case, prior: Prior | None, *, steps: tuple[int, ...]):
     """Fewer steps on chosen sigmas of the ten-step schedule; the first must be 0."""
-    from wan_pipeline import ReportingScheduler, run_scheduler
+    from step_skip.pipeline import run_scheduler
+    from step_skip.schedule import ReportingScheduler
 
     scheduler = ReportingScheduler(lambda _: steps)
     return run_scheduler(
@@ -128,7 +129,7 @@ def from_noise_on(case: Case, prior: Prior | None, *, steps: tuple[int, ...]):
 
 def resume(case: Case, prior: Prior, *, start_step: int, contrast: bool = False):
     """--start_step: the steps after it, new prompt; `contrast`: with the old prompt as the negative one."""
-    from wan_pipeline import run_from
+    from step_skip.pipeline import run_from
 
     return run_from(
         case.pipe,
@@ -141,7 +142,7 @@ def resume(case: Case, prior: Prior, *, start_step: int, contrast: bool = False)
 
 def differential(case: Case, prior: Prior, *, steps: tuple[int, ...]):
     """--steps: a few steps along the prior's path, spent on what the new prompt changes."""
-    from wan_pipeline import run_differential
+    from step_skip.pipeline import run_differential
 
     path = trajectory(prior, steps)
     return run_differential(case.pipe, case.settings, trajectory=path, conditioning=case.conditioning("new"))
@@ -158,7 +159,7 @@ def differential_by_bends(case: Case, prior: Prior, *, num_steps: int):
 
 def whole_bend():
     """The scheduler that follows the prior's bend everywhere: the offset is all that is integrated."""
-    from wan_pipeline import DifferentialScheduler
+    from step_skip.schedule import DifferentialScheduler
 
     class WholeBend(DifferentialScheduler):
         def share_of_bend(self, bend, *, new, old):
@@ -174,7 +175,7 @@ def differential_whole_bend(case: Case, prior: Prior, *, steps: tuple[int, ...])
 
 def along_path(case: Case, path, scheduler: Callable):
     """Another kind of DifferentialScheduler, made of the prior's path."""
-    from wan_pipeline import run_scheduler
+    from step_skip.pipeline import run_scheduler
 
     start = {"latents": path.latents[0], "conditioning": case.conditioning("new")}
     return run_scheduler(case.pipe, case.settings, scheduler=scheduler(path), **start)
@@ -182,7 +183,7 @@ def along_path(case: Case, path, scheduler: Callable):
 
 def trajectory(prior: Prior, steps: tuple[int, ...], noise_pred: list[object] | None = None):
     """The prior's path at these steps, with its own velocities or others."""
-    from wan_pipeline import Trajectory
+    from step_skip.schedule import Trajectory
 
     own = [prior.noise_pred[step] for step in steps]
     return Trajectory(steps, [*(prior.latents[step] for step in steps), prior.latents[-1]], noise_pred or own)
@@ -190,7 +191,7 @@ def trajectory(prior: Prior, steps: tuple[int, ...], noise_pred: list[object] | 
 
 def differential_second_order(case: Case, prior: Prior, *, steps: tuple[int, ...]):
     """The same with Adams-Bashforth steps of second order for the offset, from the second one on."""
-    from wan_pipeline import DifferentialScheduler
+    from step_skip.schedule import DifferentialScheduler
 
     class SecondOrder(DifferentialScheduler):
         before = None  # the step's sigma and difference before this one
@@ -223,7 +224,8 @@ def renoise(case: Case, prior: Prior, *, start_step: int, steps: tuple[int, ...]
     """The prior's clean latents noised again with other noise up to a step's sigma, then these steps."""
     import torch
 
-    from wan_pipeline import ReportingScheduler, run_scheduler
+    from step_skip.pipeline import run_scheduler
+    from step_skip.schedule import ReportingScheduler
 
     sigma = sigmas_of(case)[start_step]
     noise = torch.randn(case.noise.shape, generator=torch.Generator().manual_seed(case.seed + 500_000))
@@ -240,7 +242,8 @@ def video_to_video(case: Case, prior: Prior, *, steps: int, strength: float):
     """What SDEdit users do: noise the prior's finished clip again and denoise it with the new prompt."""
     import torch
 
-    from wan_pipeline import compute_schedule, run_from
+    from step_skip.pipeline import run_from
+    from step_skip.schedule import compute_schedule
 
     settings = replace(case.settings, num_inference_steps=steps, denoising_strength=strength)
     schedule = {"num_inference_steps": steps, "denoising_strength": strength}
@@ -261,7 +264,7 @@ def flow_edit(case: Case, prior: Prior, *, steps: tuple[int, ...]):
     """
     import torch
 
-    from wan_pipeline import RunResult, decode
+    from step_skip.pipeline import RunResult, decode
 
     sigmas = sigmas_of(case)
     chosen = [*(sigmas[step] for step in steps), 0.0]
@@ -279,7 +282,7 @@ def flow_edit(case: Case, prior: Prior, *, steps: tuple[int, ...]):
 
 def sigmas_of(case: Case) -> list[float]:
     """The noise levels that the steps of the full run start at."""
-    from wan_pipeline import compute_schedule
+    from step_skip.schedule import compute_schedule
 
     names = ("num_inference_steps", "denoising_strength", "sigma_shift")
     return compute_schedule(**{name: getattr(case.settings, name) for name in names})[1]

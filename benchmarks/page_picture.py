@@ -15,8 +15,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "benchmarks")]
 
-from browser import open_browser, set_screen, show_frame, wait_until  # noqa: E402
-from picture import run  # noqa: E402
+from browser import open_browser, set_screen, show_frame, wait_until
+from picture import run
 
 PROMPTS = ("she moves to the left", "she comes closer", "she floats up")
 
@@ -37,7 +37,7 @@ def main() -> None:
         sweep = ("--prior_dir", prior, "--output_dir", Path(folder, "sweep"), "--prompt", *args.prompts)
         run("infer_from_prior.py", *sweep, "--start_step", *args.start_steps)
         run("infer_from_prior.py", *sweep)
-        page = run("sweep_page.py", Path(folder, "sweep"))
+        page = run("-m", "step_skip.page", Path(folder, "sweep"))
         args.output.parent.mkdir(parents=True, exist_ok=True)
         take_screenshot(page, args.output, frame=args.frame, profile=Path(folder, "profile"))
     print(args.output)

@@ -29,11 +29,15 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "data" / "tiny_wan_i2v")]
 
-import world  # noqa: E402
-from cheaper_methods import cheaper  # noqa: E402
-from evaluate import psnr  # noqa: E402
-from methods import PRIOR_PROMPTS, STEPS, Case, Method, as_array, make_prior, methods  # noqa: E402
-from promise_report import NUMBERS  # noqa: E402
+import world
+from cheaper_methods import cheaper
+from evaluate import psnr
+from methods import PRIOR_PROMPTS, STEPS, Case, Method, as_array, make_prior, methods
+from promise_report import NUMBERS
+
+from step_skip.loading import installed_versions, load_pipeline
+from step_skip.models import ALL_COMPONENTS, LoadOptions, fingerprint_files, model_defaults, weight_files
+from step_skip.prior import RunSettings, latents_shape
 
 SETS = {"all": methods, "cheaper": cheaper}
 FIRST_IDENTITY = 2_000_000  # a stream of identities of its own, neither the training's nor evaluate.py's
@@ -60,8 +64,7 @@ def make_case(pipe, defaults, index: int, seed: int) -> Case:
     import torch
     from PIL import Image
 
-    import prior_utils
-    from wan_pipeline import encode_image, encode_prompt
+    from step_skip.pipeline import encode_image, encode_prompt
 
     rng = np.random.default_rng([FIRST_IDENTITY, index])
     identity = world.sample_identity(rng)
@@ -71,7 +74,7 @@ def make_case(pipe, defaults, index: int, seed: int) -> Case:
     contexts = {name: encode_prompt(pipe, text) for name, text in texts.items()}
     every = [encode_prompt(pipe, f"the character {world.WORDINGS[motion][0][0]}") for motion in world.MOTIONS]
     contexts["mean"] = torch.stack(every).mean(0)
-    settings = prior_utils.RunSettings(
+    settings = RunSettings(
         num_inference_steps=STEPS,
         denoising_strength=1.0,
         sigma_shift=defaults.sigma_shift,
@@ -81,9 +84,7 @@ def make_case(pipe, defaults, index: int, seed: int) -> Case:
         num_frames=defaults.num_frames,
         tiled=False,
     )
-    shape = prior_utils.latents_shape(
-        height=settings.height, width=settings.width, num_frames=settings.num_frames
-    )
+    shape = latents_shape(height=settings.height, width=settings.width, num_frames=settings.num_frames)
     noise = pipe.generate_noise(shape, seed=seed, rand_device="cpu")
     image = encode_image(pipe, Image.fromarray(world.first_frame(identity)), num_frames=settings.num_frames)
     return Case(index, seed, pipe, settings, identity, old, new, contexts, image, noise)
@@ -153,15 +154,13 @@ def start_worker(threads: int) -> None:
     global _worker
     import torch
 
-    import wan_models
-
     torch.set_num_threads(threads)
-    options = wan_models.LoadOptions("tiny", "cpu", "float32")
-    pipe = wan_models.load_pipeline(options, wan_models.weight_files(options, wan_models.ALL_COMPONENTS))
+    options = LoadOptions("tiny", "cpu", "float32")
+    pipe = load_pipeline(options, weight_files(options, ALL_COMPONENTS))
     vae = pipe.vae
     del pipe.vae  # a module's place takes no other object
     pipe.vae = FastDecoder(vae)
-    _worker = (pipe, wan_models.model_defaults("tiny"))
+    _worker = (pipe, model_defaults("tiny"))
 
 
 def work(job: tuple[int, int, str]) -> list[dict]:
@@ -200,15 +199,13 @@ def run_cases(
 
 def check_same_setup(path: Path, methods: list[Method]) -> None:
     """Stop before clips of other weights or other methods are added to those that are there."""
-    import command_line
-    import wan_models
 
-    options = wan_models.LoadOptions("tiny", "cpu", "float32")
+    options = LoadOptions("tiny", "cpu", "float32")
     setup = {
-        "weights": wan_models.fingerprint(wan_models.weight_files(options, wan_models.ALL_COMPONENTS)),
+        "weights": fingerprint_files(weight_files(options, ALL_COMPONENTS)),
         "methods": [f"{method.name}, {method.prior}: {method.run.keywords}" for method in methods],
         "decoded_in": "bfloat16",
-        "versions": command_line.versions(),
+        "versions": installed_versions(),
     }
     text = json.dumps(setup, indent=2)
     if path.exists() and path.read_text() != text:

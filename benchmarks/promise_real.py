@@ -20,13 +20,17 @@ from pathlib import Path
 
 from methods import ROOT, STEPS, Case, Method, differential, from_noise, make_prior, resume
 
+from step_skip.cli import Parser, add_model_arguments, run_script
+from step_skip.loading import load_pipeline, pick_device
+from step_skip.media import read_image
+from step_skip.models import LoadOptions, model_defaults, weight_files
+from step_skip.prior import RunSettings, latents_shape
+from step_skip.steps import recommended_num_steps, spread_steps
+
 sys.path.insert(0, str(ROOT))
 
-import command_line  # noqa: E402
-import prior_utils  # noqa: E402
-import wan_models  # noqa: E402
 
-DEFAULT = tuple(prior_utils.spread_steps(STEPS, prior_utils.recommended_num_steps(STEPS)))
+DEFAULT = tuple(spread_steps(STEPS, recommended_num_steps(STEPS)))
 METHODS = (
     Method("full run", lambda case, prior: from_noise(case, prior, steps=STEPS)),
     Method("as few steps from noise", lambda case, prior: from_noise(case, prior, steps=len(DEFAULT))),
@@ -39,20 +43,20 @@ METHODS = (
 
 def load(args: argparse.Namespace):
     """The pipeline, all components."""
-    defaults = wan_models.model_defaults(args.model, args.model_dir)
-    args.device = wan_models.pick_device(args.model, args.device)
+    defaults = model_defaults(args.model, args.model_dir)
+    args.device = pick_device(args.model, args.device)
     args.dtype = args.dtype or defaults.dtype
-    options = wan_models.LoadOptions(args.model, args.device, args.dtype, args.vram, args.model_dir)
-    return wan_models.load_pipeline(options, wan_models.weight_files(options)), defaults
+    options = LoadOptions(args.model, args.device, args.dtype, args.vram, args.model_dir)
+    return load_pipeline(options, weight_files(options)), defaults
 
 
 def make_case(pipe, defaults, image_path: Path, prompts: dict[str, str], *, seed: int) -> Case:
     """One picture with the prompt its prior is made with and the one that is asked for."""
-    from wan_pipeline import encode_image, encode_prompt
+    from step_skip.pipeline import encode_image, encode_prompt
 
     sizes = {name: getattr(defaults, name) for name in ("height", "width", "num_frames")}
-    image = command_line.read_image(image_path, width=sizes["width"], height=sizes["height"])
-    settings = prior_utils.RunSettings(
+    image = read_image(image_path, width=sizes["width"], height=sizes["height"])
+    settings = RunSettings(
         num_inference_steps=STEPS,
         denoising_strength=1.0,
         sigma_shift=defaults.sigma_shift,
@@ -62,7 +66,7 @@ def make_case(pipe, defaults, image_path: Path, prompts: dict[str, str], *, seed
     texts = prompts | {"empty": defaults.negative_prompt}
     contexts = {name: encode_prompt(pipe, text) for name, text in texts.items()}
     contexts["neutral"] = encode_prompt(pipe, "")
-    noise = pipe.generate_noise(prior_utils.latents_shape(**sizes), seed=seed, rand_device="cpu")
+    noise = pipe.generate_noise(latents_shape(**sizes), seed=seed, rand_device="cpu")
     identity = encode_image(pipe, image, num_frames=sizes["num_frames"])
     return Case(0, seed, pipe, settings, None, "", "", contexts, identity, noise)
 
@@ -92,14 +96,14 @@ def compare(case: Case) -> tuple[list[dict], list[list]]:
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
-    parser = command_line.Parser(__doc__)
+    parser = Parser(__doc__)
     parser.add_argument("--images", type=Path, nargs="+", required=True)
     parser.add_argument("--prompts", nargs="+", required=True, help="at least two; the first makes the prior")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
         "--output", type=Path, required=True, help="folder for clips.csv and contact_sheet.png"
     )
-    command_line.add_model_arguments(
+    add_model_arguments(
         parser, model="I2V-480P", model_help="tiny runs on a CPU", dtype_help="default: the model's"
     )
     args = parser.parse_args(argv)
@@ -132,4 +136,4 @@ def main(argv: list[str] | None = None) -> Path:
 
 
 if __name__ == "__main__":
-    command_line.run_script(main)
+    run_script(main)

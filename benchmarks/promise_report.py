@@ -9,7 +9,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "data" / "tiny_wan_i2v"))
 
-from figures import bootstrap  # noqa: E402
+from figures import bootstrap
 
 NUMBERS = (
     "obeyed",

@@ -19,10 +19,11 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "data" / "tiny_wan_i2v")]
 
-import distil  # noqa: E402
+import distil
 
-import wan_models  # noqa: E402
-from wan_pipeline import compute_schedule  # noqa: E402
+from step_skip.loading import load_pipeline
+from step_skip.models import ALL_COMPONENTS, LoadOptions, model_defaults, weight_files
+from step_skip.schedule import compute_schedule
 
 STEPS = 10
 SEED = 1  # distil.py fits the branch on seed 0's identities
@@ -86,9 +87,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--model_dir", type=Path, help="the model's folder (default: data/tiny_wan_i2v)")
     parser.add_argument("--output", type=Path, default=HERE / "results" / "cheaper")
     args = parser.parse_args(argv)
-    options = wan_models.LoadOptions("tiny", "cpu", "float32", model_dir=args.model_dir)
-    pipe = wan_models.load_pipeline(options, wan_models.weight_files(options, wan_models.ALL_COMPONENTS))
-    defaults = wan_models.model_defaults("tiny", args.model_dir)
+    options = LoadOptions("tiny", "cpu", "float32", model_dir=args.model_dir)
+    pipe = load_pipeline(options, weight_files(options, ALL_COMPONENTS))
+    defaults = model_defaults("tiny", args.model_dir)
     errors = measure(pipe, defaults, identities=args.identities, clips=args.clips)
     args.output.mkdir(parents=True, exist_ok=True)
     (args.output / "smoothness.md").write_text(as_markdown(errors))

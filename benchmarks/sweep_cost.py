@@ -22,12 +22,13 @@ import time
 from pathlib import Path
 from typing import Any
 
+from step_skip.files import write_json
+from step_skip.loading import installed_versions
+
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 sys.path.insert(0, str(ROOT))
 
-import command_line  # noqa: E402
-import prior_utils  # noqa: E402
 
 PROMPTS = (
     "she moves to the left",
@@ -151,11 +152,11 @@ def main() -> None:
         "kept_prompts_bytes": size(prior["sweep"] / "contexts"),
         "cores": os.cpu_count(),
         "load": os.getloadavg()[0],
-        "versions": command_line.versions(),
+        "versions": installed_versions(),
     }
     shutil.rmtree(work)
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    prior_utils.write_json(args.output, result)
+    write_json(args.output, result)
     print(json.dumps(result, indent=2))
 
 

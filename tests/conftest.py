@@ -18,7 +18,11 @@ sys.path.insert(0, str(ROOT))
 os.fsync = lambda descriptor: None  # no power cut is tested in this process, and waiting for disks is slow
 os.environ["OMP_NUM_THREADS"] = "1"  # the model is so small that threads only cost time
 
-from helpers import FRAMES, PROMPT, PUBLISHED_KEYS, SIZE, Outcome, listing, run_in_process  # noqa: E402
+from helpers import FRAMES, PROMPT, PUBLISHED_KEYS, SIZE, Outcome, listing, run_in_process
+
+from step_skip import loading
+from step_skip.loading import build_tiny
+from step_skip.models import LoadOptions
 
 MODEL_CONFIG = {
     "dit": {
@@ -69,10 +73,8 @@ def build_model(folder: Path, *, seed: int = 0) -> Path:
     """An embedded model of the same classes, smaller still and untrained: a step takes milliseconds."""
     from safetensors.torch import save_file
 
-    import tiny_model
-
     (folder / "config.json").write_text(json.dumps(MODEL_CONFIG))
-    for name, module in tiny_model.build(MODEL_CONFIG, seed=seed).items():
+    for name, module in build_tiny(MODEL_CONFIG, seed=seed).items():
         weights = module.state_dict()
         if name == "vae":
             weights |= {"mean": module.mean, "std": module.std}
@@ -191,15 +193,13 @@ def infer(run: Callable[..., Outcome], model_dir: Path) -> Callable[..., Outcome
 @pytest.fixture
 def loads(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     """The components of every load_pipeline call of this test."""
-    import wan_models
+    calls, load_pipeline = [], loading.load_pipeline
 
-    calls, load_pipeline = [], wan_models.load_pipeline
-
-    def spy(options: wan_models.LoadOptions, files: dict[str, list[Path]]) -> object:
+    def spy(options: LoadOptions, files: dict[str, list[Path]]) -> object:
         calls.append(sorted(files))
         return load_pipeline(options, files)
 
-    monkeypatch.setattr(wan_models, "load_pipeline", spy)
+    monkeypatch.setattr(loading, "load_pipeline", spy)
     return calls
 
 

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import command_line
-import prior_utils
+from step_skip.cli import run_script
+from step_skip.metadata import sealed
 
 ROOT = Path(__file__).resolve().parents[1]
 SIZE = 32  # pixels, height and width
@@ -69,7 +69,7 @@ def run_in_process(script: str, *argv: object, capsys: Any, monkeypatch: Any) ->
     with monkeypatch.context() as patch:
         patch.setattr(sys, "argv", [f"{script}.py", *map(str, argv)])
         try:
-            command_line.run_script(module.main)
+            run_script(module.main)
         except SystemExit as ended:
             code = ended.code
     return Outcome(code, *capsys.readouterr())
@@ -93,7 +93,7 @@ def edit_metadata(prior: Path, **changes: Any) -> None:
     path = prior / "run_metadata.json"
     metadata = {key: value for key, value in (read_json(path) | changes).items() if value is not ...}
     if "metadata_sha256" in metadata:
-        metadata = prior_utils.sealed(metadata)
+        metadata = sealed(metadata)
     path.write_text(json.dumps(metadata))
 
 

@@ -15,6 +15,8 @@ import torch
 from conftest import build_model, save_image
 from helpers import PROMPT, SIZE, edit_metadata, read_json, record_checksum
 
+from step_skip.media import read_image
+
 SHAPE = (1, 16, 3, 4, 4)  # latents of 9 frames of 32 x 32 pixels
 NOT_UTF8 = "\udcff\udcfe"  # how Python hands over the bytes ff fe from a shell
 
@@ -133,8 +135,7 @@ def test_images_that_cannot_be_used(generate, refused, tmp_path, kind):
 
 @pytest.mark.parametrize("damage", ["flip", "cut"])
 def test_damaged_images_are_refused_or_read_never_a_traceback(tmp_path, damage):
-    import command_line
-    from prior_utils import InputError
+    from step_skip.files import InputError
 
     outcomes = set()
     for suffix in ("png", "jpg", "webp", "gif", "tiff", "bmp"):
@@ -143,7 +144,7 @@ def test_damaged_images_are_refused_or_read_never_a_traceback(tmp_path, damage):
             flipped = whole[:place] + bytes([whole[place] ^ 0xFF]) + whole[place + 1 :]
             path = written(tmp_path / f"bad.{suffix}", flipped if damage == "flip" else whole[:place])
             try:
-                outcomes.add(command_line.read_image(path, width=SIZE, height=SIZE).size)
+                outcomes.add(read_image(path, width=SIZE, height=SIZE).size)
             except InputError as error:
                 outcomes.add("refused")
                 assert str(path) in str(error)
@@ -538,7 +539,7 @@ def test_differential_resume_looks_at_its_files_too(prior_copy, infer, refused, 
 
 def test_any_damage_to_a_tensor_file_is_an_input_error(prior_copy):
     """A prior of an older format has no checksums: the reader meets the damage itself."""
-    from prior_utils import InputError, load_tensor
+    from step_skip.files import InputError, load_tensor
 
     path = prior_copy / "step_0006.pt"
     whole = path.read_bytes()

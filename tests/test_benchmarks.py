@@ -9,8 +9,8 @@ from helpers import OTHER_PROMPT, PROMPT, ROOT
 
 sys.path.append(str(ROOT / "benchmarks"))
 
-import gpu  # noqa: E402
-import promise_real  # noqa: E402
+import gpu
+import promise_real
 
 
 def test_the_promise_on_a_model_whose_world_is_not_known(model_dir, image, tmp_path):

@@ -11,7 +11,7 @@ from helpers import ROOT
 
 sys.path.append(str(ROOT / "benchmarks"))
 
-from bends import best_steps, choose, squared_bends  # noqa: E402
+from bends import best_steps, choose, squared_bends
 
 
 def test_bends_worked_by_hand():

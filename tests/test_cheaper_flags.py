@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,10 +11,12 @@ from helpers import OTHER_PROMPT, PROMPT, edit_metadata, read_json
 from safetensors.torch import save_file
 
 import infer_from_prior
-import lora
-from plan import latents_files, load_inputs, make_plan, part_of_step, read_inputs
-from prior_utils import read_prior
-from run_jobs import between
+from step_skip.cli import read_choices
+from step_skip.infer import between
+from step_skip.metadata import read_prior
+from step_skip.models import Lora, describe_loras
+from step_skip.plan import latents_files, part_of_step
+from step_skip.sweep import Group, Job, load_inputs, make_plans, read_inputs
 
 BLOCKS = 4  # of the tests' DiT
 
@@ -172,21 +175,16 @@ def test_the_priors_own_sigmas_give_its_own_video(prior, infer, tmp_path):
 def test_sigmas_begin_on_the_straight_line_between_two_steps(prior, sigma, step):
     args = infer_from_prior.parse_args(["--prior_dir", str(prior), "--sigmas", str(sigma), "0.1"])
     recorded = read_prior(prior)
-    plan = make_plan(one_video(args), recorded)
+    [plan] = make_plans(recorded, read_choices(args))
     assert plan.start_step == step - 1
-    inputs = read_inputs([plan], recorded)
-    load_inputs([plan], recorded, inputs)
-    ends = [inputs.tensors[name] for name in latents_files(plan, recorded)]
+    group = Group(recorded, [Job(recorded, plan, Path())])
+    group.inputs = read_inputs(group)
+    load_inputs(group)
+    ends = [group.inputs.tensors[name] for name in latents_files(plan, recorded)]
     begin = between(ends[0], ends[-1], part_of_step(plan, recorded))
     noise_pred = torch.load(prior / f"noise_pred_{step:04d}.pt", weights_only=True)
     expected = ends[0] + (sigma - recorded.metadata["scheduler_sigmas"][step]) * noise_pred
     torch.testing.assert_close(begin, expected, atol=1e-5, rtol=0)
-
-
-def one_video(args):
-    args.prompt = None
-    args.prior_dir = args.prior_dir[0]
-    return args
 
 
 def test_sigmas_that_no_run_could_follow(prior, infer, refused, older_prior):
@@ -270,7 +268,7 @@ def test_a_priors_lora_goes_with_it(generate, infer, image, lora_file, tmp_path)
 
 
 def test_a_priors_lora_that_is_gone_or_another_is_refused(prior_copy, infer, lora_file, refused):
-    described = lora.describe([lora.Lora(lora_file, 0.5)])
+    described = describe_loras([Lora(lora_file, 0.5)])
     edit_metadata(prior_copy, lora=described)
     lora_file.write_bytes(lora_file.read_bytes()[:-4] + b"else")
     refused(lambda: infer(prior_copy), "another", "--lora")

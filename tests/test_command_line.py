@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 from helpers import OTHER_PROMPT, PROMPT, ROOT, read_json, run_as_user
 
-import command_line
+from step_skip.cli import Terminated, run_script
+from step_skip.files import DiskError, InputError, RunError
 
 SCRIPTS = ("generate_prior.py", "infer_from_prior.py")
 
@@ -81,13 +82,13 @@ def test_the_command_printed_is_short_where_nothing_else_was_given(monkeypatch, 
     words = ("infer_from_prior.py", "--prior_dir", Path("prior_output/run_my cat"))
     line = "infer_from_prior.py --prior_dir 'prior_output/run_my cat'"
     monkeypatch.chdir(ROOT)
-    assert generate_prior.command(args, *words) == f"python {line}"
+    assert generate_prior.command_line(args, *words) == f"python {line}"
     monkeypatch.chdir(ROOT / "data")
-    assert generate_prior.command(args, *words) == f"python {shlex.quote(str(ROOT))}/{line}"
+    assert generate_prior.command_line(args, *words) == f"python {shlex.quote(str(ROOT))}/{line}"
 
 
 def test_the_defaults_in_the_help_are_those_that_hold(tmp_path):
-    from wan_models import model_defaults
+    from step_skip.models import model_defaults
 
     text = " ".join(run_as_user(ROOT / "generate_prior.py", "--help", cwd=tmp_path).stdout.split())
     real, large, tiny = (model_defaults(name) for name in ("I2V-480P", "I2V-720P", "tiny"))
@@ -118,8 +119,8 @@ def test_bytes_that_are_no_text(script, tmp_path):
 def test_a_path_that_could_not_be_told_is_an_error(tmp_path):
     """Whoever reads stdout must not take an empty answer for success."""
     code = (
-        f"import sys; sys.path.insert(0, {str(ROOT)!r}); import command_line\n"
-        "command_line.run_script(lambda: 'the/path')"
+        f"import sys; sys.path.insert(0, {str(ROOT)!r}); import step_skip.cli\n"
+        "step_skip.cli.run_script(lambda: 'the/path')"
     )
     with open("/dev/full", "w") as full:  # noqa: PTH123
         ended = subprocess.run(
@@ -139,13 +140,13 @@ def test_wrong_flags_are_one_line(tmp_path):
 @pytest.mark.parametrize(
     ("error", "code", "words"),
     [
-        (command_line.InputError("found, expected,\nwhat to do"), 2, "found, expected, what to do"),
-        (command_line.RunError("no network"), 1, "no network"),
+        (InputError("found, expected,\nwhat to do"), 2, "found, expected, what to do"),
+        (RunError("no network"), 1, "no network"),
         (KeyboardInterrupt(), 130, "interrupted"),
         (OSError(28, "No space left on device", "a.pt"), 2, "a.pt: No space left on device"),
-        (command_line.Terminated(), 143, "terminated"),
+        (Terminated(), 143, "terminated"),
         (OSError(116, "Stale file handle", "a.pt"), 2, "a.pt: Stale file handle"),
-        (command_line.DiskError(2, "No such file or directory", "a.pt"), 2, "a.pt: No such file"),
+        (DiskError(2, "No such file or directory", "a.pt"), 2, "a.pt: No such file"),
         (MemoryError(), 1, "out of memory"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 1, "out of memory"),
     ],
@@ -155,7 +156,7 @@ def test_exit_codes(capsys, error, code, words):
         raise error
 
     with pytest.raises(SystemExit) as ended:
-        command_line.run_script(main)
+        run_script(main)
     out, err = capsys.readouterr()
     assert (ended.value.code, out) == (code, "")
     assert len(err.splitlines()) == 1
@@ -167,4 +168,4 @@ def test_mistakes_of_the_program_keep_their_traceback():
         raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
-        command_line.run_script(main)
+        run_script(main)

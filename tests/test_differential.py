@@ -12,7 +12,7 @@ import pytest
 import torch
 from helpers import OTHER_PROMPT, read_json
 
-from wan_pipeline import DifferentialScheduler, ReportingScheduler, ResumableScheduler, Step, Trajectory
+from step_skip.schedule import DifferentialScheduler, ReportingScheduler, ResumableScheduler, Step, Trajectory
 
 SIGMAS = (1.0, 0.978, 0.952, 0.921, 0.882, 0.833, 0.769, 0.682, 0.556, 0.357)
 

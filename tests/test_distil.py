@@ -10,13 +10,14 @@ import torch
 from helpers import ROOT
 from safetensors.torch import load_file
 
-import tiny_model
-from lora import Lora, check_loras
-from skip_cache import Branch
+from step_skip.cheaper import Branch
+from step_skip.models import Lora, check_loras
 
 sys.path.append(str(ROOT / "data" / "tiny_wan_i2v"))
 
-import distil  # noqa: E402
+import distil
+
+from step_skip.loading import load_tiny_modules
 
 FEW = ("--identities", "2", "--clips", "2", "--threads", "1")
 
@@ -40,8 +41,8 @@ def test_the_lora_fits_every_layer_of_the_blocks(folder, capsys):
 
 def test_the_branch_is_the_dits_where_it_is_asked_for(folder):
     distil.main(["branch", "--folder", str(folder), *FEW, "--identities", "5"])
-    assert not hasattr(tiny_model.load(folder, only=["dit"])["dit"], "skip_branch")
-    branch = tiny_model.load(folder, only=["dit", "skip_branch"])["dit"].skip_branch
+    assert not hasattr(load_tiny_modules(folder, only=["dit"])["dit"], "skip_branch")
+    branch = load_tiny_modules(folder, only=["dit", "skip_branch"])["dit"].skip_branch
     assert isinstance(branch, Branch)
     assert [list(each.shape) for each in branch.parameters()] == [[3, 48, 96], [3, 48]]
 

@@ -7,6 +7,7 @@ import errno
 import io
 import os
 import pickle
+import secrets
 import signal
 import subprocess
 import sys
@@ -18,7 +19,9 @@ import pytest
 import torch
 from helpers import OTHER_PROMPT, PROMPT, ROOT, edit_metadata, listing, read_json, record_checksum
 
-import prior_utils
+from step_skip.files import InputError, load_tensor, locked, replacing, write_json
+from step_skip.metadata import read_prior, read_run
+from step_skip.prior import IMAGE_FILE, damaged_files, kept_context_path
 
 sys.path.append(str(ROOT / "benchmarks"))  # behind the root: it has a sweep.py, too
 SHAPE = (1, 16, 3, 4, 4)  # latents of 9 frames of 32 x 32 pixels
@@ -99,9 +102,9 @@ def test_every_write_call_fails_once(generate, run, model_dir, image, tmp_path, 
         metadata = found.pop("run_metadata.json", None)
         assert found.items() <= true.items()
         if metadata is not None:
-            left = prior_utils.read_run(prior)
-            assert left.is_complete or not prior_utils.damaged_files(left)
-            assert left.has(prior_utils.IMAGE_FILE)  # so that it can be finished
+            left = read_run(prior)
+            assert left.is_complete or not damaged_files(left)
+            assert left.has(IMAGE_FILE)  # so that it can be finished
             if number % 9 == 0:
                 resumed = run("generate_prior", "--resume", prior, "--model_dir", model_dir)
                 assert resumed.code == 0, resumed.err
@@ -155,10 +158,10 @@ def limited_run(argv, cwd, *, mebibytes):
     code = (
         "import resource, sys\n"
         f"sys.path.insert(0, {str(ROOT)!r})\n"
-        "import torch, wan_pipeline, infer_from_prior, command_line\n"
+        "import torch, step_skip.pipeline, infer_from_prior, step_skip.cli\n"
         "size = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize()\n"
         f"resource.setrlimit(resource.RLIMIT_AS, (size + {mebibytes} * 2**20,) * 2)\n"
-        "command_line.run_script(infer_from_prior.main)\n"
+        "step_skip.cli.run_script(infer_from_prior.main)\n"
     )
     command = [sys.executable, "-c", code, *map(str, argv)]
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=600)
@@ -242,8 +245,8 @@ def test_a_tensor_that_claims_more_than_it_holds(prior_copy):
     with zipfile.ZipFile(path, "w") as archive:
         for name, content in entries.items():
             archive.writestr(name, content[:64] if name.endswith("/data/0") else content)
-    with pytest.raises(prior_utils.InputError, match="more values than it holds|not a tensor file"):
-        prior_utils.load_tensor(path, shape=SHAPE, dtype="float32")
+    with pytest.raises(InputError, match="more values than it holds|not a tensor file"):
+        load_tensor(path, shape=SHAPE, dtype="float32")
 
 
 @pytest.mark.parametrize("name", ["../../secret.pt", "/etc/passwd", "..", "a/b.pt", "..\\x.pt", "."])
@@ -358,10 +361,9 @@ def precious(tmp_path):
 
 def test_links_under_guessable_temporary_names_are_not_followed(prior_copy, infer, precious, tmp_path):
     """A forged prior may hold links under any name it can foresee, wherever something will be written."""
-    import contexts
 
-    prior = prior_utils.read_prior(prior_copy)
-    names = [contexts.path(prior, OTHER_PROMPT).name, "output.json", "output.mp4", "index.html"]
+    prior = read_prior(prior_copy)
+    names = [kept_context_path(prior, OTHER_PROMPT).name, "output.json", "output.mp4", "index.html"]
     for folder in (prior_copy, prior_copy / "contexts", prior_copy / "outputs"):
         folder.mkdir(exist_ok=True)
         for name in names:
@@ -371,14 +373,14 @@ def test_links_under_guessable_temporary_names_are_not_followed(prior_copy, infe
     outcome = infer(prior_copy, "--prompt", OTHER_PROMPT)
     assert outcome.code == 0, outcome.err
     assert precious.read_text() == "export PATH"
-    assert not contexts.path(prior, OTHER_PROMPT).is_symlink()  # replaced, not followed
+    assert not kept_context_path(prior, OTHER_PROMPT).is_symlink()  # replaced, not followed
 
 
 def test_a_temporary_name_is_never_one_that_is_there(tmp_path, precious, monkeypatch):
-    monkeypatch.setattr(prior_utils.secrets, "token_hex", lambda _: "0" * 16)
+    monkeypatch.setattr(secrets, "token_hex", lambda _: "0" * 16)
     (tmp_path / f".tmp_{'0' * 16}_file.json").symlink_to(precious)
     with pytest.raises(OSError, match="exists"):
-        prior_utils.write_json(tmp_path / "file.json", {})
+        write_json(tmp_path / "file.json", {})
     assert precious.read_text() == "export PATH"
 
 
@@ -387,7 +389,7 @@ def test_what_was_put_in_place_of_the_temporary_file_is_not_taken(tmp_path, prec
     words = {"link": "symbolic links", "fifo": "another program"}[kind]
     with (
         pytest.raises(OSError, match=words),
-        prior_utils.replacing(tmp_path / "file.json") as temporary,
+        replacing(tmp_path / "file.json") as temporary,
     ):
         temporary.unlink()
         temporary.symlink_to(precious) if kind == "link" else os.mkfifo(temporary)
@@ -412,11 +414,10 @@ def test_a_link_in_place_of_the_contexts_folder(prior_copy, infer, tmp_path):
 
 
 def test_only_our_own_leftovers_are_cleared_away(tmp_path):
-    import prior_writer
 
     for name in (".tmp_thesis.tex", ".tmp_0123456789abcdef_step_0001.pt", ".tmp_77_step_0001.pt", "a.pt"):
         (tmp_path / name).write_text("text")
     (tmp_path / ".tmp_78_folder").mkdir()
-    with prior_writer.locked(tmp_path):
+    with locked(tmp_path):
         pass
     assert set(listing(tmp_path)) == {".tmp_thesis.tex", ".tmp_78_folder", "a.pt"}

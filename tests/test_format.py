@@ -28,9 +28,10 @@ from helpers import (
     read_json,
 )
 
-import command_line
-import prior_utils
-import prior_writer
+from step_skip.files import InputError, load_tensor, replacing, sha256_tensor
+from step_skip.media import is_whole_mp4, write_video
+from step_skip.metadata import PriorWriter
+from step_skip.prior import context_file, create_run_dir
 
 OWN_KEYS = {
     "format_version",
@@ -72,18 +73,18 @@ def test_tensors_come_back_as_they_were(tmp_path, dtype):
     latents.flatten()[:4] = torch.tensor([0.0, -0.0, torch.finfo(dtype).tiny, torch.finfo(dtype).max]).to(
         dtype
     )
-    writer = prior_writer.PriorWriter(tmp_path, {})
+    writer = PriorWriter(tmp_path, {})
     writer.save_tensor("step_0000.pt", latents)
     name = str(dtype).removeprefix("torch.")
-    back = prior_utils.load_tensor(tmp_path / "step_0000.pt", shape=shape, dtype=name)
+    back = load_tensor(tmp_path / "step_0000.pt", shape=shape, dtype=name)
     assert torch.equal(back, latents)
     assert back.dtype == dtype
-    assert prior_utils.sha256_tensor(back) == prior_utils.sha256_tensor(latents)
+    assert sha256_tensor(back) == sha256_tensor(latents)
 
 
 def test_a_view_is_saved_alone_and_contiguous(tmp_path):
     whole = torch.arange(24.0).reshape(2, 3, 4)
-    writer = prior_writer.PriorWriter(tmp_path, {})
+    writer = PriorWriter(tmp_path, {})
     writer.save_tensor("view.pt", whole[:, 1, ::2].t())
     back = torch.load(tmp_path / "view.pt", weights_only=True)
     assert torch.equal(back, whole[:, 1, ::2].t())
@@ -93,13 +94,13 @@ def test_a_view_is_saved_alone_and_contiguous(tmp_path):
 
 def test_sha256_of_a_tensor_is_that_of_its_bytes():
     assert (
-        prior_utils.sha256_tensor(torch.tensor([1.0, -2.0]))
+        sha256_tensor(torch.tensor([1.0, -2.0]))
         == hashlib.sha256(b"\x00\x00\x80\x3f\x00\x00\x00\xc0").hexdigest()
     )
     halves = torch.tensor([1.0, -2.0], dtype=torch.bfloat16)
-    assert prior_utils.sha256_tensor(halves) == hashlib.sha256(b"\x80\x3f\x00\xc0").hexdigest()
+    assert sha256_tensor(halves) == hashlib.sha256(b"\x80\x3f\x00\xc0").hexdigest()
     transposed = torch.arange(6.0).reshape(2, 3).t()
-    assert prior_utils.sha256_tensor(transposed) == prior_utils.sha256_tensor(transposed.contiguous())
+    assert sha256_tensor(transposed) == sha256_tensor(transposed.contiguous())
 
 
 def test_metadata_has_every_name(prior):
@@ -137,7 +138,7 @@ def test_every_file_is_recorded_with_its_checksum(prior):
     for name, digest in files.items():
         assert hashlib.sha256((prior / name).read_bytes()).hexdigest() == digest
     steps = {f"{kind}_{step:04d}.pt" for kind in ("step", "noise_pred") for step in range(10)}
-    contexts = {prior_utils.context_file(text) for text in (PROMPT, "Still.")}
+    contexts = {context_file(text) for text in (PROMPT, "Still.")}
     others = {"initial_latents.pt", "y.pt", "clip_feature.pt", "input_image.png"}
     shown = {"output_full.mp4", "formation.png"}
     assert set(files) == steps | contexts | others | shown
@@ -158,7 +159,7 @@ def test_tensors_are_in_the_pipelines_dtype(make_prior, dtype):
 
 def test_the_last_step_is_the_run(prior):
     latents = torch.load(prior / "step_0009.pt", weights_only=True)
-    assert prior_utils.sha256_tensor(latents) == read_json(prior / "run_metadata.json")["latents_sha256"]
+    assert sha256_tensor(latents) == read_json(prior / "run_metadata.json")["latents_sha256"]
 
 
 def test_rounded_sizes_are_recorded(generate, image):
@@ -252,8 +253,8 @@ def test_another_machine_or_version_is_a_warning(prior_copy, infer, changes, wor
 
 
 def test_two_runs_in_the_same_second(tmp_path, monkeypatch):
-    monkeypatch.setattr(prior_writer.time, "strftime", lambda _: "20250101_000000")
-    made = [prior_writer.create_run_dir(tmp_path, None) for _ in range(3)]
+    monkeypatch.setattr(time, "strftime", lambda _: "20250101_000000")
+    made = [create_run_dir(tmp_path, None) for _ in range(3)]
     assert [run_id for _, run_id in made] == ["20250101_000000", "20250101_000000_2", "20250101_000000_3"]
     assert {path.name for path in tmp_path.iterdir()} == {f"run_{run_id}" for _, run_id in made}
 
@@ -262,9 +263,9 @@ def test_a_run_id_taken_in_the_meantime_is_refused(tmp_path, monkeypatch):
     """Two runs may pass the first look at once; making the folder decides."""
     (tmp_path / "run_mine").mkdir()
     looks = iter([False, True])
-    monkeypatch.setattr(prior_writer.Path, "exists", lambda _: next(looks))
-    with pytest.raises(prior_utils.InputError, match="run_mine exists"):
-        prior_writer.create_run_dir(tmp_path, "mine")
+    monkeypatch.setattr(Path, "exists", lambda _: next(looks))
+    with pytest.raises(InputError, match="run_mine exists"):
+        create_run_dir(tmp_path, "mine")
 
 
 def test_videos_of_other_prompts_and_settings_stand_side_by_side(prior_copy, infer):
@@ -331,7 +332,7 @@ def test_paths_that_are_no_utf8_can_be_written_down(prior, infer, image, tmp_pat
 
 def test_replacing_leaves_the_old_file_when_writing_fails(tmp_path):
     (tmp_path / "file.json").write_text("old")
-    with pytest.raises(RuntimeError), prior_utils.replacing(tmp_path / "file.json") as temporary:
+    with pytest.raises(RuntimeError), replacing(tmp_path / "file.json") as temporary:
         temporary.write_text("half of the n")
         raise RuntimeError
     assert listing(tmp_path) == {"file.json": hashlib.sha256(b"old").hexdigest()}
@@ -392,8 +393,8 @@ def assert_unfinished(prior: Path, infer, *, steps: int) -> None:
 KILLED_RUN = """
 import os, signal, sys
 sys.path.insert(0, {root!r})
-import generate_prior, prior_run
-save_step = prior_run.save_step
+import generate_prior, step_skip.generate
+save_step = step_skip.generate.save_step
 def save_then_die(writer, step):
     if step.index == 3:
         def die(path):
@@ -401,7 +402,7 @@ def save_then_die(writer, step):
             os.kill(os.getpid(), signal.SIGKILL)
         writer.save("step_0003.pt", die)
     save_step(writer, step)
-prior_run.save_step = save_then_die
+step_skip.generate.save_step = save_then_die
 generate_prior.main(sys.argv[1:])
 """
 
@@ -535,20 +536,20 @@ def test_a_video_that_was_cut_off_is_not_kept(small_disk, monkeypatch):
     """imageio says nothing when ffmpeg fails."""
     fill(small_disk, monkeypatch, free_kib=40)
     with pytest.raises(OSError, match="only a part"):
-        command_line.write_video(noise_frames(200), small_disk / "video.mp4", fps=8)
+        write_video(noise_frames(200), small_disk / "video.mp4", fps=8)
     assert [path.name for path in small_disk.iterdir()] == ["others"]
 
 
 @pytest.mark.parametrize("fps", [0.1, 1, 23.976, 60, 1000])
 def test_a_whole_video_is_kept(tmp_path, fps):
     path = tmp_path / "video.mp4"
-    command_line.write_video(noise_frames(3), path, fps=fps)
-    assert command_line.is_whole_mp4(path)
+    write_video(noise_frames(3), path, fps=fps)
+    assert is_whole_mp4(path)
     assert len(video_frames(path)) == 3
     content = path.read_bytes()
     for kept in (0, 7, 8, 100, len(content) // 2, len(content) - 1):
         path.write_bytes(content[:kept])
-        assert not command_line.is_whole_mp4(path)
+        assert not is_whole_mp4(path)
 
 
 # --- priors of the pull request's scripts -------------------------------------------------------------------

@@ -11,11 +11,23 @@ import pytest
 import torch
 from helpers import FRAMES, OTHER_PROMPT, PROMPT, SIZE, edit_metadata, read_json
 
-import formation
-import prior_run
-import wan_models
-from prior_utils import InputError, Prior, RunSettings, context_file
-from wan_pipeline import ForwardCounter, run_full
+import step_skip.generate
+from step_skip import steps
+from step_skip.files import InputError
+from step_skip.loading import load_pipeline
+from step_skip.models import LoadOptions, weight_files
+from step_skip.pipeline import ForwardCounter, run_full
+from step_skip.prior import Prior, RunSettings, context_file
+from step_skip.steps import (
+    DEFAULT_TEXT_SHARE,
+    choose_start_step,
+    moving_part,
+    part_distances,
+    record_branch_distance,
+    still_part,
+    text_left,
+    text_moves,
+)
 
 SIGMAS = (1.0, 0.75, 0.25)
 
@@ -25,8 +37,8 @@ def load(model_dir):
     """The small model's pipeline, in a dtype."""
 
     def load(dtype):
-        options = wan_models.LoadOptions("tiny", "cpu", dtype, model_dir=model_dir)
-        return wan_models.load_pipeline(options, wan_models.weight_files(options))
+        options = LoadOptions("tiny", "cpu", dtype, model_dir=model_dir)
+        return load_pipeline(options, weight_files(options))
 
     return load
 
@@ -35,28 +47,28 @@ def load(model_dir):
 
 
 def test_text_moves_and_what_is_left_of_them():
-    moves = formation.text_moves([8.0, 4.0, 2.0], sigmas=SIGMAS, cfg_scale=5.0)
+    moves = text_moves([8.0, 4.0, 2.0], sigmas=SIGMAS, cfg_scale=5.0)
     assert moves == [10.0, 10.0, 2.5]  # 5 x (0.25 x 8, 0.5 x 4, 0.25 x 2)
-    assert formation.text_left(moves) == pytest.approx([12.5 / 22.5, 2.5 / 22.5, 0.0])
-    assert formation.text_left([3.0]) == [0.0]
+    assert text_left(moves) == pytest.approx([12.5 / 22.5, 2.5 / 22.5, 0.0])
+    assert text_left([3.0]) == [0.0]
 
 
 def test_still_and_moving_part():
     latents = torch.tensor([1.0, 2.0, 6.0]).reshape(1, 1, 3, 1, 1)
-    assert formation.still(latents).flatten().tolist() == [3.0]
-    assert formation.moving(latents).flatten().tolist() == [-2.0, -1.0, 3.0]
+    assert still_part(latents).flatten().tolist() == [3.0]
+    assert moving_part(latents).flatten().tolist() == [-2.0, -1.0, 3.0]
 
 
 def test_relative_distances_are_one_at_nothing_and_zero_at_the_end():
     clean = torch.tensor([1.0, 2.0, 6.0]).reshape(1, 1, 3, 1, 1)
     estimates = [0 * clean, clean.mean() + 0 * clean, 0.5 * clean, clean]
-    record = formation.distances(estimates, clean)
+    record = part_distances(estimates, clean)
     assert record["still_distances"] == pytest.approx([1, 0, 0.5, 0])
     assert record["moving_distances"] == pytest.approx([1, 1, 0.5, 0])
 
 
 def test_a_single_latent_frame_has_no_moving_part():
-    assert formation.distances([torch.ones(1, 16, 1, 2, 2)], torch.ones(1, 16, 1, 2, 2)) == {
+    assert part_distances([torch.ones(1, 16, 1, 2, 2)], torch.ones(1, 16, 1, 2, 2)) == {
         "still_distances": [0.0],
         "moving_distances": None,
     }
@@ -79,7 +91,7 @@ def test_the_branches_are_compared_in_float32_and_handed_on_as_they_are(dtype):
 def test_a_step_that_runs_again_replaces_what_was_recorded_from_there():
     metadata = {}
     for index, distance in ((0, 1.0), (1, 2.0), (2, 3.0), (1, 4.0)):
-        formation.record_step(metadata, types.SimpleNamespace(index=index, branch_distance=distance))
+        record_branch_distance(metadata, types.SimpleNamespace(index=index, branch_distance=distance))
     assert metadata == {"formation": {"branch_distances": [1.0, 4.0]}}
 
 
@@ -170,7 +182,7 @@ def test_a_picture_that_fails_costs_no_prior(generate, infer, image, monkeypatch
     def fail(*_, **__):
         raise ImportError("No module named 'matplotlib'")
 
-    monkeypatch.setattr(formation, "plot", fail)
+    monkeypatch.setattr(steps, "plot_formation", fail)
     outcome = generate("--image", image, "--num_inference_steps", 2, "--prompt", PROMPT)
     prior = outcome.path
     assert "warning: no formation.png (ImportError: No module named 'matplotlib')" in outcome.err
@@ -185,13 +197,13 @@ def test_a_picture_that_fails_costs_no_prior(generate, infer, image, monkeypatch
 
 def test_the_record_grows_with_the_steps(generate, image, monkeypatch):
     """So that a run that is killed and goes on has the numbers of all its steps."""
-    seen, save_step = [], prior_run.save_step
+    seen, save_step = [], step_skip.generate.save_step
 
     def spy(writer, step):
         save_step(writer, step)
         seen.append(read_json(writer.directory / "run_metadata.json")["formation"]["branch_distances"])
 
-    monkeypatch.setattr(prior_run, "save_step", spy)
+    monkeypatch.setattr(step_skip.generate, "save_step", spy)
     prior = generate("--image", image, "--num_inference_steps", 3, "--prompt", PROMPT).path
     record = read_json(prior / "run_metadata.json")["formation"]["branch_distances"]
     assert seen == [record[:1], record[:2], record]
@@ -211,14 +223,14 @@ def prior_with(moves, *, sigmas=SIGMAS, cfg_scale=5.0) -> Prior:
 @pytest.mark.parametrize(("share", "step"), [(0.01, 2), (0.3, 2), (0.31, 1), (0.6, 1), (0.61, 0), (0.9, 0)])
 def test_the_latest_step_that_leaves_enough(share, step):
     prior = prior_with([1.0, 3.0, 3.0, 3.0], sigmas=(1.0, 0.75, 0.5, 0.25))  # leaves 0.9, 0.6, 0.3 and 0
-    chosen = formation.choose_start_step(prior, share)
+    chosen = choose_start_step(prior, share)
     assert (chosen.step, chosen.text_share, chosen.measured) == (step, share, True)
     assert chosen.text_left == pytest.approx([0.9, 0.6, 0.3][step])
 
 
 def test_two_prompts_alike_leave_what_the_schedule_does():
     """Distances like the sigmas: moves of 1 x 0.25, 0.75 x 0.5 and 0.25 x 0.25."""
-    chosen = formation.choose_start_step(prior_with([0.0, 0.0, 0.0]), 0.6)
+    chosen = choose_start_step(prior_with([0.0, 0.0, 0.0]), 0.6)
     assert (chosen.step, chosen.measured) == (0, False)
     assert chosen.text_left == pytest.approx(0.4375 / 0.6875)
     assert (
@@ -239,11 +251,11 @@ def test_two_prompts_alike_leave_what_the_schedule_does():
 )
 def test_what_no_step_can_be_chosen_from(moves, words):
     with pytest.raises(InputError, match=words.replace("'", ".")):
-        formation.choose_start_step(prior_with(moves), 0.3)
+        choose_start_step(prior_with(moves), 0.3)
 
 
 def test_auto_resumes_there_and_says_so(prior, infer, tmp_path):
-    left = formation.text_left(read_json(prior / "run_metadata.json")["formation"]["text_moves"])
+    left = text_left(read_json(prior / "run_metadata.json")["formation"]["text_moves"])
     step = max(step for step in range(10) if left[step] >= 0.4)
     flags = ("--start_step", "auto", "--text_share", 0.4)
     auto = infer(prior, *flags, "--prompt", OTHER_PROMPT, "--output", tmp_path / "auto.mp4")
@@ -260,7 +272,7 @@ def test_auto_resumes_there_and_says_so(prior, infer, tmp_path):
 def test_auto_with_the_priors_own_prompt_is_exact(prior, infer, tmp_path):
     outcome = infer(prior, "--start_step", "auto", "--output", tmp_path / "video.mp4")
     assert outcome.report["latents_sha256"] == read_json(prior / "run_metadata.json")["latents_sha256"]
-    assert outcome.report["auto"]["text_share"] == formation.DEFAULT_TEXT_SHARE
+    assert outcome.report["auto"]["text_share"] == DEFAULT_TEXT_SHARE
 
 
 def test_auto_in_a_sweep_is_each_priors_own_and_one_of_the_named_steps(
@@ -283,7 +295,7 @@ def test_auto_in_a_prompts_file(prior, infer, tmp_path):
     (tmp_path / "prompts.txt").write_text('{"prompt": "She nods.", "start_step": "auto"}\n')
     flags = ("--prompts_file", tmp_path / "prompts.txt", "--text_share", 0.9, "--dry_run")
     outcome = infer(prior, *flags)
-    left = formation.text_left(read_json(prior / "run_metadata.json")["formation"]["text_moves"])
+    left = text_left(read_json(prior / "run_metadata.json")["formation"]["text_moves"])
     step = max(step for step in range(10) if left[step] >= 0.9)
     assert f"auto: step {step}, {left[step]:.2f} of" in outcome.err
     assert json.loads(outcome.out)["start_step"] == step

@@ -8,9 +8,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import wan_models
-from lora import Lora, check_loras, describe, parse_lora, recorded
-from prior_utils import InputError
+from step_skip.files import InputError
+from step_skip.loading import load_pipeline
+from step_skip.models import LoadOptions, Lora, check_loras, parse_lora, weight_files
+from step_skip.models import describe_loras as describe
+from step_skip.models import find_recorded_loras as recorded
 
 LAYERS = ("blocks.0.self_attn.q", "blocks.3.ffn.0")
 
@@ -88,8 +90,8 @@ def test_the_weights_become_w_plus_alpha_b_a(model_dir, make_lora, dit_files, op
 
 
 def load_dit(model_dir, loras):
-    options = wan_models.LoadOptions("tiny", "cpu", "float32", model_dir=model_dir, loras=loras)
-    return wan_models.load_pipeline(options, wan_models.weight_files(options, ["dit"])).dit.state_dict()
+    options = LoadOptions("tiny", "cpu", "float32", model_dir=model_dir, loras=loras)
+    return load_pipeline(options, weight_files(options, ["dit"])).dit.state_dict()
 
 
 def test_several_are_added_up(model_dir, make_lora):

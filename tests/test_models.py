@@ -11,9 +11,17 @@ import pytest
 import torch
 from helpers import PROMPT, listing, run_as_user
 
-import wan_models
-from prior_utils import InputError, RunError
-from wan_models import LoadOptions
+from step_skip import loading
+from step_skip.files import InputError, RunError
+from step_skip.loading import load_pipeline, pick_vram
+from step_skip.models import (
+    ALL_COMPONENTS,
+    ROOT,
+    LoadOptions,
+    fingerprint_files,
+    model_defaults,
+    weight_files,
+)
 
 # as in the examples of DiffSynth-Studio, after its redirection of the .pth files to converted ones
 CONVERTED = "DiffSynth-Studio/Wan-Series-Converted-Safetensors"
@@ -88,7 +96,7 @@ def with_published_files(base: Path, model: str) -> None:
 def test_the_published_files_are_asked_for(run, gpu, asked, image, tmp_path, monkeypatch, model):
     """Through the command line, up to the loading."""
     loaded = []
-    monkeypatch.setattr(wan_models, "load_pipeline", lambda *given: loaded.append(given) or stop())
+    monkeypatch.setattr(loading, "load_pipeline", lambda *given: loaded.append(given) or stop())
     monkeypatch.setenv("DIFFSYNTH_MODEL_BASE_PATH", str(tmp_path / "models"))
     with_published_files(tmp_path / "models", model)
 
@@ -106,7 +114,7 @@ def test_the_published_files_are_asked_for(run, gpu, asked, image, tmp_path, mon
 
 
 def test_the_defaults_of_the_real_models():
-    small, large = (wan_models.model_defaults(model) for model in MODEL_IDS)
+    small, large = (model_defaults(model) for model in MODEL_IDS)
     assert (small.height, small.width, small.num_frames, small.fps) == (480, 832, 81, 16)
     assert (large.height, large.width) == (720, 1280)
     assert (small.cfg_scale, small.sigma_shift, small.dtype) == (5.0, 5.0, "bfloat16")
@@ -118,7 +126,7 @@ def test_the_defaults_of_the_real_models():
 def test_only_what_is_needed_is_asked_for(gpu, asked, tmp_path, monkeypatch):
     monkeypatch.setenv("DIFFSYNTH_MODEL_BASE_PATH", str(tmp_path))
     with_published_files(tmp_path, "I2V-480P")
-    assert set(wan_models.weight_files(options(), ["vae"])) == {"vae"}
+    assert set(weight_files(options(), ["vae"])) == {"vae"}
     assert asked == [(CONVERTED, "Wan2.1_VAE.safetensors")]
 
 
@@ -132,7 +140,7 @@ def test_diffsynth_gets_the_files_that_were_found(gpu, asked, tmp_path, monkeypa
     for free, vram in ((80, "auto"), (24, "auto"), (80, "low"), (8, "plain")):
         gpu.free = free
         chosen = options(vram=vram, model_dir=tmp_path)
-        wan_models.load_pipeline(chosen, wan_models.weight_files(chosen, wan_models.ALL_COMPONENTS))
+        load_pipeline(chosen, weight_files(chosen, ALL_COMPONENTS))
     assert not asked
     for call in calls:
         paths = [config.path for config in call["model_configs"]]
@@ -158,11 +166,11 @@ def test_diffsynth_gets_the_files_that_were_found(gpu, asked, tmp_path, monkeypa
 )
 def test_the_vram_mode_follows_the_free_vram_unless_told(gpu, free, vram, expected):
     gpu.free = free
-    assert wan_models.pick_vram(options(vram=vram)) == expected
+    assert pick_vram(options(vram=vram)) == expected
 
 
 def test_the_tiny_model_never_asks_for_vram():
-    assert wan_models.pick_vram(options(model="tiny", device="cpu")) == "plain"
+    assert pick_vram(options(model="tiny", device="cpu")) == "plain"
 
 
 # --- no network ---------------------------------------------------------------------------------------------
@@ -210,7 +218,7 @@ def test_no_example_without_a_network(run, loads, tmp_path, monkeypatch):
 
     import generate_prior
 
-    monkeypatch.setattr(generate_prior, "EXAMPLE_IMAGE", wan_models.ROOT / "data" / "examples" / "none.jpg")
+    monkeypatch.setattr(generate_prior, "EXAMPLE_IMAGE", ROOT / "data" / "examples" / "none.jpg")
     monkeypatch.setattr(modelscope, "dataset_snapshot_download", unreachable)
     outcome = run("generate_prior", "--model", "tiny", "--download_example", "--output_dir", tmp_path)
     assert (outcome.code, outcome.out, loads) == (1, "", [])
@@ -246,7 +254,7 @@ def test_the_example_is_fetched_once_and_used(run, model_dir, image, tmp_path, m
         example.parent.mkdir(parents=True)
         example.write_bytes(image.read_bytes())
 
-    monkeypatch.setattr(wan_models, "ROOT", tmp_path)
+    monkeypatch.setattr(generate_prior, "ROOT", tmp_path)
     monkeypatch.setattr(generate_prior, "EXAMPLE_IMAGE", example)
     monkeypatch.setattr(modelscope, "dataset_snapshot_download", download)
     flags = (
@@ -274,7 +282,7 @@ def test_a_folder_of_weights_may_be_laid_out_either_way(tmp_path, layout, suffix
     shared = f"{CONVERTED}/" if layout == "modelscope" and suffix == ".safetensors" else own
     touch(tmp_path, *(own + shard for shard in SHARDS), *(shared + stem + suffix for stem in OTHERS.values()))
     touch(tmp_path, f"{own}google/umt5-xxl/tokenizer.json")
-    files = wan_models.weight_files(options("I2V-720P", model_dir=tmp_path))
+    files = weight_files(options("I2V-720P", model_dir=tmp_path))
     assert [path.name for path in files["dit"]] == SHARDS
     assert {name: paths[0].name for name, paths in files.items() if name != "dit"} == {
         name: stem + suffix for name, stem in OTHERS.items()
@@ -284,7 +292,7 @@ def test_a_folder_of_weights_may_be_laid_out_either_way(tmp_path, layout, suffix
 def test_the_other_models_weights_are_not_taken(tmp_path):
     with_published_files(tmp_path, "I2V-720P")
     with pytest.raises(InputError, match=r"holds no diffusion_pytorch_model.*the dit.*--model_dir"):
-        wan_models.weight_files(options("I2V-480P", model_dir=tmp_path))
+        weight_files(options("I2V-480P", model_dir=tmp_path))
 
 
 @pytest.mark.parametrize("missing", [SHARDS[0], SHARDS[3], SHARDS[6]])
@@ -292,7 +300,7 @@ def test_a_missing_shard_is_named(tmp_path, missing):
     with_published_files(tmp_path, "I2V-480P")
     (tmp_path / MODEL_IDS["I2V-480P"] / missing).unlink()
     with pytest.raises(InputError, match="6 of the 7 shards") as refused:
-        wan_models.weight_files(options(model_dir=tmp_path))
+        weight_files(options(model_dir=tmp_path))
     assert missing in str(refused.value)
 
 
@@ -301,15 +309,15 @@ def test_a_missing_component_is_named(tmp_path, component):
     with_published_files(tmp_path, "I2V-480P")
     (tmp_path / CONVERTED / f"{OTHERS[component]}.safetensors").unlink()
     with pytest.raises(InputError, match=f"{OTHERS[component]}.*the {component}.*--model_dir"):
-        wan_models.weight_files(options(model_dir=tmp_path))
+        weight_files(options(model_dir=tmp_path))
 
 
 def test_a_missing_tokenizer_is_named(tmp_path):
     with_published_files(tmp_path, "I2V-480P")
     (tmp_path / "Wan-AI/Wan2.1-T2V-1.3B/google/umt5-xxl/tokenizer.json").unlink()
     with pytest.raises(InputError, match="google/umt5-xxl/tokenizer.json.*the tokenizer.*--model_dir"):
-        wan_models.weight_files(options(model_dir=tmp_path))
-    wan_models.weight_files(options(model_dir=tmp_path), ["dit", "vae"])  # where no text is encoded
+        weight_files(options(model_dir=tmp_path))
+    weight_files(options(model_dir=tmp_path), ["dit", "vae"])  # where no text is encoded
 
 
 # --- the fingerprint ----------------------------------------------------------------------------------------
@@ -333,7 +341,7 @@ def flip(path: Path, place: int) -> None:
 
 
 def fingerprint(path: Path) -> str:
-    return wan_models.fingerprint({"dit": [path]})["dit"]
+    return fingerprint_files({"dit": [path]})["dit"]
 
 
 def test_the_fingerprint_is_stable(weights, tmp_path):
@@ -405,8 +413,8 @@ def test_the_fingerprint_of_28_gb_reads_little(tmp_path):
 
 def test_importing_the_modules_is_cheap(tmp_path):
     code = (
-        f"import sys; sys.path.insert(0, {str(wan_models.ROOT)!r})\n"
-        "import generate_prior, infer_from_prior, wan_models, prior_utils, command_line\n"
+        f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
+        "import generate_prior, infer_from_prior, prior_utils, step_skip.cli\n"
         "print([m for m in ('torch', 'diffsynth', 'modelscope', 'numpy', 'PIL') if m in sys.modules])"
     )
     assert run_as_user("-c", code, cwd=tmp_path).stdout == "[]\n"

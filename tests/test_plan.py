@@ -8,17 +8,19 @@ import pytest
 from helpers import OTHER_PROMPT, PROMPT, read_json
 
 import infer_from_prior
-import sweep
-import wan_models
-from plan import load_inputs, read_inputs
-from prior_utils import Clock, read_prior, sha256_tensor
-from run_jobs import make_video
+from step_skip.cli import read_choices
+from step_skip.files import sha256_tensor
+from step_skip.infer import make_clip
+from step_skip.loading import load_components
+from step_skip.metadata import read_prior
+from step_skip.models import LoadOptions
+from step_skip.sweep import Group, Job, load_inputs, make_plans, read_inputs
 
 
 def plan_of(prior, *flags):
     args = infer_from_prior.parse_args(["--prior_dir", str(prior), *map(str, flags)])
     before = copy.deepcopy(vars(args))
-    [(_, plan)] = sweep.make_plans(args)
+    [plan] = make_plans(read_prior(prior), read_choices(args))
     assert vars(args) == before
     return plan
 
@@ -39,15 +41,17 @@ def test_a_plan_is_what_the_flags_say_and_else_the_prior(prior, model_dir, flags
 
 
 def test_one_loaded_pipeline_makes_several_videos(prior, model_dir, tmp_path):
-    options = wan_models.LoadOptions("tiny", "cpu", "float32", model_dir=model_dir)
-    pipe = wan_models.load_pipeline(options, wan_models.weight_files(options, ["dit", "vae"]))
+    options = LoadOptions("tiny", "cpu", "float32", model_dir=model_dir)
+    model = load_components(options, ["dit", "vae"])
     recorded = read_prior(prior)
     expected = read_json(prior / "run_metadata.json")["latents_sha256"]
     for flags in (("--start_step", 8), ("--steps", 3), ("--start_step", 9)):
-        plan, clock, path = plan_of(prior, *flags), Clock(), tmp_path / f"{flags[-1]}.mp4"
-        inputs = read_inputs([plan], recorded)
-        load_inputs([plan], recorded, inputs)
-        result = make_video(sweep.Job(recorded, plan, path), inputs, pipe=pipe, clock=clock)
-        assert sha256_tensor(result.latents) == expected
-        assert result.steps == plan.steps_to_run
-        assert path.exists() and clock.seconds["save"] > 0 == clock.seconds["load"]
+        plan, path = plan_of(prior, *flags), tmp_path / f"{flags[-1]}.mp4"
+        group = Group(recorded, [Job(recorded, plan, path)])
+        group.inputs = read_inputs(group)
+        load_inputs(group)
+        clip = make_clip(group, plan, model)
+        clip.save(path)
+        assert sha256_tensor(clip.latents) == expected
+        assert clip.report["steps_run"] == plan.steps_to_run
+        assert path.exists() and clip.seconds["save"] > 0 == clip.seconds["load"]

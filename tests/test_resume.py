@@ -9,9 +9,10 @@ import pytest
 from conftest import build_model, save_image
 from helpers import OTHER_PROMPT, PROMPT, edit_metadata, listing, read_json
 
-import prior_run
-import prior_utils
-import prior_writer
+import step_skip.generate
+from step_skip.files import RunError, _take, locked
+from step_skip.metadata import PriorWriter
+from step_skip.prior import step_files
 
 TIMES = {"created", "seconds", "seconds_per_step", "metadata_sha256"}  # the last covers the others
 
@@ -46,7 +47,7 @@ def interrupted(generate, image, tmp_path, monkeypatch):
     """`interrupted(name)`: a run that Ctrl-C ends just before it saves the file `name`."""
 
     def interrupted(name, *argv):
-        save = prior_writer.PriorWriter.save
+        save = PriorWriter.save
 
         def stop_at(writer, each, write):
             if each == name:
@@ -54,7 +55,7 @@ def interrupted(generate, image, tmp_path, monkeypatch):
             save(writer, each, write)
 
         with monkeypatch.context() as patch:
-            patch.setattr(prior_writer.PriorWriter, "save", stop_at)
+            patch.setattr(PriorWriter, "save", stop_at)
             outcome = generate("--image", image, "--prompt", PROMPT, "--run_id", "early", *argv)
         assert outcome.code == 130
         return tmp_path / "priors" / "run_early"
@@ -94,7 +95,7 @@ def test_other_settings_are_taken_from_the_run(make_prior, interrupted, resume, 
 def test_a_run_that_is_interrupted_again_and_again(prior, interrupted, resume, monkeypatch):
     early = interrupted("step_0002.pt")
     for name in ("step_0003.pt", "noise_pred_0003.pt", "step_0008.pt"):
-        save = prior_writer.PriorWriter.save
+        save = PriorWriter.save
 
         def stop_at(writer, each, write, name=name, save=save):
             if each == name:
@@ -102,7 +103,7 @@ def test_a_run_that_is_interrupted_again_and_again(prior, interrupted, resume, m
             save(writer, each, write)
 
         with monkeypatch.context() as patch:
-            patch.setattr(prior_writer.PriorWriter, "save", stop_at)
+            patch.setattr(PriorWriter, "save", stop_at)
             assert resume(early).code == 130
     assert resume(early).code == 0
     assert_same(early, prior)
@@ -119,7 +120,7 @@ def test_decoded_videos_that_were_left_are_made(make_prior, interrupted, resume)
 
 def test_the_command_that_is_printed_goes_on(prior, generate, run, image, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(prior_run, "save_step", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(step_skip.generate, "save_step", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         outcome = generate("--image", image, "--prompt", PROMPT, "--run_id", "words")
     line = next(line for line in outcome.err.splitlines() if "every whole step is kept" in line)
     script, *words = line.split("go on with: python ")[1].split()
@@ -261,14 +262,14 @@ def test_what_is_made_again_has_to_be_the_same(prior_copy, resume, monkeypatch):
 def test_two_writers_never_write_one_run(interrupted, resume, refused, loads):
     early = interrupted("step_0004.pt")
     loads.clear()
-    with prior_writer.locked(early):
+    with locked(early):
         refused(lambda: resume(early), "another process is writing", str(early))
     assert not (early / ".lock").exists()
     assert resume(early).code == 0
 
 
 def test_readers_do_not_wait_for_a_writer(prior_copy, infer):
-    with prior_writer.locked(prior_copy):
+    with locked(prior_copy):
         assert infer(prior_copy, "--start_step", 9).code == 0
 
 
@@ -285,7 +286,7 @@ def test_a_lock_that_was_deleted_is_none(tmp_path):
     """Who opened the file before its last owner deleted it must not believe to be alone."""
     descriptor = os.open(tmp_path / ".lock", os.O_RDWR | os.O_CREAT)
     (tmp_path / ".lock").unlink()
-    assert not prior_writer._take(descriptor)
+    assert not _take(descriptor)
     os.close(descriptor)
 
 
@@ -314,7 +315,7 @@ def test_a_draft_holds_the_first_steps_of_the_full_run(draft, prior):
     preview = files.pop("denoised_0003.mp4")
     assert files.items() < full.items()
     assert {name for name in full if name not in files} == {"output_full.mp4", "formation.png"} | {
-        name for step in range(4, 10) for name in prior_utils.step_files(step)
+        name for step in range(4, 10) for name in step_files(step)
     }
     assert preview == read_json(draft / "run_metadata.json")["files"]["denoised_0003.mp4"]
     metadata = read_json(draft / "run_metadata.json")
@@ -428,15 +429,15 @@ def test_one_bad_image_among_several(generate, refused, image, tmp_path):
 
 
 def test_one_image_that_fails_does_not_stop_the_rest(generate, image, tmp_path, monkeypatch):
-    save_step, bad = prior_run.save_step, []
+    save_step, bad = step_skip.generate.save_step, []
 
     def fail_once(writer, step):
         if not bad:
             bad.append(writer.directory)
-            raise prior_utils.RunError("latents became NaN")
+            raise RunError("latents became NaN")
         save_step(writer, step)
 
-    monkeypatch.setattr(prior_run, "save_step", fail_once)
+    monkeypatch.setattr(step_skip.generate, "save_step", fail_once)
     outcome = generate("--image", image, image, "--run_id", "bad", "good")
     assert outcome.code == 1
     assert "1 of 2 priors failed" in outcome.error and "latents became NaN" in outcome.error

@@ -10,18 +10,13 @@ import pytest
 import torch
 from helpers import read_json
 
-import wan_models
-from prior_utils import InputError, RunError, RunSettings, context_file, sha256_tensor
-from skip_cache import Branch, Middle, skip_cache
-from wan_pipeline import (
-    Conditioning,
-    SigmasScheduler,
-    Trajectory,
-    compute_schedule,
-    run_differential,
-    run_from,
-    run_scheduler,
-)
+from step_skip.cheaper import Branch, Middle, skip_cache
+from step_skip.files import InputError, RunError, sha256_tensor
+from step_skip.loading import load_pipeline
+from step_skip.models import LoadOptions, weight_files
+from step_skip.pipeline import Conditioning, run_differential, run_from, run_scheduler
+from step_skip.prior import RunSettings, context_file
+from step_skip.schedule import SigmasScheduler, Trajectory, compute_schedule
 
 BLOCKS = 4  # of the tests' DiT
 GUIDED = 2  # forwards a step
@@ -29,8 +24,8 @@ GUIDED = 2  # forwards a step
 
 @pytest.fixture(scope="module")
 def pipe(model_dir):
-    options = wan_models.LoadOptions("tiny", "cpu", "float32", model_dir=model_dir)
-    return wan_models.load_pipeline(options, wan_models.weight_files(options, ["dit", "vae"]))
+    options = LoadOptions("tiny", "cpu", "float32", model_dir=model_dir)
+    return load_pipeline(options, weight_files(options, ["dit", "vae"]))
 
 
 @pytest.fixture(scope="module")

@@ -12,12 +12,15 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import build_model
 from helpers import OTHER_PROMPT, PROMPT, edit_metadata, listing, read_json
 
-import contexts
-import prior_utils
-import sweep
+from step_skip import pipeline
+from step_skip.files import sha256_file
+from step_skip.metadata import read_prior
+from step_skip.prior import context_file, kept_context_path, load_conditioning, load_context, save_context
+from step_skip.sweep import sweep_folder
 
 THIRD_PROMPT = "The portrait nods."
 DECIDING = ("latents_sha256", "video_sha256", "steps_run", "prompt", "cfg_scale", "prior_files")
@@ -27,7 +30,7 @@ def results(folder: Path) -> dict[str, dict]:
     """What decides every whole result of a sweep's folder, by name."""
     reports = {path.stem: read_json(path) for path in sorted(folder.glob("*.json"))}
     for stem, report in reports.items():
-        assert report["video_sha256"] == prior_utils.sha256_file(folder / f"{stem}.mp4")
+        assert report["video_sha256"] == sha256_file(folder / f"{stem}.mp4")
     assert {path.stem for path in folder.glob("*.mp4")} == set(reports)
     assert not list(folder.glob(".*"))
     return {stem: {name: report[name] for name in DECIDING} for stem, report in reports.items()}
@@ -54,15 +57,14 @@ def bfloat16(make_prior) -> Path:
 @pytest.fixture
 def encoded(monkeypatch) -> list[str]:
     """The prompts that the text encoder encoded, in order."""
-    import wan_pipeline
 
-    texts, encode_prompt = [], wan_pipeline.encode_prompt
+    texts, encode_prompt = [], pipeline.encode_prompt
 
     def spy(pipe, text):
         texts.append(text)
         return encode_prompt(pipe, text)
 
-    monkeypatch.setattr(wan_pipeline, "encode_prompt", spy)
+    monkeypatch.setattr(pipeline, "encode_prompt", spy)
     return texts
 
 
@@ -215,12 +217,23 @@ def test_a_known_prompt_needs_no_encoder(prior, infer, loads, encoded, tmp_path)
         assert read_json(path)["components_loaded"] == ["dit", "vae"]
 
 
-def test_a_prompt_another_prior_knows_needs_none(prior, second, infer, loads, encoded, tmp_path):
-    infer(prior, "--prompt", OTHER_PROMPT, "--output", tmp_path / "a.mp4")
+def test_a_prompt_is_encoded_once_for_all_priors_of_a_sweep(prior, second, infer, loads, encoded, tmp_path):
     infer(prior, "--prior_dir", second, "--prompt", OTHER_PROMPT, "--output_dir", tmp_path / "sweep")
+    infer(prior, "--prompt", OTHER_PROMPT, "--output", tmp_path / "a.mp4")
     infer(second, "--prompt", OTHER_PROMPT, "--output", tmp_path / "b.mp4")
     assert encoded == [OTHER_PROMPT]
     assert loads == [["dit", "text_encoder", "vae"], ["dit", "vae"], ["dit", "vae"]]
+
+
+def test_what_one_prior_keeps_is_not_given_to_another(prior_copy, second, infer, encoded, tmp_path):
+    """A kept context vouches for itself only, and a prior may come from a stranger."""
+    recorded = read_prior(prior_copy)
+    forged = torch.full((1, 8, 32), 7.0)
+    save_context(recorded, OTHER_PROMPT, forged)
+    infer(prior_copy, "--prior_dir", second, "--prompt", OTHER_PROMPT, "--output_dir", tmp_path / "sweep")
+    assert encoded == [OTHER_PROMPT]
+    assert torch.equal(load_context(recorded, OTHER_PROMPT), forged)
+    assert not torch.equal(load_context(read_prior(second), OTHER_PROMPT), forged)
 
 
 def test_a_sweep_that_is_done_loads_nothing_and_changes_nothing(prior_copy, infer, loads):
@@ -289,7 +302,7 @@ def test_one_video_that_fails_does_not_stop_the_rest(prior, infer, tmp_path):
 
 def test_a_second_sweep_of_the_same_folder_has_to_wait(prior, infer, loads, tmp_path):
     command = ("--prompt", PROMPT, OTHER_PROMPT, "--output_dir", tmp_path / "sweep")
-    with sweep.own_folder(tmp_path / "sweep"):
+    with sweep_folder(tmp_path / "sweep"):
         outcome = infer(prior, *command)
     assert (outcome.code, loads) == (2, [])
     assert "another process is writing" in outcome.error
@@ -324,11 +337,11 @@ def test_a_kept_prompt_is_the_encoded_prompt(prior_copy, infer, tmp_path):
     """Saved by one run, it is what generate_prior.py would have recorded."""
     import torch
 
-    neutral = prior_utils.read_prior(prior_copy)
-    assert contexts.load(neutral, PROMPT) is None
-    own = prior_utils.load_conditioning(neutral, prior_utils.context_file(PROMPT))
-    contexts.save(neutral, PROMPT, own)
-    assert torch.equal(contexts.load(neutral, PROMPT), own)
+    neutral = read_prior(prior_copy)
+    assert load_context(neutral, PROMPT) is None
+    own = load_conditioning(neutral, context_file(PROMPT))
+    save_context(neutral, PROMPT, own)
+    assert torch.equal(load_context(neutral, PROMPT), own)
     infer(prior_copy, "--prompt", OTHER_PROMPT, "--output", tmp_path / "video.mp4")
     assert len(kept(prior_copy)) == 2
 
@@ -357,26 +370,26 @@ def test_a_kept_prompt_that_is_damaged_is_encoded_again(prior_copy, infer, encod
 def test_any_damage_to_a_kept_prompt_is_seen(prior_copy):
     import torch
 
-    recorded = prior_utils.read_prior(prior_copy)
-    contexts.save(recorded, OTHER_PROMPT, torch.linspace(0, 1, 64).reshape(1, 8, 8))
+    recorded = read_prior(prior_copy)
+    save_context(recorded, OTHER_PROMPT, torch.linspace(0, 1, 64).reshape(1, 8, 8))
     [path] = kept(prior_copy)
     whole = path.read_bytes()
     for place in range(0, len(whole), 3):
         for content in (whole[:place], whole[:place] + bytes([whole[place] ^ 0x41]) + whole[place + 1 :]):
             path.write_bytes(content)
-            assert contexts.load(recorded, OTHER_PROMPT) is None
+            assert load_context(recorded, OTHER_PROMPT) is None
     path.write_bytes(whole)
-    assert contexts.load(recorded, OTHER_PROMPT) is not None
+    assert load_context(recorded, OTHER_PROMPT) is not None
 
 
 def test_a_prompt_of_another_text_encoder_is_not_taken(prior_copy, infer, tmp_path):
     infer(prior_copy, "--prompt", OTHER_PROMPT, "--output", tmp_path / "video.mp4")
     fingerprint = read_json(prior_copy / "run_metadata.json")["model_fingerprint"]
     edit_metadata(prior_copy, model_fingerprint=fingerprint | {"text_encoder": "0" * 64})
-    assert contexts.load(prior_utils.read_prior(prior_copy), OTHER_PROMPT) is None
+    assert load_context(read_prior(prior_copy), OTHER_PROMPT) is None
     [path] = kept(prior_copy)
-    path.rename(contexts.path(prior_utils.read_prior(prior_copy), OTHER_PROMPT))
-    assert contexts.load(prior_utils.read_prior(prior_copy), OTHER_PROMPT) is None
+    path.rename(kept_context_path(read_prior(prior_copy), OTHER_PROMPT))
+    assert load_context(read_prior(prior_copy), OTHER_PROMPT) is None
 
 
 def test_other_weights_keep_nothing(prior_copy, run, tmp_path):

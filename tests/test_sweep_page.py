@@ -19,8 +19,8 @@ from browser import missing_programs, open_browser, set_screen, show_frame, wait
 from helpers import FRAMES, OTHER_PROMPT, PROMPT, read_json
 from PIL import Image
 
-import prior_utils
-import sweep_page
+from step_skip.files import write_json
+from step_skip.page import GAP, LINE, THUMB_HEIGHT, write_page
 
 HOSTILE = (
     "<script>window.injected = 1</script>",
@@ -77,7 +77,7 @@ def page(run: Callable, results: Path) -> Callable[[], Tags]:
     """Make the page of `results` by the command line, and read it."""
 
     def page() -> Tags:
-        outcome = run("sweep_page", results)
+        outcome = run("step_skip.page", results)
         assert outcome.path == results / "index.html"
         assert outcome.err == ""
         return Tags(outcome.path)
@@ -89,7 +89,7 @@ def add_result(folder: Path, name: str, **changes: Any) -> Path:
     """Another result: a copy of one that is there, its JSON changed; a value of `...` removes the entry."""
     report = read_json(folder / "early.json") | changes
     kept = {key: value for key, value in report.items() if value is not ...}
-    prior_utils.write_json(folder / f"{name}.json", kept)
+    write_json(folder / f"{name}.json", kept)
     return shutil.copy(folder / "early.mp4", folder / f"{name}.mp4")
 
 
@@ -131,7 +131,7 @@ def test_the_contact_sheet_shows_first_middle_and_last_frames(page, results, pri
     import imageio.v3 as iio
 
     page()
-    side, gap, line = sweep_page.THUMB_HEIGHT, sweep_page.GAP, sweep_page.LINE
+    side, gap, line = THUMB_HEIGHT, GAP, LINE
     row, tile = 2 * line + side + gap, 3 * side + gap
     with Image.open(results / "contact_sheet.png") as sheet:
         assert sheet.size == (gap + 3 * tile, gap + 3 * row)
@@ -248,21 +248,21 @@ def test_other_files_are_left_out(page, results):
 )
 def test_folders_that_are_refused(run, refused, prior_copy, tmp_path, make, words):
     (tmp_path / "empty").mkdir()
-    refused(lambda: run("sweep_page", make(tmp_path / "empty", prior_copy)), words)
+    refused(lambda: run("step_skip.page", make(tmp_path / "empty", prior_copy)), words)
 
 
 def test_a_prior_moved_with_its_outputs(run, made, prior, tmp_path):
     """The page made again after a move links to the prior that holds it."""
     moved = shutil.copytree(prior, tmp_path / prior.name)
     outputs = shutil.copytree(made, moved / "outputs" / "sweep")
-    found = Tags(run("sweep_page", outputs).path)
+    found = Tags(run("step_skip.page", outputs).path)
     assert "../../output_full.mp4" in found.links
 
 
 def test_a_folder_reached_by_a_link(page, results, prior, tmp_path):
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere" / "link").symlink_to(results)
-    files = linked_files(results, Tags(sweep_page.write_page(tmp_path / "elsewhere" / "link")))
+    files = linked_files(results, Tags(write_page(tmp_path / "elsewhere" / "link")))
     assert files[1].samefile(prior / "output_full.mp4")
 
 

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-import tiny_model
+from step_skip.loading import build_tiny, load_tiny_modules, load_tiny_tokenizer
+from step_skip.models import COMPONENTS, TINY_DIR, read_tiny_config
 
 SMALL = {
     "dit": {
@@ -44,7 +45,7 @@ SMALL = {
     "vae": {"dim": 4, "z_dim": 16, "dim_mult": [1, 1, 1, 1], "num_res_blocks": 1},
     "tokenizer": {"seq_len": 8},
 }
-TRAINED = (tiny_model.FOLDER / "dit.safetensors").exists()
+TRAINED = (TINY_DIR / "dit.safetensors").exists()
 
 
 def same(first: torch.nn.Module, second: torch.nn.Module) -> bool:
@@ -58,7 +59,7 @@ def folder(tmp_path: Path) -> Path:
     from safetensors.torch import save_file
 
     (tmp_path / "config.json").write_text(json.dumps(SMALL))
-    for name, module in tiny_model.build(SMALL, seed=3).items():
+    for name, module in build_tiny(SMALL, seed=3).items():
         weights = {key: value.to(torch.bfloat16).contiguous() for key, value in module.state_dict().items()}
         if name == "vae":
             weights |= {"mean": torch.arange(16.0), "std": torch.full((16,), 2.0)}
@@ -67,9 +68,9 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_import_is_cheap():
-    code = "import sys, tiny_model; print([m for m in ('torch', 'diffsynth') if m in sys.modules])"
+    code = "import sys, step_skip; print([m for m in ('torch', 'diffsynth') if m in sys.modules])"
     out = subprocess.run(
-        [sys.executable, "-c", code], cwd=tiny_model.FOLDER.parents[1], capture_output=True, text=True
+        [sys.executable, "-c", code], cwd=TINY_DIR.parents[1], capture_output=True, text=True
     )
     assert out.stdout.strip() == "[]", out.stderr
 
@@ -78,14 +79,14 @@ def test_build_is_seeded_and_leaves_the_callers_noise_alone():
     torch.manual_seed(0)
     expected = torch.rand(1)
     torch.manual_seed(0)
-    first, again, other = (tiny_model.build(SMALL, seed=seed, only=("dit",))["dit"] for seed in (1, 1, 2))
+    first, again, other = (build_tiny(SMALL, seed=seed, only=("dit",))["dit"] for seed in (1, 1, 2))
     assert torch.equal(torch.rand(1), expected)
     assert same(first, again)
     assert not same(first, other)
 
 
 def test_build_makes_only_what_is_asked_for_at_the_configs_sizes():
-    modules = tiny_model.build(SMALL, only=("vae", "text_encoder"))
+    modules = build_tiny(SMALL, only=("vae", "text_encoder"))
     assert set(modules) == {"vae", "text_encoder"}
     assert modules["vae"].z_dim == 16
     assert sum(p.numel() for p in modules["vae"].parameters()) < 100_000
@@ -93,24 +94,24 @@ def test_build_makes_only_what_is_asked_for_at_the_configs_sizes():
 
 
 def test_load_reads_the_files_into_float32(folder: Path):
-    modules = tiny_model.load(folder)
-    assert set(modules) == set(tiny_model.MODULES)
-    for name, module in tiny_model.build(SMALL, seed=3).items():
+    modules = load_tiny_modules(folder)
+    assert set(modules) == set(COMPONENTS)
+    for name, module in build_tiny(SMALL, seed=3).items():
         assert same(modules[name], module.to(torch.bfloat16).float())
     assert {p.dtype for m in modules.values() for p in m.parameters()} == {torch.float32}
 
 
 def test_load_sets_the_vaes_latent_statistics(folder: Path):
-    vae = tiny_model.load(folder, only=("vae",))["vae"]
+    vae = load_tiny_modules(folder, only=("vae",))["vae"]
     assert torch.equal(vae.scale[0], torch.arange(16.0))
     assert torch.equal(vae.scale[1], torch.full((16,), 0.5))
 
 
 def test_load_opens_only_the_files_it_needs(folder: Path):
     (folder / "image_encoder.safetensors").unlink()
-    assert set(tiny_model.load(folder, only=("dit", "vae"))) == {"dit", "vae"}
+    assert set(load_tiny_modules(folder, only=("dit", "vae"))) == {"dit", "vae"}
     with pytest.raises(FileNotFoundError):
-        tiny_model.load(folder)
+        load_tiny_modules(folder)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -120,10 +121,10 @@ def test_runs_in_an_unmodified_pipeline(dtype: torch.dtype):
     from PIL import Image
 
     pipe = WanVideoPipeline(device="cpu", torch_dtype=dtype)
-    for name, module in tiny_model.load().items():
+    for name, module in load_tiny_modules().items():
         setattr(pipe, name, module.to(dtype))
-    pipe.tokenizer = tiny_model.tokenizer()
-    defaults = tiny_model.read_config()["defaults"]
+    pipe.tokenizer = load_tiny_tokenizer()
+    defaults = read_tiny_config()["defaults"]
     size = {"height": defaults["height"], "width": defaults["width"], "num_frames": defaults["num_frames"]}
     image = Image.new("RGB", (defaults["width"], defaults["height"]), "teal")
     frames = pipe(
@@ -135,11 +136,11 @@ def test_runs_in_an_unmodified_pipeline(dtype: torch.dtype):
 
 @pytest.mark.skipif(not TRAINED, reason="needs the committed weights")
 def test_committed_weights_fit_the_repository():
-    assert sum(path.stat().st_size for path in tiny_model.FOLDER.glob("*.safetensors")) <= 10_000_000
+    assert sum(path.stat().st_size for path in TINY_DIR.glob("*.safetensors")) <= 10_000_000
 
 
 def test_tokenizer_ends_every_prompt_even_the_empty_one():
-    tokenizer = tiny_model.tokenizer()
+    tokenizer = load_tiny_tokenizer()
     ids, mask = tokenizer(["", "She moves up."], return_mask=True)
     assert mask.sum(1).tolist() == [1, 4]
     assert ids[0, 0] == ids[1, 3]

@@ -8,7 +8,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "data" / "tiny_wan_i2v"))
 
-import world  # noqa: E402
+import world
 
 CLIPS = 30
 

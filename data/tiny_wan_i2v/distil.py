@@ -33,8 +33,10 @@ from torch import Tensor
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))
 
-import wan_models  # noqa: E402
-from wan_pipeline import compute_schedule, encode_image, encode_prompt  # noqa: E402
+from step_skip.loading import load_pipeline
+from step_skip.models import LoadOptions, model_defaults, weight_files
+from step_skip.pipeline import encode_image, encode_prompt
+from step_skip.schedule import compute_schedule
 
 FIRST_IDENTITY = 3_000_000  # a stream of identities of its own
 LORA_FILE, BRANCH_FILE = "distilled_lora.safetensors", "skip_branch.safetensors"
@@ -253,9 +255,9 @@ def main(argv: list[str] | None = None) -> None:
 
     args = parse_args(argv)
     torch.set_num_threads(args.threads)
-    options = wan_models.LoadOptions("tiny", "cpu", "float32", model_dir=args.folder)
-    pipe = wan_models.load_pipeline(options, wan_models.weight_files(options))
-    defaults = wan_models.model_defaults("tiny", args.folder)
+    options = LoadOptions("tiny", "cpu", "float32", model_dir=args.folder)
+    pipe = load_pipeline(options, weight_files(options))
+    defaults = model_defaults("tiny", args.folder)
     speed_up(pipe.dit)
     made, name = {"lora": (train_lora, LORA_FILE), "branch": (fit_branch, BRANCH_FILE)}[args.what]
     path = args.folder / name

@@ -20,10 +20,12 @@ import numpy as np
 import world
 from figures import MEASURES, NUMBERS, STEPS
 
+from step_skip.loading import load_tiny_modules, load_tiny_tokenizer
+from step_skip.models import read_tiny_config
+
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))
 
-import tiny_model  # noqa: E402
 
 COLUMNS = ("experiment", "index", "motion", "steps", "seed", "prompt", "shown", *NUMBERS, "seconds")
 INPUTS = {"mila": 201, "nora": 214, "ruby": 217, "theo": 226}  # name -> identity, none of those measured
@@ -46,9 +48,9 @@ def make_pipeline(folder: Path, dtype: str = "float32"):
     from diffsynth.pipelines.wan_video import WanVideoPipeline
 
     pipe = WanVideoPipeline(device="cpu", torch_dtype=getattr(torch, dtype))
-    for name, module in tiny_model.load(folder).items():
+    for name, module in load_tiny_modules(folder).items():
         setattr(pipe, name, module.to(pipe.torch_dtype))
-    pipe.tokenizer = tiny_model.tokenizer(folder)
+    pipe.tokenizer = load_tiny_tokenizer(folder)
     return pipe
 
 
@@ -183,7 +185,7 @@ def _start(folder: Path, threads: int) -> None:
     import torch
 
     torch.set_num_threads(threads)
-    _pipe = make_pipeline(folder), tiny_model.read_config(folder)["defaults"]
+    _pipe = make_pipeline(folder), read_tiny_config(folder)["defaults"]
 
 
 def _work(job: tuple[str, int]) -> list[dict]:
@@ -220,12 +222,12 @@ def speed(folder: Path) -> dict[str, float]:
     import torch
     from PIL import Image
 
-    from prior_utils import RunSettings
-    from wan_pipeline import run_from, run_full
+    from step_skip.pipeline import run_from, run_full
+    from step_skip.prior import RunSettings
 
     torch.set_num_threads(2)
     began = time.perf_counter()
-    pipe, defaults = make_pipeline(folder), tiny_model.read_config(folder)["defaults"]
+    pipe, defaults = make_pipeline(folder), read_tiny_config(folder)["defaults"]
     times = {"load": time.perf_counter() - began}
     prompts = {"prompt": prompt_of(0, "left"), "negative_prompt": defaults["negative_prompt"]}
     sizes = {name: defaults[name] for name in ("cfg_scale", "sigma_shift", "height", "width", "num_frames")}
@@ -258,7 +260,7 @@ def draw_strips(folder: Path, results: Path) -> None:
     """Every motion for one identity, and one prompt at every number of steps."""
     from PIL import Image
 
-    pipe, defaults = make_pipeline(folder), tiny_model.read_config(folder)["defaults"]
+    pipe, defaults = make_pipeline(folder), read_tiny_config(folder)["defaults"]
     image = world.first_frame(identity_of(INPUTS["mila"]))
     rows = [
         strip(generate(pipe, defaults, image, f"she {world.WORDINGS[motion][0][0]}", seed=1))

@@ -18,10 +18,12 @@ from pathlib import Path
 import numpy as np
 import world
 
+from step_skip.loading import build_tiny, load_tiny_tokenizer, set_latent_statistics
+from step_skip.models import read_tiny_config
+
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))
 
-import tiny_model  # noqa: E402
 
 STAGES = ("tokenizer", "vae", "encode", "sharpen", "dit", "export")
 LATENT_NOISE = 0.1  # what the decoder learns to forgive
@@ -38,7 +40,7 @@ def make_tokenizer(folder: Path, **_) -> None:
     from transformers import PreTrainedTokenizerFast
 
     words = ["<pad>", "</s>", "<unk>", *world.vocabulary()]
-    if len(words) > tiny_model.read_config(folder)["text_encoder"]["vocab"]:
+    if len(words) > read_tiny_config(folder)["text_encoder"]["vocab"]:
         raise ValueError(f"config.json's vocab is too small for {len(words)} words")
     model = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     model.normalizer = normalizers.Sequence([normalizers.Replace(".", " "), normalizers.Lowercase()])
@@ -82,7 +84,7 @@ def build_vae(folder: Path, seed: int):
     """The VAE at the config's sizes, untrained."""
     from fast_layers import speed_up
 
-    vae = tiny_model.build(tiny_model.read_config(folder), seed=seed, only=("vae",))["vae"]
+    vae = build_tiny(read_tiny_config(folder), seed=seed, only=("vae",))["vae"]
     speed_up(vae)
     return vae
 
@@ -207,7 +209,7 @@ def sharpen_decoder(folder: Path, build: Path, *, seed: int, motions: int, sharp
     data = torch.load(build / "latents.pt")
     vae = build_vae(folder, seed)
     vae.model.load_state_dict(torch.load(build / "vae.pt")["modules"]["vae"])
-    tiny_model.set_latent_statistics(vae, data["mean"], data["std"])
+    set_latent_statistics(vae, data["mean"], data["std"])
     modules = {name: getattr(vae.model, name).train().requires_grad_(True) for name in ("conv2", "decoder")}
     drawn = training_clips(seed, motions)
     videos = np.stack([next(drawn)[2] for _ in progress(range(200), "draw")])  # [200, M, T, H, W, 3]
@@ -234,9 +236,7 @@ def train_dit(folder: Path, build: Path, *, seed: int, dit_steps: int, batch: in
     from fast_layers import speed_up
 
     data = torch.load(build / "latents.pt")
-    modules = tiny_model.build(
-        tiny_model.read_config(folder), seed=seed, only=("dit", "text_encoder", "image_encoder")
-    )
+    modules = build_tiny(read_tiny_config(folder), seed=seed, only=("dit", "text_encoder", "image_encoder"))
     for module in modules.values():
         module.train().requires_grad_(True)
         speed_up(module)
@@ -244,7 +244,7 @@ def train_dit(folder: Path, build: Path, *, seed: int, dit_steps: int, batch: in
     for block in modules["dit"].blocks:
         block.compile(dynamic=False)
     images = clip_inputs(data["images"], modules["image_encoder"])
-    prompts = Prompts(tiny_model.tokenizer(folder))
+    prompts = Prompts(load_tiny_tokenizer(folder))
 
     def loss(step: int, rng: np.random.Generator):
         who = rng.integers(len(data["images"]), size=batch)

@@ -1,6 +1,6 @@
 """Show the videos of a folder side by side: index.html, where they play in step, and contact_sheet.png.
 
-    python sweep_page.py prior_output/run_<id>/outputs
+    python step_skip.page prior_output/run_<id>/outputs
 
 The folder is one that infer_from_prior.py wrote to: a sweep's, or a prior's outputs. The page has a section
 per prior with a grid of prompt x steps; it links to the videos by relative paths and needs no server.
@@ -9,7 +9,6 @@ The last line on stdout is the page.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import string
@@ -20,16 +19,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
-import command_line as cli
-import prior_utils
-from prior_utils import InputError
+from step_skip.files import InputError, replacing
+from step_skip.media import is_whole_mp4
+from step_skip.metadata import MAX_METADATA_BYTES, is_number, read_prior
+from step_skip.prior import METADATA_FILE, OUTPUT_FILE
+from step_skip.steps import is_late
 
 if TYPE_CHECKING:
     from PIL import Image, ImageDraw, ImageFont
 
 PAGE_FILE = "index.html"
 SHEET_FILE = "contact_sheet.png"
-TEMPLATE = Path(__file__).with_name("sweep_page.html")
+TEMPLATE = Path(__file__).with_name("page.html")
 REPORT_KEYS = {  # what the page needs of a result's JSON
     "prior_dir": str,
     "prior_run_id": str,
@@ -128,7 +129,7 @@ class Section:
         report = clip.report
         if report["method"] != "resume" or report["prompt"] == self.prior.report.get("prompt"):
             return False
-        return prior_utils.is_late(report["start_step"], report["num_inference_steps"])
+        return is_late(report["start_step"], report["num_inference_steps"])
 
 
 def column_order(clip: Clip) -> tuple[bool, int, list[int]]:
@@ -137,7 +138,7 @@ def column_order(clip: Clip) -> tuple[bool, int, list[int]]:
     return start_step is None, start_step or 0, clip.report["steps_run"]
 
 
-def is_number(value: object) -> bool:
+def is_sensible_number(value: object) -> bool:
     """Whether a JSON's value is a number of a size that makes sense here; NaN is not."""
     return isinstance(value, int | float) and abs(value) < 1e9
 
@@ -153,7 +154,7 @@ def read_folder(folder: Path) -> tuple[list[Section], list[Clip]]:
     """
     if not folder.is_dir():
         raise InputError(f"{folder} is not a folder; name one that infer_from_prior.py wrote videos to")
-    if (folder / prior_utils.METADATA_FILE).exists():
+    if (folder / METADATA_FILE).exists():
         raise InputError(f"{folder} is a prior; name the folder of a sweep, or the prior's outputs folder")
     paths = {path.with_suffix(".mp4") for path in folder.iterdir() if path.suffix in (".mp4", ".json")}
     clips = [clip for path in sorted(paths) if (clip := read_clip(path)) is not None]
@@ -184,7 +185,7 @@ def read_report(path: Path) -> dict[str, Any]:
     """
     if not path.is_file():
         raise InputError(f"{path.name} is missing")
-    if path.stat().st_size > prior_utils.MAX_METADATA_BYTES:
+    if path.stat().st_size > MAX_METADATA_BYTES:
         raise InputError(f"{path.name} is too large for a result's JSON")
     try:
         report = json.loads(path.read_text(encoding="utf-8"))
@@ -206,16 +207,16 @@ def find_prior(folder: Path, report: Mapping[str, Any]) -> Path:
     """The folder of a result's prior: one that holds the results, moved with them, or the one recorded."""
     recorded = Path(report["prior_dir"])
     for parent in folder.resolve().parents:
-        if parent.name == recorded.name and (parent / prior_utils.METADATA_FILE).is_file():
+        if parent.name == recorded.name and (parent / METADATA_FILE).is_file():
             return parent
     return recorded
 
 
 def read_prior_clip(directory: Path) -> Clip:
     """A prior's own video."""
-    path = directory / prior_utils.OUTPUT_FILE
+    path = directory / OUTPUT_FILE
     try:
-        return look_at(path, report=prior_utils.read_prior(directory).metadata)
+        return look_at(path, report=read_prior(directory).metadata)
     except InputError as error:
         return look_at(path, problem=str(error))
 
@@ -243,7 +244,7 @@ def read_thumbs(path: Path, *, num_frames: int | None) -> list[Image.Image]:
 
     if not path.is_file():
         raise InputError(f"{path.name} is missing from {path.parent}")
-    if not cli.is_whole_mp4(path):
+    if not is_whole_mp4(path):
         raise InputError(f"{path.name} is damaged: it is no whole .mp4")
     try:
         thumbs = [thumb(frame) for frame in iio.imiter(path.absolute(), plugin="FFMPEG")]
@@ -278,23 +279,23 @@ def write_page(folder: Path) -> Path:
         InputError: no folder, a prior, or no video in it.
     """
     sections, strays = read_folder(folder)
-    with prior_utils.replacing(folder / SHEET_FILE) as temporary:
+    with replacing(folder / SHEET_FILE) as temporary:
         draw_sheet(sections, strays).save(temporary)
     page = page_html(folder, sections, strays)
-    with prior_utils.replacing(folder / PAGE_FILE) as temporary:  # half a character is shown as its escape
+    with replacing(folder / PAGE_FILE) as temporary:  # half a character is shown as its escape
         temporary.write_text(page, encoding="utf-8", errors="backslashreplace")
     return folder / PAGE_FILE
 
 
 def page_html(folder: Path, sections: list[Section], strays: list[Clip]) -> str:
-    """The page. Every text from a file is escaped by `text` or `url` where it is put in."""
+    """The page. Every text from a file is escaped by `escaped` or `relative_url` where it is put in."""
     clips = [clip for section in sections for clip in section.clips]
     parts = [section_html(folder, section) for section in sections]
     if strays:
         figures = "".join(figure_html(folder, clip, title=clip.path.name) for clip in strays)
         parts.append(f'<section><h2>Without a JSON file</h2><div class="strays">{figures}</div></section>')
     return string.Template(TEMPLATE.read_text(encoding="utf-8")).substitute(
-        title=text(folder.resolve().name),
+        title=escaped(folder.resolve().name),
         count=len(clips),
         forwards=sum(clip.report["forwards"] for clip in clips),
         sheet=SHEET_FILE,
@@ -310,16 +311,16 @@ def section_html(folder: Path, section: Section) -> str:
     varying = [key for key in SETTINGS if key not in shared]
     prior = figure_html(folder, section.prior, title=section.prior_title, keys=varying)
     pairs = (
-        f"<div><dt>{key}</dt> <dd><bdi>{text(value)}</bdi></dd></div>"
+        f"<div><dt>{key}</dt> <dd><bdi>{escaped(value)}</bdi></dd></div>"
         for key, value in shared.items()
         if value not in NOTHING
     )
     rows = []
     for number, prompt in enumerate(section.prompts, 1):
         cells = (cell_html(folder, section, section.cell(prompt, each), varying) for each in section.columns)
-        rows.append(f"<tr><th scope=row dir=auto>{number}. {text(prompt)}</th>{''.join(cells)}</tr>\n")
+        rows.append(f"<tr><th scope=row dir=auto>{number}. {escaped(prompt)}</th>{''.join(cells)}</tr>\n")
     return f"""<section>
-<h2 dir=auto>{text(section.run_id)}</h2>
+<h2 dir=auto>{escaped(section.run_id)}</h2>
 <div class="prior">{prior}<dl>{"".join(pairs)}</dl></div>
 <div class="grid"><table>
 {"".join(rows)}</table></div>
@@ -339,13 +340,13 @@ def figure_html(
     folder: Path, clip: Clip, *, title: str, keys: Iterable[str] = (), is_late: bool = False
 ) -> str:
     """A video with what it cost and the settings in which it differs from others, or what is wrong."""
-    problem = f'<p class="problem" dir=auto>{text(clip.problem)}</p>' if clip.problem else ""
+    problem = f'<p class="problem" dir=auto>{escaped(clip.problem)}</p>' if clip.problem else ""
     settings = ((key, clip.report.get(key)) for key in keys)
     notes = [clip.cost, *(f"{key} {value}" for key, value in settings if value not in NOTHING)]
-    details = "".join(f"<br>{text(note)}" for note in notes if note)
+    details = "".join(f"<br>{escaped(note)}" for note in notes if note)
     late = f'<br><span class="late">{LATE}</span>' if is_late else ""
     return f"""<figure>{video_html(folder, clip)}{problem}
-<figcaption dir=auto><b>{text(title)}</b>{late}{details}</figcaption></figure>"""
+<figcaption dir=auto><b>{escaped(title)}</b>{late}{details}</figcaption></figure>"""
 
 
 def video_html(folder: Path, clip: Clip) -> str:
@@ -353,16 +354,16 @@ def video_html(folder: Path, clip: Clip) -> str:
     if not clip.thumbs:
         return ""
     width, height = clip.thumbs[0].size  # their ratio keeps the place until the video is there
-    place = f'data-src="{url(clip.path, folder)}" width="{width}" height="{height}"'
+    place = f'data-src="{relative_url(clip.path, folder)}" width="{width}" height="{height}"'
     return f'<video {place} muted playsinline preload="auto"></video>'
 
 
-def text(value: object) -> str:
+def escaped(value: object) -> str:
     """Any value as text that is no markup, between tags or between quotes."""
     return escape(str(value))
 
 
-def url(path: Path, folder: Path) -> str:
+def relative_url(path: Path, folder: Path) -> str:
     """The relative link from a page in `folder`; no name is taken for markup, a scheme or an escape."""
     relative = os.path.relpath(path.parent.resolve() / path.name, folder.resolve())
     return quote(Path(relative).as_posix(), errors="surrogateescape")
@@ -446,19 +447,16 @@ def fit(label: str, font: ImageFont.FreeTypeFont, width: int) -> str:
     return label + "..."
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """Parse the command line."""
-    parser = cli.Parser(__doc__)
-    parser.add_argument(
-        "folder", type=cli.utf8_path, metavar="FOLDER", help="where the videos and their JSON files are"
-    )
-    return parser.parse_args(argv)
-
-
 def main(argv: list[str] | None = None) -> Path:
-    """Write the page and return its path."""
-    return write_page(parse_args(argv).folder)
+    """Write the page of the folder on the command line and return its path."""
+    from step_skip.cli import Parser, utf8_path
+
+    parser = Parser(__doc__)
+    parser.add_argument("folder", type=utf8_path, help="where the videos and their JSON files are")
+    return write_page(parser.parse_args(argv).folder)
 
 
 if __name__ == "__main__":
-    cli.run_script(main)
+    from step_skip.cli import run_script
+
+    run_script(main)

@@ -1,4 +1,6 @@
-"""When a prior's clip takes shape, step by step, and how much of it the text has yet to say.
+"""Which steps to run: their places in a schedule, and what a prior's own formation says of them.
+
+When a prior's clip takes shape, step by step, and how much of it the text has yet to say, is its formation.
 
 While a prior is made, guidance compares two velocities at every step: with the prompt and with the negative
 one. Their difference is how the text moves the latents:
@@ -16,24 +18,30 @@ leaves a given share of the text's say.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import command_line as cli
-import prior_utils
-from prior_utils import InputError, Prior
+from step_skip.files import InputError
+from step_skip.metadata import is_number
+from step_skip.prior import Prior, load_denoised, load_latents, step_file
 
 if TYPE_CHECKING:
     import torch
 
-    from prior_utils import PriorWriter
-    from wan_pipeline import Step
+    from step_skip.generate import PriorWriter
+    from step_skip.schedule import Step
 
-KEY = "formation"  # in a prior's metadata
-PLOT_FILE = "formation.png"
+log = logging.getLogger(__name__)
+
+FORMATION_KEY = "formation"  # in a prior's metadata
+FORMATION_FILE = "formation.png"
 DEFAULT_TEXT_SHARE = 0.6  # what about 9 of 10 new prompts need to be obeyed: benchmarks/results/auto_step
+DENSER = 1.7  # how much denser to the end the steps of a differential resume are; 1: evenly spread
+LATE = 0.5  # share of the schedule after which a resumed run rarely changes the motion
+SAME_SIGMA = 1e-6  # relative; sigmas are float32 and come by way of text
 CURVES = (
     ("still_distances", "still part formed (who, where)", "#7f8c8d"),
     ("moving_distances", "moving part formed (what happens)", "#2471a3"),
@@ -43,24 +51,24 @@ CURVES = (
 # --- while a prior is made ----------------------------------------------------------------------------------
 
 
-def record_step(metadata: dict[str, Any], step: Step) -> None:
+def record_branch_distance(metadata: dict[str, Any], step: Step) -> None:
     """Note how far the guidance branches were apart; a step that runs again replaces what it said before."""
     if step.branch_distance is not None:
-        distances = metadata.setdefault(KEY, {}).setdefault("branch_distances", [])
+        distances = metadata.setdefault(FORMATION_KEY, {}).setdefault("branch_distances", [])
         distances[step.index :] = [step.branch_distance]
 
 
-def save(writer: PriorWriter) -> None:
+def save_formation(writer: PriorWriter) -> None:
     """Add the record to a prior whose steps are all saved, and draw it; it is whole without the picture."""
-    writer.metadata[KEY] = record = measure(writer.prior)
+    writer.metadata[FORMATION_KEY] = record = measure_formation(writer.prior)
     try:
         sigmas = writer.metadata["scheduler_sigmas"]
-        writer.save(PLOT_FILE, lambda path: plot(record, path, sigmas=sigmas))
+        writer.save(FORMATION_FILE, lambda path: plot_formation(record, path, sigmas=sigmas))
     except Exception as error:  # whatever a plotting library and its fonts may raise
-        cli.warn(f"no {PLOT_FILE} ({type(error).__name__}: {error}); the prior is whole without it")
+        log.warning(f"no {FORMATION_FILE} ({type(error).__name__}: {error}); the prior is whole without it")
 
 
-def measure(prior: Prior) -> dict[str, list[float] | None]:
+def measure_formation(prior: Prior) -> dict[str, list[float] | None]:
     """The whole record of a prior whose steps are all saved; one number a step in every list.
 
     Returns:
@@ -70,19 +78,19 @@ def measure(prior: Prior) -> dict[str, list[float] | None]:
     import torch
 
     metadata, sigmas = prior.metadata, prior.metadata["scheduler_sigmas"]
-    branches, moves = metadata.get(KEY, {}).get("branch_distances"), None
+    branches, moves = metadata.get(FORMATION_KEY, {}).get("branch_distances"), None
     if branches is not None:
         moves = text_moves(branches, sigmas=sigmas, cfg_scale=metadata["cfg_scale"])
-    clean = prior_utils.load_latents(prior, prior_utils.step_file(len(sigmas) - 1)).float()
+    clean = load_latents(prior, step_file(len(sigmas) - 1)).float()
     steps = range(len(sigmas))
-    estimates = (prior_utils.load_denoised(prior, step, dtype=torch.float32) for step in steps)
-    return {"branch_distances": branches, "text_moves": moves, **distances(estimates, clean)}
+    estimates = (load_denoised(prior, step, dtype=torch.float32) for step in steps)
+    return {"branch_distances": branches, "text_moves": moves, **part_distances(estimates, clean)}
 
 
-def distances(estimates: Iterable[torch.Tensor], clean: torch.Tensor) -> dict[str, list[float] | None]:
+def part_distances(estimates: Iterable[torch.Tensor], clean: torch.Tensor) -> dict[str, list[float] | None]:
     """How far both parts of every denoised estimate are from those of the clean latents, [B, C, T, H, W]."""
     pairs = [
-        (relative_distance(still(each), still(clean)), relative_distance(moving(each), moving(clean)))
+        [relative_distance(part(each), part(clean)) for part in (still_part, moving_part)]
         for each in estimates
     ]
     still_distances, moving_distances = map(list, zip(*pairs, strict=True))
@@ -102,14 +110,14 @@ def text_moves(
     ]
 
 
-def still(latents: torch.Tensor) -> torch.Tensor:
+def still_part(latents: torch.Tensor) -> torch.Tensor:
     """The mean over time. [B, C, T, H, W] -> [B, C, 1, H, W]"""
     return latents.mean(2, keepdim=True)
 
 
-def moving(latents: torch.Tensor) -> torch.Tensor:
+def moving_part(latents: torch.Tensor) -> torch.Tensor:
     """What is left of the latents without their mean over time. [B, C, T, H, W], both"""
-    return latents - still(latents)
+    return latents - still_part(latents)
 
 
 def relative_distance(estimate: torch.Tensor, final: torch.Tensor) -> float:
@@ -185,20 +193,22 @@ def read_text_moves(prior: Prior) -> list[float]:
             f"--start_step auto: {prior.directory} was stopped after step {prior.whole_steps - 1}, and only "
             "a whole run tells what is left to say; name a step, or finish it with generate_prior.py --resume"
         )
-    if KEY not in prior.metadata:
-        raise InputError(f"--start_step auto: {prior.directory} records no {KEY}, it is older; {instead}")
+    if FORMATION_KEY not in prior.metadata:
+        raise InputError(
+            f"--start_step auto: {prior.directory} records no {FORMATION_KEY}, it is older; {instead}"
+        )
     if prior.metadata["cfg_scale"] == 1:
         raise InputError(
             f"--start_step auto: {prior.directory} was made with --cfg_scale 1, where the text's say is not "
             f"measured; {instead} with guidance"
         )
-    record = prior.metadata[KEY]
+    record = prior.metadata[FORMATION_KEY]
     moves = record.get("text_moves") if isinstance(record, dict) else None
     whole = isinstance(moves, list) and len(moves) == prior.num_inference_steps
-    if not whole or not all(prior_utils.is_number(move) and move >= 0 for move in moves):
+    if not whole or not all(is_number(move) and move >= 0 for move in moves):
         raise InputError(
             f"--start_step auto: {prior.directory} lacks the {prior.num_inference_steps} text_moves of its "
-            f"{KEY}; {instead}"
+            f"{FORMATION_KEY}; {instead}"
         )
     return moves
 
@@ -206,7 +216,7 @@ def read_text_moves(prior: Prior) -> list[float]:
 # --- one glance to choose by --------------------------------------------------------------------------------
 
 
-def plot(record: Mapping[str, Any], path: Path, *, sigmas: Sequence[float]) -> None:
+def plot_formation(record: Mapping[str, Any], path: Path, *, sigmas: Sequence[float]) -> None:
     """Draw how far both parts have formed, and what the text has yet to say, over the steps."""
     from matplotlib.figure import Figure
 
@@ -227,3 +237,58 @@ def plot(record: Mapping[str, Any], path: Path, *, sigmas: Sequence[float]) -> N
     axes.grid(alpha=0.3)
     figure.legend(loc="outside upper center", ncols=2, frameon=False)
     figure.savefig(path, dpi=120)
+
+
+# --- places in a schedule -----------------------------------------------------------------------------------
+
+
+def recommended_start_step(num_inference_steps: int) -> int:
+    """The step to resume from unless told otherwise: 6 of 10, and the same share of other schedules."""
+    return min(num_inference_steps * 6 // 10, num_inference_steps - 1)
+
+
+def is_late(start_step: int, num_inference_steps: int) -> bool:
+    """Whether a run resumed after this step rarely shows a new motion; after the last it reads no prompt."""
+    return LATE * num_inference_steps <= start_step < num_inference_steps - 1
+
+
+def recommended_num_steps(num_inference_steps: int) -> int:
+    """How many steps a differential resume runs by default: 3 of 10, and that share of others, 2 of 4."""
+    return max(1 if num_inference_steps < 4 else 2, round(0.3 * num_inference_steps))
+
+
+def spread_steps(num_inference_steps: int, num_steps: int) -> list[int]:
+    """The steps of a differential resume: 0 5 8 for 3 of 10, and the same places of other schedules.
+
+    They are denser to the end, where sigma falls fast: step i of n is 1 - (1 - i / n) ** DENSER of the way.
+    Where only one or two run the first is a tenth of the way, on the prior's path. Both are what came nearest
+    to the full run on the embedded model (benchmarks/results/promise/summary.md).
+    """
+    first = num_inference_steps // 10 if num_steps <= 2 else 0
+    parts = (1 - (1 - i / num_steps) ** DENSER for i in range(num_steps))
+    steps = (max(first, round(part * num_inference_steps)) for part in parts)
+    room = range(num_inference_steps - num_steps, num_inference_steps)  # for those that follow
+    return [min(max(i, step), last) for i, (step, last) in enumerate(zip(steps, room, strict=True))]
+
+
+def tail_sigmas(sigma: float, num_steps: int, *, sigma_shift: float) -> list[float]:
+    """Sigmas of so many steps from `sigma` to 0, spaced as FlowMatchScheduler("Wan") spaces a full run."""
+    even = sigma / (sigma_shift - (sigma_shift - 1) * sigma)  # what the shift makes sigma of
+    places = [even * (1 - i / num_steps) for i in range(num_steps)]
+    return [sigma, *(sigma_shift * s / (1 + (sigma_shift - 1) * s) for s in places[1:])]
+
+
+def place_on_path(sigma: float, sigmas: Sequence[float]) -> tuple[int, float]:
+    """The step in which a run passes `sigma`, and how far into it: 0 where it begins, below 1.
+
+    Args:
+        sigmas: the run's, decreasing, without the closing 0.
+
+    Raises:
+        ValueError: the run begins below it, or it isn't above 0.
+    """
+    if not 0 < sigma <= sigmas[0] * (1 + SAME_SIGMA):
+        raise ValueError(f"{sigma:g} is not between 0 and {sigmas[0]:.6g}")
+    step = max(i for i, begin in enumerate(sigmas) if sigma <= begin * (1 + SAME_SIGMA))
+    begin, end = sigmas[step], [*sigmas, 0.0][step + 1]
+    return step, 0.0 if sigma >= begin * (1 - SAME_SIGMA) else (begin - sigma) / (begin - end)

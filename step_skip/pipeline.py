@@ -2,27 +2,25 @@
 
 `WanVideoPipeline.__call__` reads three plain attributes; `hooked` puts ours in their place for one call:
 
-    scheduler  ReportingScheduler: runs only some steps of the schedule and reports each;
-               ResumableScheduler those after start_step, DifferentialScheduler a few chosen ones,
-               SigmasScheduler a schedule of its own
+    scheduler  one of schedule.py
     units      run_full appends a unit that hands out the conditioning; run_from replaces every unit that
                would load an encoder by one that puts the prior's latents and conditioning in place
     model_fn   ForwardCounter: counts network evaluations, sees how far both guidance branches are apart;
-               around it what makes steps cheaper (cheaper_steps.py, skip_cache.py)
+               around it what makes steps cheaper (cheaper.py)
 
-Checked against diffsynth 2.1.12, diffsynth/pipelines/wan_video.py and diffsynth/diffusion/flow_match.py.
+Checked against diffsynth 2.1.12, diffsynth/pipelines/wan_video.py.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
-from diffsynth.diffusion import FlowMatchScheduler
 from diffsynth.diffusion.base_pipeline import PipelineUnit
 from diffsynth.pipelines.wan_video import (
     WanVideoPipeline,
@@ -33,9 +31,19 @@ from diffsynth.pipelines.wan_video import (
 from PIL import Image
 from tqdm import tqdm
 
-from cheaper_steps import LEFT_TO_MODEL_FN, BlockCounter, GuidanceByStep, TellTeaCache
-from prior_utils import Clock, RunError, RunSettings
-from skip_cache import skip_cache
+from step_skip.cheaper import LEFT_TO_MODEL_FN, BlockCounter, GuidanceByStep, TellTeaCache, skip_cache
+from step_skip.files import RunError
+from step_skip.prior import RunSettings
+from step_skip.schedule import (
+    DifferentialScheduler,
+    ReportingScheduler,
+    ResumableScheduler,
+    SigmasScheduler,
+    Step,
+    StepCallback,
+    Stopped,
+    Trajectory,
+)
 
 TILING = {"tile_size": (30, 52), "tile_stride": (15, 26)}  # latents; WanVideoPipeline's own defaults
 
@@ -59,25 +67,6 @@ class Conditioning:
         return Conditioning(**{name: None if t is None else t.to(device) for name, t in tensors.items()})
 
 
-@dataclass(frozen=True)
-class Step:
-    """One Euler step as the scheduler took it; tensors are [B, C, T, H, W]."""
-
-    index: int  # 0 ... num_inference_steps - 1
-    sigma: float  # noise level of latents_before
-    latents_before: torch.Tensor
-    noise_pred: torch.Tensor  # guided velocity, noise - sample
-    latents: torch.Tensor  # at the next sigma
-    branch_distance: float | None = None  # norm of noise_pred_posi - noise_pred_nega; None without guidance
-    forwards: int = 0  # network evaluations it took
-    seconds: float = 0.0
-
-    @property
-    def denoised(self) -> torch.Tensor:
-        """The clean latents this step points at: latents - sigma * noise_pred."""
-        return self.latents_before - self.sigma * self.noise_pred
-
-
 @dataclass
 class RunResult:
     """What a run made and what it cost."""
@@ -91,140 +80,31 @@ class RunResult:
     seconds_per_step: list[float] = field(default_factory=list)
 
 
-StepCallback = Callable[[Step], None]
+class Clock:
+    """Adds up the seconds of a run by phase."""
+
+    def __init__(self):
+        self.seconds = dict.fromkeys(("load", "encode", "denoise", "decode", "save"), 0.0)
+        self.mark = time.perf_counter()
+
+    def add(self, phase: str) -> float:
+        """Count the time since the last call as `phase`, and return it."""
+        now = time.perf_counter()
+        elapsed, self.mark = now - self.mark, now
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + elapsed
+        return elapsed
+
+    def include(self, seconds: Mapping[str, float]) -> None:
+        """Take over what another clock counted since the last call."""
+        for phase, elapsed in seconds.items():
+            self.seconds[phase] = self.seconds.get(phase, 0.0) + elapsed
+        self.mark = time.perf_counter()
+
+
 StartCallback = Callable[[torch.Tensor, Conditioning], None]
 
 
-@dataclass(frozen=True)
-class Trajectory:
-    """A prior's own path at a few chosen steps; tensors are [B, C, T, H, W]."""
-
-    steps: Sequence[int]  # increasing
-    latents: Sequence[torch.Tensor]  # before each of the steps, then the clean ones: one more than steps
-    noise_pred: Sequence[torch.Tensor]  # the guided velocity of each of the steps
-
-
-class _Stopped(Exception):
-    """Leaves the pipeline's loop after the last step that was asked for."""
-
-
-class ReportingScheduler(FlowMatchScheduler):
-    """FlowMatchScheduler("Wan") that runs only some steps of the schedule and reports each one it takes.
-
-    Args:
-        keep: from the number of steps to the indices of those to run, in order.
-        stop_after: the step whose report ends the run early; the steps after it stay in the schedule,
-            because its latents are at the sigma of the next one.
-    """
-
-    def __init__(self, keep: Callable[[int], Sequence[int]], *, stop_after: int | None = None):
-        super().__init__("Wan")
-        self.keep = keep
-        self.stop_after = stop_after
-        self.on_step: StepCallback | None = None
-
-    def set_timesteps(self, num_inference_steps: int = 100, **kwargs: Any) -> None:
-        """Compute the full schedule, then keep the chosen steps of it."""
-        super().set_timesteps(num_inference_steps, **kwargs)
-        self.steps = list(self.keep(num_inference_steps))
-        # DiffSynth looks a step's place up in timesteps and reads its sigma there: both are cut alike.
-        self.timesteps, self.sigmas = self.timesteps[self.steps], self.sigmas[self.steps]
-
-    def step(self, model_output: torch.Tensor, timestep: torch.Tensor, sample: torch.Tensor, **kwargs: Any):
-        """Advance from this timestep and report the step."""
-        place = int(torch.argmin((self.timesteps - timestep.cpu()).abs()))
-        latents = self.advance(place, model_output, timestep, sample)
-        if self.on_step is not None:
-            self.on_step(Step(self.steps[place], float(self.sigmas[place]), sample, model_output, latents))
-        if self.steps[place] == self.stop_after:
-            raise _Stopped
-        return latents
-
-    def advance(
-        self, place: int, model_output: torch.Tensor, timestep: torch.Tensor, sample: torch.Tensor
-    ) -> torch.Tensor:
-        """DiffSynth's own Euler step to the next kept sigma, after the last one to 0."""
-        return super().step(model_output, timestep, sample)
-
-
-class ResumableScheduler(ReportingScheduler):
-    """Leaves out the steps up to and with `start_step`."""
-
-    def __init__(self, *, start_step: int = -1, stop_after: int | None = None):
-        super().__init__(lambda steps: range(start_step + 1, steps), stop_after=stop_after)
-
-
-class SigmasScheduler(ReportingScheduler):
-    """Runs these sigmas, decreasing and above 0, whatever schedule the settings would give."""
-
-    def __init__(self, sigmas: Sequence[float]):
-        super().__init__(range)
-        values = torch.tensor(sigmas)
-        self.set_timesteps_fn = lambda **_: (values, values * self.num_train_timesteps)
-
-    def set_timesteps(self, num_inference_steps: int = 100, **kwargs: Any) -> None:
-        """Take the sigmas; the number of steps is theirs."""
-        super().set_timesteps(len(self.set_timesteps_fn()[0]), **kwargs)
-
-
-class DifferentialScheduler(ReportingScheduler):
-    """Follows a prior's trajectory at a few chosen steps and integrates only what the new prompt changes.
-
-    With the prior's latents x_i and guided velocity v_i at sigma_i, `next` the next chosen step or the clean
-    end, h = sigma_next - sigma_i, and an offset d that starts at zero,
-
-        d <- d + h * (v_new(x_i + d, sigma_i) - v_i) - (1 - share) * bend,      go on at x_next + d
-
-    where bend = x_next - x_i - h * v_i is what the prior's own fine steps did beyond one straight step, and
-    share (0 ... 1, `share_of_bend`) says where the new clip can be expected to do the same. With the prior's
-    own prompt the bracket is zero and the share one, so the result is the prior's own, exactly. (FlowEdit,
-    arXiv 2412.08629, drives an edit by the same difference of velocities; here one of the two is already on
-    disk. The share is ours; docs/method.md derives it.)
-    """
-
-    def __init__(self, trajectory: Trajectory):
-        super().__init__(lambda _: trajectory.steps)
-        self.trajectory = trajectory
-        self.offset: torch.Tensor | float = 0.0  # float32: in bfloat16 small differences would be lost
-        self.estimates: tuple[torch.Tensor, torch.Tensor] | None = None  # new and old, at the step before
-
-    def advance(
-        self, place: int, model_output: torch.Tensor, timestep: torch.Tensor, sample: torch.Tensor
-    ) -> torch.Tensor:
-        """Add what the new prompt changes to the offset and go on at the next chosen step."""
-        sigmas = [*self.sigmas.tolist(), 0.0]
-        sigma, ahead = sigmas[place], sigmas[place + 1] - sigmas[place]
-        path = self.trajectory
-        here, there, old = (
-            tensor.to(sample.device).float()
-            for tensor in (path.latents[place], path.latents[place + 1], path.noise_pred[place])
-        )
-        new = model_output.float()
-        bend = there - here - ahead * old
-        share = self.share_of_bend(bend, new=sample.float() - sigma * new, old=here - sigma * old)
-        self.offset = self.offset + ahead * (new - old) - (1 - share) * bend
-        return torch.where(self.offset == 0, there, there + self.offset).to(sample.dtype)  # keeps a -0.0
-
-    def share_of_bend(
-        self, bend: torch.Tensor, *, new: torch.Tensor, old: torch.Tensor
-    ) -> torch.Tensor | float:
-        """How much of the prior's bend to follow, position by position: [B, 1, T, H, W], 0 ... 1.
-
-        Both denoised estimates have moved since the step before, at the first step since the picture at rest,
-        the prior's first frame. Where they moved alike the new clip follows the prior: with the moves m,
-
-            share = max(0, 1 - |m_new - m_old|^2 / (|m_new|^2 + |m_old|^2 + |bend|^2)),   norms over channels
-
-        Args:
-            bend: [B, C, T, H, W], like
-            new, old: the new run's and the prior's denoised estimate, latents - sigma * noise_pred.
-        """
-        before_new, before_old = self.estimates or (old[:, :, :1], old[:, :, :1])
-        self.estimates = new, old
-        moves = new - before_new, old - before_old
-        apart = (moves[0] - moves[1]).square().sum(1, keepdim=True)
-        all_moves = sum(each.square().sum(1, keepdim=True) for each in (*moves, bend))
-        return torch.where(apart > 0, 1 - apart / all_moves, 1.0).clamp(min=0)
+# --- hooks --------------------------------------------------------------------------------------------------
 
 
 class ForwardCounter:
@@ -304,13 +184,7 @@ def hooked(pipe: WanVideoPipeline, **attributes: Any) -> Iterator[None]:
             setattr(pipe, name, value)
 
 
-def compute_schedule(
-    *, num_inference_steps: int, denoising_strength: float, sigma_shift: float
-) -> tuple[list[float], list[float]]:
-    """Timesteps (0 ... 1000) and sigmas (0 ... 1) of all steps, by the installed scheduler."""
-    scheduler = ResumableScheduler()
-    scheduler.set_timesteps(num_inference_steps, denoising_strength=denoising_strength, shift=sigma_shift)
-    return scheduler.timesteps.tolist(), scheduler.sigmas.tolist()
+# --- encoding and decoding ----------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -346,6 +220,9 @@ def decode(pipe: WanVideoPipeline, latents: torch.Tensor, *, tiled: bool) -> lis
     return frames
 
 
+# --- runs ---------------------------------------------------------------------------------------------------
+
+
 def run_full(
     pipe: WanVideoPipeline,
     settings: RunSettings,
@@ -357,6 +234,7 @@ def run_full(
     stop_after: int | None = None,
     on_start: StartCallback | None = None,
     on_step: StepCallback | None = None,
+    progress: bool = True,
 ) -> RunResult:
     """Run every step, or those up to `stop_after`, which decodes nothing.
 
@@ -380,6 +258,7 @@ def run_full(
         ResumableScheduler(stop_after=stop_after),
         [*pipe.units, ReportStart(report_start)],
         on_step,
+        progress,
         prompt=prompt,
         negative_prompt=negative_prompt,
         input_image=input_image,
@@ -396,6 +275,7 @@ def run_from(
     conditioning: Conditioning | None,
     stop_after: int | None = None,
     on_step: StepCallback | None = None,
+    progress: bool = True,
 ) -> RunResult:
     """Run only the steps after `start_step`, from the latents after it; -1: all, from the initial latents.
 
@@ -415,7 +295,13 @@ def run_from(
         raise ValueError(f"steps after {start_step} are left to run, and they need a conditioning")
     scheduler = ResumableScheduler(start_step=start_step, stop_after=stop_after)
     return run_scheduler(
-        pipe, settings, scheduler=scheduler, latents=latents, conditioning=conditioning, on_step=on_step
+        pipe,
+        settings,
+        scheduler=scheduler,
+        latents=latents,
+        conditioning=conditioning,
+        on_step=on_step,
+        progress=progress,
     )
 
 
@@ -426,6 +312,7 @@ def run_differential(
     trajectory: Trajectory,
     conditioning: Conditioning,
     on_step: StepCallback | None = None,
+    progress: bool = True,
 ) -> RunResult:
     """Run only the trajectory's steps, spent on what the new conditioning changes (DifferentialScheduler).
 
@@ -434,7 +321,13 @@ def run_differential(
     """
     latents, scheduler = trajectory.latents[0], DifferentialScheduler(trajectory)
     return run_scheduler(
-        pipe, settings, scheduler=scheduler, latents=latents, conditioning=conditioning, on_step=on_step
+        pipe,
+        settings,
+        scheduler=scheduler,
+        latents=latents,
+        conditioning=conditioning,
+        on_step=on_step,
+        progress=progress,
     )
 
 
@@ -446,6 +339,7 @@ def run_on_sigmas(
     latents: torch.Tensor,
     conditioning: Conditioning,
     on_step: StepCallback | None = None,
+    progress: bool = True,
 ) -> RunResult:
     """Run these sigmas, decreasing, from latents at the first of them; the steps are places in them.
 
@@ -454,7 +348,13 @@ def run_on_sigmas(
     """
     scheduler = SigmasScheduler(sigmas)
     return run_scheduler(
-        pipe, settings, scheduler=scheduler, latents=latents, conditioning=conditioning, on_step=on_step
+        pipe,
+        settings,
+        scheduler=scheduler,
+        latents=latents,
+        conditioning=conditioning,
+        on_step=on_step,
+        progress=progress,
     )
 
 
@@ -466,6 +366,7 @@ def run_scheduler(
     latents: torch.Tensor,
     conditioning: Conditioning,
     on_step: StepCallback | None = None,
+    progress: bool = True,
 ) -> RunResult:
     """Run the steps the scheduler keeps, from these latents, without any unit that would load an encoder.
 
@@ -474,7 +375,7 @@ def run_scheduler(
     """
     units = [unit for unit in pipe.units if not unit.onload_model_names]
     units.append(ReplaceStart(latents, conditioning))
-    return _call(pipe, settings, Clock(), scheduler, units, on_step)
+    return _call(pipe, settings, Clock(), scheduler, units, on_step, progress)
 
 
 def _call(
@@ -484,6 +385,7 @@ def _call(
     scheduler: ReportingScheduler,
     units: list[PipelineUnit],
     on_step: StepCallback | None,
+    progress: bool,
     **inputs: Any,
 ) -> RunResult:
     """Call the pipeline with this scheduler, these units, counters and what makes the steps cheaper."""
@@ -503,13 +405,14 @@ def _call(
         clock.add("save")
 
     scheduler.on_step = report_step
-    progress = functools.partial(tqdm, desc="denoise", unit="step", leave=None)  # leave: unless below another
-    inputs |= settings.pipeline_inputs | TILING | {"progress_bar_cmd": progress}
+    # leave=None: the bar stays, unless it is below another
+    bar = functools.partial(tqdm, desc="denoise", unit="step", leave=None, disable=not progress)
+    inputs |= settings.pipeline_inputs | TILING | {"progress_bar_cmd": bar}
     with (
         blocks.counting(pipe),
         _cheaper(pipe, settings, inputs, units, counter) as (units, model_fn),
         hooked(pipe, scheduler=scheduler, units=units, model_fn=model_fn),
-        contextlib.suppress(_Stopped),
+        contextlib.suppress(Stopped),
     ):
         result.frames = pipe(**inputs)
     clock.add("decode")

@@ -1,0 +1,29 @@
+"""Prior-based step skip for Wan video, from Python.
+
+    from step_skip import generate_prior, infer_from_prior
+
+    prior = generate_prior(pipe, "face.png", prompt="she stays still")
+    infer_from_prior(pipe, prior, prompt="she speaks").save("speaks.mp4")
+
+`pipe` is any WanVideoPipeline, or what `load` gives. docs/python.md has the rest. Importing this is cheap.
+"""
+
+from step_skip.files import DiskError, InputError, RunError
+from step_skip.generate import generate_prior
+from step_skip.infer import Clip, infer_from_prior
+from step_skip.loading import Model, load
+from step_skip.metadata import read_prior
+from step_skip.prior import Prior
+
+__all__ = [
+    "Clip",
+    "DiskError",
+    "InputError",
+    "Model",
+    "Prior",
+    "RunError",
+    "generate_prior",
+    "infer_from_prior",
+    "load",
+    "read_prior",
+]

@@ -1,0 +1,452 @@
+"""Make a prior: `generate_prior` begins one, and what is left of any is run from wherever it stands.
+
+`what_is_left` looks at what the metadata names and is whole: nothing yet, some steps, all but a video.
+`run_what_is_left` does the rest and saves each part as it comes. What was lost since it was recorded is made
+again, and has to come out the same.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import logging
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from step_skip.files import InputError, locked, sha256_tensor
+from step_skip.loading import Model, describe_machine, differences_since, installed_versions, model_of
+from step_skip.media import fit_image, read_image, write_video
+from step_skip.metadata import PriorWriter, check_distinct, check_progress
+from step_skip.models import (
+    COMPONENTS,
+    MODEL_NAMES,
+    LoadOptions,
+    cache_components,
+    describe_loras,
+    model_defaults,
+)
+from step_skip.plan import SCHEDULE_FLAGS, PriorChoices, check_prior_choices, choose_cheaper
+from step_skip.prior import (
+    IMAGE_FILE,
+    INITIAL_LATENTS_FILE,
+    OUTPUT_FILE,
+    Prior,
+    check_files,
+    context_file,
+    create_run_dir,
+    damaged_files,
+    denoised_file,
+    leading_steps,
+    load_conditioning,
+    load_denoised,
+    load_latents,
+    noise_pred_file,
+    round_sizes,
+    step_file,
+)
+from step_skip.steps import recommended_start_step, record_branch_distance, save_formation
+
+if TYPE_CHECKING:
+    import torch
+    from diffsynth.pipelines.wan_video import WanVideoPipeline
+    from PIL.Image import Image
+
+    from step_skip.pipeline import Clock, Conditioning, RunResult
+    from step_skip.schedule import ProgressCallback, Step
+
+
+log = logging.getLogger(__name__)
+
+
+def generate_prior(
+    pipe: WanVideoPipeline | Model,
+    image: str | Path | Image,
+    prompt: str = "",
+    *,
+    output_dir: str | Path = "prior_output",
+    run_id: str | None = None,
+    input_video: list[Image] | None = None,
+    callback_on_step_end: ProgressCallback | None = None,
+    on_begin: Callable[[Path], object] | None = None,
+    progress: bool = True,
+    **choices: Any,
+) -> Prior:
+    """Make a prior: a full run of the pipeline, with everything kept in `output_dir/run_<id>`.
+
+    Args:
+        pipe: any WanVideoPipeline, or what `load` gives; it is left as it was found.
+        image: the identity, the first frame of every video.
+        prompt: what happens in the prior's own video; best is one that holds still.
+        run_id: None: the date and time.
+        input_video: with a denoising_strength below 1, the frames to start from, of the video's size.
+        callback_on_step_end: called after each step with (step, steps, denoised).
+        on_begin: called with the prior's folder once generate_prior.py --resume could finish it.
+        progress: show progress bars.
+        choices: see `PriorChoices`: num_inference_steps, cfg_scale, sigma_shift, seed, height, width ...
+
+    Raises:
+        InputError: a choice or an image that can't be used, or a folder that can't be written.
+        RunError: latents became NaN or infinite.
+        DiskError: whatever the disk refused.
+    """
+    from step_skip.pipeline import Clock
+
+    model, output_dir = model_of(pipe), Path(output_dir)
+    with contextlib.redirect_stdout(sys.stderr):
+        metadata = plan_prior(model.options, PriorChoices(**choices))
+        if (input_video is None) != (metadata["denoising_strength"] == 1):
+            raise InputError("denoising_strength is below 1 where there is an input_video, and only there")
+        size = {"width": metadata["width"], "height": metadata["height"]}
+        fitted = (
+            fit_image(image, **size) if not isinstance(image, str | Path) else read_image(Path(image), **size)
+        )
+        model.require("image_encoder", "see the image")
+        clock = Clock()
+        clock.include({"load": model.seconds})
+        directory, run_id = create_run_dir(output_dir, run_id)
+        begun = {
+            "run_id": run_id,
+            "prompt": prompt,
+            "prior_kind": "prompted" if prompt else "neutral",
+            "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            "seconds_per_step": [],
+            "forwards_per_step": [],
+            "model_fingerprint": dict(model.fingerprint),
+            "parameter_fingerprint": model.parameters,
+        }
+        with locked(directory):
+            writer = PriorWriter(directory, begun | metadata)
+            writer.save(IMAGE_FILE, fitted.save)
+            writer.write_metadata()  # from here on --resume can finish it
+            if on_begin is not None:
+                on_begin(directory)
+            run_what_is_left(
+                writer,
+                what_is_left(writer.prior),
+                pipe=model.pipe,
+                image=fitted,
+                input_video=input_video,
+                clock=clock,
+                callback=callback_on_step_end,
+                progress=progress,
+            )
+        return writer.prior
+
+
+def plan_prior(options: LoadOptions, choices: PriorChoices) -> dict[str, Any]:
+    """The metadata that is known before a run, but for the prompt: settings, schedule, machine.
+
+    Raises:
+        InputError: a choice that can't be used, or a schedule that can't be resumed.
+    """
+    from step_skip.pipeline import TILING
+    from step_skip.schedule import compute_schedule
+
+    check_prior_choices(choices)
+    defaults = dataclasses.asdict(model_defaults(options.model, options.model_dir))
+    given = {name: value for name, value in dataclasses.asdict(choices).items() if value is not None}
+    chosen = {**dataclasses.asdict(choices), **defaults, **given}
+    wanted = {name: chosen[name] for name in ("height", "width", "num_frames")}
+    sizes = round_sizes(**wanted)
+    if sizes != wanted:
+        log.info(
+            "size rounded up to {width} x {height} pixels, {num_frames} frames, as the model needs".format(
+                **sizes
+            )
+        )
+    cheaper = ("skip_cache", "tea_cache_l1_thresh", "tea_cache_model_id")
+    cheaper = choose_cheaper(options.model, **{name: chosen[name] for name in cheaper})
+    schedule = {name: chosen[name] for name in SCHEDULE_FLAGS}
+    timesteps, sigmas = compute_schedule(**schedule)
+    check_distinct(timesteps)
+    names = ("cfg_scale", "seed", "negative_prompt", "fps", "stop_after", "save_decoded_videos")
+    start_step = choices.start_step
+    return {
+        **schedule,
+        **sizes,
+        **{name: chosen[name] for name in names},
+        **cheaper,
+        "scheduler_timesteps": timesteps,
+        "scheduler_sigmas": sigmas,
+        "start_step": recommended_start_step(len(sigmas)) if start_step is None else start_step,
+        "start_step_chosen": start_step is not None,
+        "model": options.model,
+        "lora": describe_loras(options.loras),
+        "dtype": options.dtype,
+        "tiled": True,
+        **TILING,
+        **describe_machine(options.device),
+        "versions": installed_versions(),
+    }
+
+
+# --- what there is, what there should be --------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Left:
+    """What a prior lacks yet."""
+
+    start_step: int | None  # the last whole step; -1: only noise and conditioning are there; None: neither
+    last_step: int  # the one to end with
+    damaged: frozenset[str]
+    videos: dict[str, int | None]  # and the step whose denoised estimate each shows; None: the clean latents
+    skip_cache: int | None  # as the steps run
+
+    @property
+    def steps(self) -> range:
+        """The steps that are left to run."""
+        return range(0 if self.start_step is None else self.start_step + 1, self.last_step + 1)
+
+    @property
+    def components(self) -> list[str]:
+        """The parts of the model that are needed."""
+        cache = cache_components(self.skip_cache)
+        if self.start_step is None:
+            return [*COMPONENTS, *cache]
+        if self.steps:
+            return ["dit", "vae", *cache]
+        return ["vae"] if self.videos else []
+
+
+def start_files(metadata: Mapping[str, Any]) -> dict[str, str]:
+    """The file of the initial latents and of each field of Conditioning."""
+    files = {
+        "latents": INITIAL_LATENTS_FILE,
+        "y": "y.pt",
+        "clip_feature": "clip_feature.pt",
+        "context_posi": context_file(metadata["prompt"]),
+    }
+    if metadata["cfg_scale"] != 1:
+        files["context_nega"] = context_file(metadata["negative_prompt"])
+    return files
+
+
+def video_files(metadata: Mapping[str, Any], last_step: int) -> dict[str, int | None]:
+    """The videos of a prior that ends with `last_step`; one stopped early shows what that step points at."""
+    stopped = last_step < metadata["num_inference_steps"] - 1
+    estimates = range(last_step + 1) if metadata["save_decoded_videos"] else [last_step] * stopped
+    videos = {denoised_file(step): step for step in estimates}
+    return videos if stopped else {OUTPUT_FILE: None} | videos
+
+
+def what_is_left(prior: Prior) -> Left:
+    """Compare what the prior should hold with what it does, every recorded file by its checksum."""
+    m = prior.metadata
+    damaged = damaged_files(prior)
+    for problem in damaged.values():
+        log.warning(problem.rsplit(";", 1)[0])
+    whole = m["files"].keys() - damaged.keys()
+    last_step = prior.num_inference_steps - 1
+    if m["status"] == "running" and m["stop_after"] is not None:
+        last_step = m["stop_after"]
+    videos = {name: step for name, step in video_files(m, last_step).items() if name not in whole}
+    start_step = None
+    if whole.issuperset(start_files(m).values()):
+        start_step = min(leading_steps(whole, prior.num_inference_steps) - 1, last_step)
+        if start_step < last_step and (m.get("skip_cache") or m.get("tea_cache_l1_thresh")):
+            start_step = -1  # a step uses again what earlier ones left in memory
+    return Left(
+        start_step=start_step,
+        last_step=last_step,
+        damaged=frozenset(damaged),
+        videos=videos,
+        skip_cache=m.get("skip_cache"),
+    )
+
+
+# --- whether it can go on here ------------------------------------------------------------------------------
+
+
+def check_resumable(prior: Prior) -> None:
+    """Refuse a prior that doesn't record all that an undisturbed run depends on.
+
+    Raises:
+        InputError: an older format.
+    """
+    try:
+        check_progress(prior)
+    except InputError as error:
+        raise InputError(f"{prior.directory} cannot be resumed: {error}") from error
+    if prior.metadata["model"] not in MODEL_NAMES:
+        raise InputError(
+            f"the prior was begun with the model {prior.metadata['model']!r}, which this version doesn't know"
+        )
+
+
+def check_same_machine(prior: Prior, device: str) -> None:
+    """Refuse to go on where the remaining steps would differ from an undisturbed run's in the last bits.
+
+    Raises:
+        InputError: other versions, another device, or on a CPU another number of threads.
+    """
+    names = ["torch", "diffsynth", "device_name"] + ["num_threads"] * (device == "cpu")
+    for name, now, then in differences_since(prior.metadata, device, names):
+        raise InputError(
+            f"{name} is {now} here and was {then!r} when {prior.directory} was begun, so "
+            "the rest would differ from an undisturbed run's; resume it where it was, or make it again"
+        )
+
+
+def read_own_image(prior: Prior) -> Image:
+    """The input image as the model saw it, from the prior itself, to begin a run again.
+
+    Raises:
+        InputError: it is damaged, or the run began with a video, too, which the prior doesn't hold.
+    """
+    check_files(prior, [IMAGE_FILE])
+    if prior.metadata["denoising_strength"] < 1:
+        raise InputError(
+            f"{prior.directory} was interrupted before the noised input video was saved: make it again"
+        )
+    sizes = {"width": prior.metadata["width"], "height": prior.metadata["height"]}
+    return read_image(prior.directory / IMAGE_FILE, **sizes, label="the prior's image", exact=True)
+
+
+# --- the run ------------------------------------------------------------------------------------------------
+
+
+def run_what_is_left(
+    writer: PriorWriter,
+    left: Left,
+    *,
+    pipe: WanVideoPipeline | None,
+    image: Image | None,
+    input_video: list[Image] | None,
+    clock: Clock,
+    callback: ProgressCallback | None = None,
+    progress: bool = True,
+) -> None:
+    """Run what is left and declare the prior complete, or stopped.
+
+    Args:
+        pipe: with the components that are left to use; None where none are.
+        image: of the video's size; needed where start_step is None, as is input_video where there is one.
+    """
+    m = writer.metadata
+    frames = []
+    if left.steps:
+        result = run_steps_left(
+            writer,
+            left,
+            pipe=pipe,
+            image=image,
+            input_video=input_video,
+            callback=callback,
+            progress=progress,
+        )
+        clock.include(result.seconds)
+        frames = result.frames
+    save_videos(writer, left, pipe=pipe, frames=frames, clock=clock)
+    clock.seconds["denoise"] = sum(m["seconds_per_step"])
+    known = {"forwards": sum(m["forwards_per_step"]), "seconds": clock.seconds}
+    if left.last_step < m["num_inference_steps"] - 1:
+        writer.finish("stopped", **known)
+        return
+    save_formation(writer)
+    latents = load_latents(writer.prior, step_file(left.last_step))
+    writer.finish("complete", stop_after=None, latents_sha256=sha256_tensor(latents), **known)
+
+
+def run_steps_left(
+    writer: PriorWriter,
+    left: Left,
+    *,
+    pipe: WanVideoPipeline,
+    image: Image | None,
+    input_video: list[Image] | None,
+    callback: ProgressCallback | None,
+    progress: bool,
+) -> RunResult:
+    """Run the steps that are left, saving each as it comes."""
+    from step_skip.pipeline import run_from, run_full
+    from step_skip.schedule import reporting_to
+
+    m, settings = writer.metadata, writer.prior.settings
+    report = reporting_to(callback, range(left.last_step + 1))
+
+    def save_and_report(step: Step) -> None:
+        save_step(writer, step)
+        if report is not None:
+            report(step)
+
+    ends = {
+        "stop_after": left.last_step if left.last_step < settings.num_inference_steps - 1 else None,
+        "on_step": save_and_report,
+        "progress": progress,
+    }
+    if left.start_step is None:
+        return run_full(
+            pipe,
+            settings,
+            prompt=m["prompt"],
+            negative_prompt=m["negative_prompt"],
+            input_image=image,
+            input_video=input_video,
+            on_start=lambda latents, conditioning: save_start(writer, latents, conditioning),
+            **ends,
+        )
+    latents, conditioning = load_start(writer.prior)
+    if left.start_step >= 0:
+        latents = load_latents(writer.prior, step_file(left.start_step))
+    return run_from(
+        pipe, settings, start_step=left.start_step, latents=latents, conditioning=conditioning, **ends
+    )
+
+
+def save_start(writer: PriorWriter, latents: torch.Tensor, conditioning: Conditioning) -> None:
+    """Save what a resumed run needs in place of image, image encoder and text encoder."""
+    tensors = {"latents": latents, **vars(conditioning)}
+    for field, name in start_files(writer.metadata).items():
+        if tensors[field] is not None:
+            writer.save_tensor(name, tensors[field])
+    writer.write_metadata()
+
+
+def load_start(prior: Prior) -> tuple[torch.Tensor, Conditioning]:
+    """The initial latents, [B, C, T, H, W], and the conditioning, as they were saved."""
+    from step_skip.pipeline import Conditioning
+
+    tensors = {"context_nega": None}
+    for field, name in start_files(prior.metadata).items():
+        tensors[field] = load_conditioning(prior, name)
+    return tensors.pop("latents"), Conditioning(**tensors)
+
+
+def save_step(writer: PriorWriter, step: Step) -> None:
+    """Save the latents after a step and its guided velocity, then say in the metadata that it is whole."""
+    writer.save_tensor(noise_pred_file(step.index), step.noise_pred)
+    writer.save_tensor(step_file(step.index), step.latents)
+    record_branch_distance(writer.metadata, step)
+    writer.record(step.index, seconds_per_step=step.seconds, forwards_per_step=step.forwards)
+    writer.write_metadata()
+
+
+def save_videos(
+    writer: PriorWriter, left: Left, *, pipe: WanVideoPipeline, frames: list[Image], clock: Clock
+) -> None:
+    """Save the videos that are left, of the prior's own the frames if they are decoded already.
+
+    Done after the run, so that the network never has to make room for the VAE between two steps.
+    """
+    from tqdm import tqdm
+
+    from step_skip.pipeline import decode
+
+    prior = writer.prior
+    for name, step in tqdm(left.videos.items(), desc="videos", unit="video", disable=len(left.videos) < 2):
+        if step is not None:
+            frames = decode(pipe, load_denoised(prior, step), tiled=prior.settings.tiled)
+            clock.add("decode_estimates")
+        elif not frames:
+            last = load_latents(prior, step_file(left.last_step))
+            frames = decode(pipe, last, tiled=prior.settings.tiled)
+            clock.add("decode")
+        writer.save(name, functools.partial(write_video, frames, fps=prior.metadata["fps"]))
+        writer.write_metadata()
+        clock.add("save")

@@ -1,0 +1,372 @@
+"""Make videos from priors: encode what is new, run the steps of a plan, keep the clip.
+
+`infer_from_prior` makes one, on a pipeline that is loaded. `run_jobs` makes many, loads the model itself, and
+only the parts it needs. Both end in `make_clip`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import sys
+import time
+import traceback
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tqdm import tqdm
+
+from step_skip.files import InputError, sha256_file, sha256_tensor, write_json
+from step_skip.loading import ENCODERS, Model, describe_machine, installed_versions, load_components, model_of
+from step_skip.media import write_video
+from step_skip.metadata import read_prior
+from step_skip.models import ALL_COMPONENTS, COMPONENTS, LoadOptions, summarize_loras
+from step_skip.plan import (
+    Choices,
+    Plan,
+    latents_files,
+    make_plan,
+    needed_components,
+    part_of_step,
+    settings_of,
+    velocity_files,
+)
+from step_skip.prior import IDENTITY_FILES, Prior, check_fingerprint, save_context
+from step_skip.sweep import (
+    Group,
+    Inputs,
+    Job,
+    all_jobs,
+    describe_settings,
+    expected_seconds,
+    load_inputs,
+    read_inputs,
+)
+
+if TYPE_CHECKING:
+    import torch
+    from diffsynth.pipelines.wan_video import WanVideoPipeline
+    from PIL.Image import Image
+
+    from step_skip.pipeline import Conditioning, RunResult
+    from step_skip.schedule import ProgressCallback
+
+log = logging.getLogger(__name__)
+
+JOB_ERRORS = (InputError, RuntimeError, MemoryError, OSError)  # RunError and torch's own are RuntimeErrors
+
+
+@dataclass
+class Clip:
+    """A video made from a prior, and how."""
+
+    frames: list[Image]
+    latents: torch.Tensor  # clean, [B, C, T, H, W]
+    forwards: int  # network evaluations
+    seconds: dict[str, float]  # by phase: load, encode, denoise, decode ...
+    report: dict[str, Any]  # all that is needed to make it again
+
+    def save(self, path: str | Path) -> Path:
+        """Write the .mp4, then beside it the .json that says that it is whole, and how it was made.
+
+        Raises:
+            InputError: the name doesn't end in .mp4.
+            DiskError: whatever the disk refused.
+        """
+        path = Path(path)
+        if path.suffix != ".mp4":
+            raise InputError(f"{path}: expected a name that ends in .mp4")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        begin = time.perf_counter()
+        write_video(self.frames, path, fps=self.report["fps"])
+        self.seconds["save"] = time.perf_counter() - begin
+        report = self.report | {"seconds": self.seconds, "video_sha256": sha256_file(path)}
+        write_json(path.with_suffix(".json"), report)
+        return path
+
+
+def infer_from_prior(
+    pipe: WanVideoPipeline | Model,
+    prior: Prior | str | Path,
+    prompt: str | None = None,
+    *,
+    negative_prompt: str | None = None,
+    cfg_scale: float | Sequence[float] | None = None,
+    steps: Sequence[int] | None = None,
+    num_steps: int | None = None,
+    start_step: int | str | None = None,
+    num_steps_after: int | None = None,
+    text_share: float | None = None,
+    sigmas: Sequence[float] | None = None,
+    skip_cache: int | None = None,
+    tea_cache_l1_thresh: float | None = None,
+    tea_cache_model_id: str | None = None,
+    fps: float | None = None,
+    image: str | Path | Image | None = None,
+    callback_on_step_end: ProgressCallback | None = None,
+    progress: bool = True,
+) -> Clip:
+    """Make a video of a prior's identity in a few of its steps. Nothing is written but kept contexts.
+
+    Args:
+        pipe: any WanVideoPipeline, or what `load` gives; it is left as it was found.
+        prior: what `generate_prior` returned, or its folder.
+        prompt: the new motion; None: the prior's own prompt, which gives the prior's own video, bit for bit.
+        negative_prompt, cfg_scale: None: the prior's; cfg_scale may have one value for each step that runs.
+        steps, num_steps: a differential resume at these steps, or at so many; the default is 3 of 10.
+        start_step: a resume after this step instead, or "auto" (with text_share, 0 ... 1).
+        num_steps_after: with start_step: in so many steps to the end.
+        sigmas: a schedule of its own instead (1 is noise), begun on the prior's path.
+        skip_cache, tea_cache_l1_thresh, tea_cache_model_id: cheaper steps.
+        image: only a prior of the pull request's scripts needs it.
+        callback_on_step_end: called after each step with (step, steps, denoised).
+        progress: show progress bars.
+
+    Raises:
+        InputError: a prior that is damaged or doesn't fit, or choices that contradict it.
+        RunError: latents became NaN or infinite.
+    """
+    from step_skip.schedule import check_installed_schedule
+
+    model = model_of(pipe)
+    prior = prior if isinstance(prior, Prior) else read_prior(Path(prior))
+    choices = Choices(
+        prompt=prompt,
+        negative_prompt=negative_prompt,
+        cfg_scale=cfg_scale,
+        steps=steps,
+        num_steps=num_steps,
+        start_step=start_step,
+        num_steps_after=num_steps_after,
+        text_share=text_share,
+        sigmas=sigmas,
+        skip_cache=skip_cache,
+        tea_cache_l1_thresh=tea_cache_l1_thresh,
+        tea_cache_model_id=tea_cache_model_id,
+        fps=fps,
+        image=Path(image) if isinstance(image, str) else image,
+        lora=model.options.loras,
+        dtype=model.options.dtype,
+    )
+    group = Group(prior, [Job(prior, make_plan(choices, prior), Path())])
+    with contextlib.redirect_stdout(sys.stderr):
+        check_installed_schedule(prior)
+        group.inputs = read_inputs(group)
+        load_inputs(group)
+        model.check(prior)
+        warn_of_what_differs(group)
+        begin = time.perf_counter()
+        encode_new([group], model)
+        encoded = time.perf_counter() - begin
+        clip = make_clip(group, group.plans[0], model, callback=callback_on_step_end, progress=progress)
+        clip.seconds["encode"] = encoded
+        return clip
+
+
+def warn_of_what_differs(group: Group) -> None:
+    """Say where the prior was made in another way, so that its own prompt won't give its own video."""
+    plan, prior = group.plans[0], group.prior
+    own, given = (summarize_loras(each) for each in (prior.metadata.get("lora", []), plan.lora))
+    if own != given:
+        log.warning(
+            f"runs with {given}, and the prior was made with {own}: a mix of two models, as asked for"
+        )
+    for name in ("skip_cache", "tea_cache_l1_thresh"):
+        value = prior.metadata.get(name)
+        if value is not None and value != getattr(plan, name):
+            log.warning(
+                f"the prior was made with --{name} {value}, which is not taken over; give it, too, to have "
+                "steps as cheap, and without it the prior's own prompt gives nearly the prior's video"
+            )
+
+
+# --- many of them -------------------------------------------------------------------------------------------
+
+
+def run_jobs(groups: Sequence[Group], *, options: LoadOptions) -> dict[Path, Exception]:
+    """Load a model and make every video; one that fails doesn't stop the others.
+
+    Args:
+        groups: with their inputs loaded.
+
+    Returns:
+        The errors of the videos that could not be made.
+
+    Raises:
+        InputError: weights that are missing, or are not those the priors were made with.
+        RunError: weights that could not be fetched.
+    """
+    from step_skip.pipeline import Clock, release
+
+    jobs, clock = all_jobs(groups), Clock()
+    needed = {
+        name
+        for group in groups
+        for plan in group.plans
+        for name in needed_components(plan, group.prior, known=group.inputs.contexts.keys())
+    }
+    model = load_components(
+        options,
+        [name for name in ALL_COMPONENTS if name in needed],
+        check=lambda found: [check_fingerprint(group.prior, found) for group in groups],
+    )
+    clock.add("load")
+    encode_new(groups, model)
+    release(model.pipe, ENCODERS)
+    clock.add("encode")
+    shared = {phase: clock.seconds[phase] / len(jobs) for phase in ("load", "encode")}
+    costs = [expected_seconds(job) for job in jobs]
+    if None in costs:
+        costs = [job.plan.forwards + 1 for job in jobs]
+    failed: dict[Path, Exception] = {}
+    bar_format = "{desc}{percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
+    with tqdm(total=sum(costs), smoothing=0, bar_format=bar_format, disable=len(jobs) == 1) as bar:
+        pairs = [(group, job) for group in groups for job in group.jobs]
+        for number, ((group, job), cost) in enumerate(zip(pairs, costs, strict=True), 1):
+            bar.set_description(f"video {number} of {len(jobs)}", refresh=False)
+            try:
+                run_job(group, job, model=model, shared=shared)
+            except JOB_ERRORS as error:
+                traceback.clear_frames(error.__traceback__)  # they hold tensors the next video needs room for
+                failed[job.path] = error
+            bar.update(cost)
+    return failed
+
+
+def run_job(group: Group, job: Job, *, model: Model, shared: Mapping[str, float]) -> None:
+    """Make one video and write it.
+
+    Args:
+        shared: this video's share of the seconds that loading and encoding took.
+    """
+    clip = make_clip(group, job.plan, model)
+    clip.seconds |= shared
+    clip.save(job.path)
+    log.info(f"{job.path}: {clip.forwards} forwards, {sum(clip.seconds.values()):.1f} s")
+
+
+# --- encoding -----------------------------------------------------------------------------------------------
+
+
+def encode_new(groups: Iterable[Group], model: Model) -> None:
+    """Complete the inputs with what their priors don't hold, each prompt encoded once.
+
+    What one prior's folder holds is never given to another: it may come from a stranger.
+    """
+    from step_skip.pipeline import encode_image, encode_prompt
+
+    encoded: dict[str, torch.Tensor] = {}
+    for group in groups:
+        prior, own = group.prior, group.inputs
+        for text in dict.fromkeys(text for plan in group.plans for text in plan.texts):
+            if text not in own.contexts:
+                if text not in encoded:
+                    model.require("text_encoder", f"encode {text[:40]!r}")
+                    encoded[text] = encode_prompt(model.pipe, text)
+                own.contexts[text] = encoded[text]
+                keep_context(prior, text, encoded[text])
+        runs = any(plan.steps_to_run for plan in group.plans)
+        if prior.is_legacy and runs and not own.tensors.keys() & set(IDENTITY_FILES):
+            model.require("image_encoder", "encode the image")
+            identity = encode_image(model.pipe, own.image, num_frames=prior.metadata["num_frames"])
+            own.tensors.update((f"{name}.pt", tensor) for name, tensor in identity.items())
+
+
+def keep_context(prior: Prior, text: str, context: torch.Tensor) -> None:
+    """Keep a context for the prior's next run; a prior that can't be written to only costs that."""
+    try:
+        save_context(prior, text, context)
+    except (OSError, InputError) as error:
+        why = error.strerror if isinstance(error, OSError) else error
+        log.warning(f"cannot keep the encoded prompt in {prior.directory} ({why})")
+
+
+# --- one clip -----------------------------------------------------------------------------------------------
+
+
+def make_clip(
+    group: Group,
+    plan: Plan,
+    model: Model,
+    *,
+    callback: ProgressCallback | None = None,
+    progress: bool = True,
+) -> Clip:
+    """Run a plan of a prior whose inputs are complete."""
+    result = run_plan(group, plan, model.pipe, callback=callback, progress=progress)
+    report = describe_clip(group, plan, model, result)
+    return Clip(result.frames, result.latents, result.forwards, dict(result.seconds), report)
+
+
+def run_plan(
+    group: Group,
+    plan: Plan,
+    pipe: WanVideoPipeline,
+    *,
+    callback: ProgressCallback | None = None,
+    progress: bool = True,
+) -> RunResult:
+    """Run the plan's steps: after one of the prior's, differentially, or on sigmas of their own."""
+    from step_skip.pipeline import run_differential, run_from, run_on_sigmas
+    from step_skip.schedule import Trajectory, reporting_to
+
+    prior, tensors = group.prior, group.inputs.tensors
+    settings = settings_of(plan, prior)
+    latents = [tensors[name] for name in latents_files(plan, prior)]
+    common = {
+        "conditioning": conditioning_of(plan, group.inputs) if plan.steps_to_run else None,
+        "on_step": reporting_to(callback, plan.steps_to_run),
+        "progress": progress,
+    }
+    if plan.method == "sigmas":
+        begin = between(latents[0], latents[-1], part_of_step(plan, prior))
+        return run_on_sigmas(pipe, settings, sigmas=plan.sigmas, latents=begin, **common)
+    if plan.method == "resume":
+        return run_from(pipe, settings, start_step=plan.start_step, latents=latents[0], **common)
+    velocities = [tensors[name] for name in velocity_files(plan)]
+    trajectory = Trajectory(plan.steps_to_run, latents, velocities)
+    return run_differential(pipe, settings, trajectory=trajectory, **common)
+
+
+def between(begin: torch.Tensor, end: torch.Tensor, part: float) -> torch.Tensor:
+    """Latents a part of the way from one to the other: an Euler step goes straight. All [B, C, T, H, W]"""
+    return begin if part == 0 else begin.float().lerp(end.float(), part).to(begin.dtype)
+
+
+def conditioning_of(plan: Plan, inputs: Inputs) -> Conditioning:
+    """What the network sees besides latents: the prior's identity and the plan's prompts."""
+    from step_skip.pipeline import Conditioning
+
+    return Conditioning(
+        **{Path(name).stem: inputs.tensors[name] for name in IDENTITY_FILES},
+        context_posi=inputs.contexts[plan.prompt],
+        context_nega=None if plan.cfg_scale == 1 else inputs.contexts[plan.negative_prompt],
+    )
+
+
+def describe_clip(group: Group, plan: Plan, model: Model, result: RunResult) -> dict[str, Any]:
+    """Everything needed to make the video again, and what it cost."""
+    prior, options = group.prior, model.options
+    return {
+        "prior_dir": str(prior.directory.absolute()),
+        **describe_settings(group, plan),
+        "auto": None if plan.auto is None else dataclasses.asdict(plan.auto),
+        "image": str(plan.image.absolute()) if isinstance(plan.image, Path) else None,
+        "model_dir": None if options.model_dir is None else str(options.model_dir.absolute()),
+        "model_fingerprint": dict(model.fingerprint),
+        "prior_lora": prior.metadata.get("lora", []),
+        "dtype": options.dtype,
+        "vram": options.vram,
+        **describe_machine(options.device),
+        "components_loaded": [name for name in COMPONENTS if name in model.fingerprint],
+        "steps_run": result.steps,
+        "steps_skipped": prior.num_inference_steps - len(result.steps),
+        "forwards": result.forwards,
+        "block_evaluations": result.block_evaluations,
+        "seconds_per_step": result.seconds_per_step,
+        "latents_sha256": sha256_tensor(result.latents),
+        "versions": installed_versions(),
+    }

@@ -1,0 +1,456 @@
+"""Load a model: onto which device, by which means, and the embedded model's small classes.
+
+DiffSynth's own loader does it for the real ones.
+
+Importing this module is cheap; torch and diffsynth are imported by the functions that need them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import logging
+import sys
+import time
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from step_skip.files import InputError
+from step_skip.models import (
+    ALL_COMPONENTS,
+    COMPONENTS,
+    MODEL_NAMES,
+    REAL_MODELS,
+    TINY_DIR,
+    LoadOptions,
+    Lora,
+    check_loras,
+    fingerprint_files,
+    model_defaults,
+    parse_lora,
+    read_tiny_config,
+    tokenizer_folder,
+    weight_files,
+)
+from step_skip.prior import Prior, check_fingerprint
+
+if TYPE_CHECKING:
+    import torch
+    from diffsynth.models.wan_video_text_encoder import HuggingfaceTokenizer
+    from diffsynth.pipelines.wan_video import WanVideoPipeline
+
+log = logging.getLogger(__name__)
+
+OWN_PIPELINE = "own"  # the model of a prior that was made on a pipeline we didn't load
+UNVERIFIED = "unverified"
+ENCODERS = ("text_encoder", "image_encoder")
+PLAIN_VRAM_GIB = 64  # bfloat16 weights of the 14B model are some 46 GiB; the rest is activations and decoding
+
+
+# --- the machine --------------------------------------------------------------------------------------------
+
+
+def pick_device(model: str, device: str | None) -> str:
+    """The device to run on: CUDA where there is one, else the CPU, which only `tiny` can use.
+
+    Raises:
+        InputError: the device isn't there, or is a CPU and the model has 14 billion parameters.
+    """
+    import torch
+
+    found = "cuda" if torch.cuda.is_available() else "cpu"
+    device = device or found
+    try:
+        kind, index = torch.device(device).type, torch.device(device).index or 0
+    except RuntimeError:
+        kind = None
+    if kind not in ("cpu", "cuda"):
+        raise InputError(f"--device {device} is no device this runs on; use cpu, cuda or cuda:1")
+    if model in REAL_MODELS and kind == "cpu":
+        raise InputError(
+            f"{model} has 14 billion parameters and needs a CUDA GPU, and the device here is the CPU; "
+            "use --model tiny to run the same code on a CPU"
+        )
+    if kind == "cuda" and found != "cuda":
+        raise InputError(
+            f"--device {device}: torch {torch.__version__} sees no CUDA GPU here; use --device cpu"
+        )
+    if kind == "cuda" and index >= torch.cuda.device_count():
+        last = torch.cuda.device_count() - 1
+        raise InputError(f"--device {device}: the GPUs here are cuda:0 to cuda:{last}; use one of those")
+    return device
+
+
+def pick_vram(options: LoadOptions) -> str:
+    """`plain` (all weights on the device) or `low` (offloaded to disk), by the VRAM that is free."""
+    import torch
+
+    if options.vram != "auto":
+        return options.vram
+    if options.model not in REAL_MODELS:
+        return "plain"
+    free = torch.cuda.mem_get_info(options.device)[0] / 2**30
+    return "plain" if free >= PLAIN_VRAM_GIB else "low"
+
+
+def describe_machine(device: str) -> dict[str, Any]:
+    """What a run's last bits depend on besides versions: the device, its name, and the CPU's threads."""
+    import platform
+
+    import torch
+
+    if torch.device(device).type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    else:
+        name = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
+    return {"device": device, "device_name": name, "num_threads": torch.get_num_threads()}
+
+
+def installed_versions() -> dict[str, Any]:
+    """Versions of what decides a run's numbers."""
+    import platform
+    from importlib.metadata import version
+
+    import torch
+
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "diffsynth": version("diffsynth"),
+        "numpy": version("numpy"),
+        "pillow": version("pillow"),
+    }
+
+
+def differences_since(
+    metadata: Mapping[str, Any], device: str, names: Iterable[str]
+) -> Iterator[tuple[str, Any, Any]]:
+    """What of the machine and the versions is not as when a prior was made: name, now, then."""
+    then, now = metadata["versions"] | metadata, installed_versions() | describe_machine(device)
+    for name in names:
+        if now[name] != then.get(name):
+            yield name, now[name], then.get(name)
+
+
+# --- loading ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Model:
+    """A pipeline that is loaded, and what it was loaded from."""
+
+    pipe: WanVideoPipeline
+    options: LoadOptions
+    fingerprint: Mapping[str, str] = field(default_factory=dict)  # of the files, by component
+    seconds: float = 0.0  # loading took
+
+    @property
+    def parameters(self) -> dict[str, str]:
+        """A fingerprint of the values of each component that is loaded; see `fingerprint_parameters`."""
+        modules = {name: getattr(self.pipe, name, None) for name in (*COMPONENTS, "dit2")}
+        return {
+            name: fingerprint_parameters(module) for name, module in modules.items() if module is not None
+        }
+
+    def require(self, component: str, purpose: str) -> None:
+        """Refuse what the pipeline was loaded without.
+
+        Raises:
+            InputError: naming the component.
+        """
+        if getattr(self.pipe, component, None) is None:
+            raise InputError(f"the pipeline has no {component}, needed to {purpose}; load it with one")
+
+    def check(self, prior: Prior) -> None:
+        """Compare the weights with those a prior was made with: by their files, else by their values.
+
+        Raises:
+            InputError: they differ.
+        """
+        if self.fingerprint and prior.metadata.get("model_fingerprint"):
+            check_fingerprint(prior, self.fingerprint)
+            return
+        recorded, found = prior.metadata.get("parameter_fingerprint", {}), self.parameters
+        known = {name for name in found if UNVERIFIED not in (recorded.get(name, UNVERIFIED), found[name])}
+        for name in sorted(known - set(ENCODERS)):  # what they made of image and prompts is on disk
+            if recorded[name] != found[name]:
+                raise InputError(
+                    f"the {name} weights are not those the prior was made with (fingerprint "
+                    f"{found[name][:12]}, expected {recorded[name][:12]}); load the right ones, with the "
+                    "same LoRAs, or make the prior again"
+                )
+        if "dit" not in known:
+            log.warning(f"unverified: nothing tells whether {prior.directory} was made with these weights")
+
+
+def load(
+    model: str = "tiny",
+    *,
+    device: str | None = None,
+    dtype: str | None = None,
+    vram: str = "auto",
+    model_dir: str | Path | None = None,
+    lora: Iterable[str | Path | Lora] = (),
+) -> Model:
+    """Load a model by its name, whole: what the scripts run on.
+
+    Args:
+        model: I2V-480P, I2V-720P or tiny.
+        device: "cuda", "cuda:1", "cpu"; None: CUDA where there is one.
+        dtype: "bfloat16", "float16" or "float32"; None: the model's own.
+        vram: "plain", "low" or "auto".
+        model_dir: a folder of downloaded weights; None: DiffSynth finds or fetches them.
+        lora: paths, PATH:ALPHA, or Lora.
+
+    Raises:
+        InputError: a device, a file or a name that isn't there.
+        RunError: weights that could not be fetched.
+    """
+    if model not in MODEL_NAMES:
+        raise InputError(f"there is no model {model!r}; expected one of {', '.join(MODEL_NAMES)}")
+    folder = None if model_dir is None else Path(model_dir)
+    device = pick_device(model, device)
+    loras = tuple(each if isinstance(each, Lora) else parse_lora(str(each)) for each in lora)
+    dtype = dtype or model_defaults(model, folder).dtype
+    options = LoadOptions(model, device, dtype, vram, folder, loras)
+    with contextlib.redirect_stdout(sys.stderr):
+        return load_components(options, ALL_COMPONENTS)
+
+
+def load_components(
+    options: LoadOptions,
+    components: Collection[str],
+    *,
+    check: Callable[[Mapping[str, str]], object] = lambda fingerprint: None,
+) -> Model:
+    """Find, check and load these components and no others.
+
+    Args:
+        check: called with the files' fingerprints, before anything is loaded.
+
+    Raises:
+        InputError, RunError: see `weight_files` and `check_loras`; and what `check` raises.
+    """
+    begin = time.perf_counter()
+    files = weight_files(options, components)
+    for note in check_loras(options.loras, files.get("dit", [])):
+        log.warning(note)
+    fingerprint = fingerprint_files(files)
+    check(fingerprint)
+    pipe = load_pipeline(options, files)
+    options = dataclasses.replace(options, vram=pick_vram(options))
+    return Model(pipe, options, fingerprint, time.perf_counter() - begin)
+
+
+def model_of(pipe: WanVideoPipeline | Model) -> Model:
+    """What is known of a pipeline: all of one that `load` gave, else only its device and dtype."""
+    if isinstance(pipe, Model):
+        return pipe
+    dtype = str(pipe.torch_dtype).removeprefix("torch.")
+    return Model(pipe, LoadOptions(OWN_PIPELINE, str(pipe.device), dtype, vram="own"))
+
+
+def fingerprint_parameters(module: torch.nn.Module, *, samples: int = 16) -> str:
+    """A fingerprint of a module's values, in hex: so many of each parameter, evenly spread, by name.
+
+    It is the same for the same weights on any device, offloaded to the CPU or compiled, and another where a
+    LoRA is fused. UNVERIFIED where the values are not in memory (offloaded to disk, quantised).
+    """
+    import torch
+
+    digest = hashlib.sha256()
+    for name, values in sorted(module.named_parameters()):
+        if values.is_meta or values.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            return UNVERIFIED
+        name = name.replace("_orig_mod.", "").replace(".module.", ".")
+        flat = values.detach().flatten()
+        places = torch.linspace(0, len(flat) - 1, min(samples, len(flat)), dtype=torch.float64).long()
+        sample = flat[places.to(flat.device)].float().cpu()
+        digest.update(f"{name}:{tuple(values.shape)}".encode() + sample.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def load_pipeline(options: LoadOptions, files: Mapping[str, list[Path]]) -> WanVideoPipeline:
+    """Load the components named in `files` (see `weight_files`), and no others, into a WanVideoPipeline."""
+    load = _load_real if options.model in REAL_MODELS else _load_tiny
+    files = {name: paths for name, paths in files.items() if paths}
+    pipe = load(options, files)
+    if "dit" in files:
+        load_loras(pipe, options.loras)
+    return pipe
+
+
+def _load_tiny(options: LoadOptions, files: Mapping[str, list[Path]]) -> WanVideoPipeline:
+    import torch
+    from diffsynth.pipelines.wan_video import WanVideoPipeline
+    from safetensors import SafetensorError
+
+    folder = options.model_dir or TINY_DIR
+    dtype = getattr(torch, options.dtype)
+    pipe = WanVideoPipeline(device=options.device, torch_dtype=dtype)
+    try:
+        modules = load_tiny_modules(folder, only=tuple(files))
+    except (RuntimeError, SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise InputError(
+            f"the weights in {folder} do not fit its config.json "
+            f"({type(error).__name__}: {str(error)[:80]}); copy the model's folder again"
+        ) from error
+    for name, module in modules.items():
+        setattr(pipe, name, module.to(device=options.device, dtype=dtype).eval())
+    if "text_encoder" in files:
+        pipe.tokenizer = load_tiny_tokenizer(tokenizer_folder(options).parent)
+    return pipe
+
+
+def load_tiny_tokenizer(folder: Path = TINY_DIR) -> HuggingfaceTokenizer:
+    """The word-level tokenizer in `folder/tokenizer`.
+
+    Raises:
+        InputError: it is damaged.
+    """
+    from diffsynth.models.wan_video_text_encoder import HuggingfaceTokenizer
+
+    seq_len = read_tiny_config(folder)["tokenizer"]["seq_len"]
+    try:
+        return HuggingfaceTokenizer(name=str(folder / "tokenizer"), seq_len=seq_len, clean="whitespace")
+    except Exception as error:  # tokenizers raises bare Exceptions for a damaged file
+        raise InputError(
+            f"the tokenizer in {folder} is damaged ({type(error).__name__}); copy the model's folder again"
+        ) from error
+
+
+def _load_real(options: LoadOptions, files: Mapping[str, list[Path]]) -> WanVideoPipeline:
+    import torch
+    from diffsynth.pipelines.wan_video import ModelConfig, WanVideoPipeline
+
+    dtype = getattr(torch, options.dtype)
+    offload, vram_limit = {}, None
+    if pick_vram(options) == "low":
+        offload = dict(_disk_offload(dtype, options.device))
+        vram_limit = torch.cuda.mem_get_info(options.device)[1] / 2**30 - 2
+    names = [[str(path) for path in paths] for paths in files.values()]
+    configs = [ModelConfig(path=each if len(each) > 1 else each[0], **offload) for each in names]
+    return WanVideoPipeline.from_pretrained(
+        torch_dtype=dtype,
+        device=options.device,
+        model_configs=configs,
+        tokenizer_config=(
+            ModelConfig(path=str(tokenizer_folder(options))) if "text_encoder" in files else None
+        ),
+        vram_limit=vram_limit,
+    )
+
+
+def _disk_offload(dtype: Any, device: str) -> Iterator[tuple[str, Any]]:
+    """DiffSynth's low-VRAM setting for 8 GB and more: weights stay on disk until a layer needs them."""
+    for stage, (place, kind) in {
+        "offload": ("disk", "disk"),
+        "onload": ("cpu", dtype),
+        "preparing": (device, dtype),
+        "computation": (device, dtype),
+    }.items():
+        yield f"{stage}_device", place
+        yield f"{stage}_dtype", kind
+
+
+def load_loras(pipe: WanVideoPipeline, loras: Iterable[Lora]) -> None:
+    """Put LoRAs into the pipeline's DiT, one after the other."""
+    for lora in loras:
+        pipe.load_lora(pipe.dit, str(lora.path), alpha=lora.alpha)
+
+
+# --- the embedded model's classes ---------------------------------------------------------------------------
+
+
+def build_tiny(
+    config: dict, *, seed: int = 0, only: Collection[str] = COMPONENTS
+) -> dict[str, torch.nn.Module]:
+    """The modules at the config's sizes in float32, seeded and untrained."""
+    import torch
+
+    builders = {
+        "dit": _build_dit,
+        "text_encoder": _build_text_encoder,
+        "image_encoder": _build_image_encoder,
+        "vae": _build_vae,
+    }
+    modules = {}
+    with torch.random.fork_rng(devices=[]):
+        for name in only:
+            torch.manual_seed(seed)
+            modules[name] = builders[name](config).eval().requires_grad_(False)
+    return modules
+
+
+def load_tiny_modules(
+    folder: Path = TINY_DIR, *, only: Collection[str] = COMPONENTS
+) -> dict[str, torch.nn.Module]:
+    """The trained modules in float32, whatever the dtype of the files; a skip_branch is put into the DiT."""
+    from safetensors.torch import load_file
+
+    from step_skip.cheaper import Branch
+
+    modules = build_tiny(read_tiny_config(folder), only=[name for name in COMPONENTS if name in only])
+    for name, module in modules.items():
+        weights = {
+            key: value.float() for key, value in load_file(Path(folder) / f"{name}.safetensors").items()
+        }
+        if name == "vae":
+            set_latent_statistics(module, weights.pop("mean"), weights.pop("std"))
+        module.load_state_dict(weights)
+    if "skip_branch" in only:
+        modules["dit"].skip_branch = Branch(**load_file(Path(folder) / "skip_branch.safetensors"))
+    return modules
+
+
+def set_latent_statistics(vae: torch.nn.Module, mean: torch.Tensor, std: torch.Tensor) -> None:
+    """Per-channel mean and std of the latents, plain attributes of WanVideoVAE. mean, std: [z_dim]"""
+    vae.mean, vae.std = mean, std
+    vae.scale = [mean, 1.0 / std]
+
+
+def _build_dit(config: dict) -> torch.nn.Module:
+    from diffsynth.models.wan_video_dit import MLP, WanModel
+
+    sizes = dict(config["dit"])
+    sizes["patch_size"] = tuple(sizes["patch_size"])
+    dit = WanModel(**sizes)
+    dit.img_emb = MLP(
+        config["image_encoder"]["vision_dim"], sizes["dim"]
+    )  # WanModel's own takes 1280 channels
+    return dit
+
+
+def _build_text_encoder(config: dict) -> torch.nn.Module:
+    from diffsynth.models.wan_video_text_encoder import WanTextEncoder
+
+    return WanTextEncoder(**config["text_encoder"])
+
+
+def _build_image_encoder(config: dict) -> torch.nn.Module:
+    """WanImageEncoder around a small CLIP; its own constructor would allocate ViT-H."""
+    import torch
+    from diffsynth.models.wan_video_image_encoder import WanImageEncoder, clip_xlm_roberta_vit_h_14
+
+    encoder = WanImageEncoder.__new__(WanImageEncoder)
+    torch.nn.Module.__init__(encoder)
+    encoder.model, encoder.transforms = clip_xlm_roberta_vit_h_14(
+        return_transforms=True, device="cpu", **config["image_encoder"]
+    )
+    return encoder
+
+
+def _build_vae(config: dict) -> torch.nn.Module:
+    """WanVideoVAE around a small VideoVAE_; its own full-size one is only laid out on the meta device."""
+    import torch
+    from diffsynth.models.wan_video_vae import VideoVAE_, WanVideoVAE
+
+    sizes = config["vae"]
+    with torch.device("meta"):
+        vae = WanVideoVAE(z_dim=sizes["z_dim"])
+    vae.model = VideoVAE_(**sizes)
+    set_latent_statistics(vae, torch.zeros(sizes["z_dim"]), torch.ones(sizes["z_dim"]))
+    return vae

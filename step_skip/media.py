@@ -1,0 +1,128 @@
+"""Images and videos that a user names, or that a prior holds: read as the model sees them, written whole."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from step_skip.files import InputError, replacing
+from step_skip.prior import RunSettings
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+log = logging.getLogger(__name__)
+
+IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "TIFF", "BMP")  # Pillow hands others to programs
+MIN_IMAGE_SIDE = 16  # pixels; anything smaller is no picture
+
+
+def read_image(path: Path, *, width: int, height: int, label: str = "--image", exact: bool = False) -> Image:
+    """Read an image as the model will see it: upright, RGB, stretched to width x height pixels.
+
+    Args:
+        label: what an error calls it.
+        exact: refuse any other size, before memory is taken for it.
+
+    Raises:
+        InputError: no file, not an image, or too small or too large to be one.
+    """
+    from PIL import Image, ImageOps, UnidentifiedImageError
+
+    if not path.is_file():
+        raise InputError(f"{label} {path} is not a file; name a picture")
+    try:
+        with Image.open(path, formats=IMAGE_FORMATS) as opened:
+            if exact and opened.size != (width, height):
+                raise ValueError(f"{opened.width} x {opened.height} pixels, expected {width} x {height}")
+            image = ImageOps.exif_transpose(opened).convert("RGB")
+    except UnidentifiedImageError:
+        raise InputError(f"{label} {path} is not an image that can be read; use PNG, JPEG or WebP") from None
+    except Exception as error:  # Pillow's readers raise whatever they meet in a broken file
+        raise InputError(
+            f"{label} {path} cannot be read ({str(error)[:100] or type(error).__name__}); "
+            "save it again as PNG or JPEG"
+        ) from error
+    return fit_image(image, width=width, height=height, label=f"{label} {path}")
+
+
+def fit_image(image: Image, *, width: int, height: int, label: str = "the image") -> Image:
+    """An image as the model will see it: RGB, stretched to width x height pixels.
+
+    Raises:
+        InputError: it is too small to be one.
+    """
+    if min(image.size) < MIN_IMAGE_SIDE:
+        raise InputError(
+            f"{label} is {image.width} x {image.height} pixels, expected {MIN_IMAGE_SIDE} or more "
+            "a side; use a larger picture"
+        )
+    if abs(math.log(image.width * height / (image.height * width))) > math.log(1.1):
+        log.warning(
+            f"{label} ({image.width} x {image.height}) is stretched to {width} x {height}; crop it first"
+        )
+    return image.convert("RGB").resize((width, height))
+
+
+def read_video(path: Path, *, width: int, height: int, num_frames: int) -> list[Image]:
+    """Read the first `num_frames` frames of a video, cropped and scaled to width x height pixels.
+
+    Raises:
+        InputError: no file, not a video, or too few frames.
+    """
+    if not path.is_file():
+        raise InputError(f"--input_video {path} is not a file; name a video")
+    from diffsynth.utils.data import VideoData
+
+    try:
+        video = VideoData(str(path), height=height, width=width)
+        found = len(video)
+        frames = [video[i] for i in range(min(found, num_frames))]
+    except Exception as error:  # imageio and ffmpeg raise whatever they like for a broken file
+        raise InputError(
+            f"--input_video {path} is not a video that can be read ({type(error).__name__}); "
+            "save it again as MP4"
+        ) from error
+    if found < num_frames:
+        raise InputError(
+            f"--input_video {path} has {found} frames, expected {num_frames}; lower --num_frames"
+        )
+    return frames
+
+
+def write_video(frames: list[Image], path: Path, *, fps: float) -> None:
+    """Write frames as an .mp4 (H.264), whole or not at all."""
+    import imageio
+    import numpy as np
+
+    cut_off = OSError(errno.EIO, "ffmpeg wrote only a part of it, its own message is above", str(path))
+    with replacing(path) as temporary:
+        try:
+            with imageio.get_writer(temporary, fps=fps, quality=8) as writer:
+                for frame in frames:
+                    writer.append_data(np.asarray(frame))
+        except OSError as error:
+            raise cut_off from error
+        if not is_whole_mp4(temporary):  # imageio doesn't look at ffmpeg's exit code
+            raise cut_off
+
+
+def video_bytes(settings: RunSettings) -> int:
+    """A safe upper bound of a video's size on disk: a quarter of its raw frames."""
+    return settings.num_frames * settings.height * settings.width * 3 // 4
+
+
+def is_whole_mp4(path: Path) -> bool:
+    """Whether a file is a row of whole MP4 boxes, the index (moov) that ffmpeg writes last among them."""
+    kinds, place, size = set(), 0, path.stat().st_size
+    with path.open("rb") as file:
+        while place < size:
+            file.seek(place)
+            head = file.read(16)  # length, kind and, where the length is 1, the length again in 64 bits
+            length = int.from_bytes(head[:4], "big")
+            place += max(8, int.from_bytes(head[8:], "big") if length == 1 else length)
+            kinds.add(head[4:8])
+    return place == size and b"moov" in kinds

@@ -1,0 +1,458 @@
+"""The models by name, and their weights before any is loaded: found or fetched, fingerprinted, LoRAs checked.
+
+    I2V-480P, I2V-720P   Wan2.1-I2V-14B, fetched from ModelScope by DiffSynth's own ModelConfig
+    tiny                 data/tiny_wan_i2v: the same classes, small and trained, for the CPU
+
+    PATH[:ALPHA]      a LoRA; ALPHA is 1 unless given; the DiT's weights become W + ALPHA * lora_B @ lora_A
+
+Checked against diffsynth 2.1.12, diffsynth/utils/lora/general.py: it takes keys that end in
+`.lora_A.weight` / `.lora_B.weight` or `.lora_down.weight` / `.lora_up.weight`, with or without `.default`
+and a leading `diffusion_model.`, and passes over layers that it doesn't find.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import json
+import math
+import re
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from step_skip.files import InputError, RunError, sha256_file
+
+ROOT = Path(__file__).resolve().parents[1]
+# the embedded model: in the repository, or installed with the package
+TINY_DIR = next(
+    (
+        path
+        for path in (ROOT / "data" / "tiny_wan_i2v", Path(__file__).with_name("tiny_wan_i2v"))
+        if path.is_dir()
+    ),
+    ROOT / "data" / "tiny_wan_i2v",
+)
+COMPONENTS = ("dit", "vae", "text_encoder", "image_encoder")
+SKIP_BRANCH = "skip_branch"  # what --skip_cache uses besides, of a model that has it (skip_cache.Branch)
+ALL_COMPONENTS = (*COMPONENTS, SKIP_BRANCH)
+MAX_HEADER_BYTES = 2**24  # of a safetensors file; the 14B model's headers are some 100 KB
+CONVERTED = "DiffSynth-Studio/Wan-Series-Converted-Safetensors"  # where DiffSynth redirects the .pth files
+SHARED_FILES = {
+    "vae": (CONVERTED, "Wan2.1_VAE.safetensors"),
+    "text_encoder": (CONVERTED, "models_t5_umt5-xxl-enc-bf16.safetensors"),
+    "image_encoder": (CONVERTED, "models_clip_open-clip-xlm-roberta-large-vit-huge-14.safetensors"),
+}
+TOKENIZER = ("Wan-AI/Wan2.1-T2V-1.3B", "google/umt5-xxl/")
+# Wan's usual negative prompt, from the examples of Wan2.1 and DiffSynth-Studio.
+WAN_NEGATIVE_PROMPT = (
+    "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，"
+    "JPEG压缩残留，丑陋的，残缺的，多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，"
+    "手指融合，静止不动的画面，杂乱的背景，三条腿，背景人很多，倒着走"
+)
+Shapes = Mapping[str, Sequence[int]]
+
+
+@dataclass(frozen=True)
+class Defaults:
+    """What a model runs with unless told otherwise; the names are WanVideoPipeline's."""
+
+    height: int = 480
+    width: int = 832
+    num_frames: int = 81
+    fps: float = 16
+    cfg_scale: float = 5.0
+    sigma_shift: float = 5.0
+    negative_prompt: str = WAN_NEGATIVE_PROMPT
+    dtype: str = "bfloat16"
+
+
+@dataclass(frozen=True)
+class Lora:
+    """A LoRA file and its strength."""
+
+    path: Path
+    alpha: float = 1.0
+
+
+@dataclass(frozen=True)
+class LoadOptions:
+    """Which model, from where, onto what; the flags that both scripts share."""
+
+    model: str
+    device: str
+    dtype: str
+    vram: str = "auto"  # auto, plain or low
+    model_dir: Path | None = None
+    loras: tuple[Lora, ...] = ()
+
+
+REAL_MODELS = {
+    "I2V-480P": ("Wan-AI/Wan2.1-I2V-14B-480P", Defaults()),
+    "I2V-720P": ("Wan-AI/Wan2.1-I2V-14B-720P", Defaults(height=720, width=1280)),
+}
+MODEL_NAMES = (*REAL_MODELS, "tiny")
+
+
+def published_name(name: str) -> str:
+    """A model's name where it was published, Wan2.1-I2V-14B-480P for example; tiny has no other."""
+    return REAL_MODELS[name][0].split("/")[-1] if name in REAL_MODELS else name
+
+
+def model_defaults(name: str, model_dir: Path | None = None) -> Defaults:
+    """The defaults of a model; an embedded one keeps its own in its config.json."""
+    if name != "tiny":  # a pipeline of somebody's own has Wan's
+        return REAL_MODELS[name][1] if name in REAL_MODELS else Defaults()
+    folder = model_dir or TINY_DIR
+    try:
+        own = dict(read_tiny_config(folder)["defaults"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise _no_config(folder, error) from error
+    known = {f.name for f in dataclasses.fields(Defaults)}
+    return Defaults(**{"dtype": "float32", **{key: own[key] for key in own.keys() & known}})
+
+
+def read_tiny_config(folder: Path = TINY_DIR) -> dict[str, Any]:
+    """The sizes of an embedded model's modules, the tokenizer's length and the command line's defaults.
+
+    Raises:
+        InputError: the folder holds none.
+    """
+    try:
+        return dict(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise _no_config(folder, error) from error
+
+
+def _no_config(folder: Path, error: Exception) -> InputError:
+    return InputError(
+        f"{folder} holds no config.json of an embedded model ({type(error).__name__}); "
+        "name the folder that does with --model_dir"
+    )
+
+
+def cache_components(skip_cache: int | None) -> list[str]:
+    """What a run with --skip_cache needs besides the four components."""
+    return [] if skip_cache is None else [SKIP_BRANCH]
+
+
+# --- where the weights are ----------------------------------------------------------------------------------
+
+
+def weight_files(options: LoadOptions, components: Collection[str] = COMPONENTS) -> dict[str, list[Path]]:
+    """The weight files of each component, fetched first where they are not there yet.
+
+    A model without a skip_branch has no file of it, which is no error.
+
+    Raises:
+        RunError: they could not be fetched.
+        InputError: --model_dir lacks some.
+    """
+    if "text_encoder" in components:
+        tokenizer_folder(options)
+    return {
+        name: _skip_branch(options) if name == SKIP_BRANCH else _component_files(options, name)
+        for name in components
+    }
+
+
+def _component_files(options: LoadOptions, name: str) -> list[Path]:
+    if options.model not in REAL_MODELS:
+        return _existing(options.model_dir or TINY_DIR, [f"{name}.safetensors"], name)
+    if options.model_dir is not None:
+        return _in_folder(options, name)
+    return _fetch(*_published(options.model, name))
+
+
+def _skip_branch(options: LoadOptions) -> list[Path]:
+    """No branch was published for a real model."""
+    path = (options.model_dir or TINY_DIR) / f"{SKIP_BRANCH}.safetensors"
+    return [path] if options.model not in REAL_MODELS and path.is_file() else []
+
+
+def _published(model: str, component: str) -> tuple[str, str]:
+    """ModelScope model id and file pattern of a component."""
+    if component == "dit":
+        return REAL_MODELS[model][0], "diffusion_pytorch_model*.safetensors"
+    return SHARED_FILES[component]
+
+
+def _fetch(model_id: str, pattern: str) -> list[Path]:
+    """Let DiffSynth's ModelConfig find or download the files, by its own environment variables."""
+    from diffsynth.pipelines.wan_video import ModelConfig
+
+    config = ModelConfig(model_id=model_id, origin_file_pattern=pattern)
+    try:
+        config.download_if_necessary()
+    except Exception as error:  # modelscope, huggingface_hub, requests and urllib3 each raise their own
+        raise RunError(
+            f"cannot fetch {model_id}/{pattern} ({type(error).__name__}): connect to the network, name a "
+            "folder of downloaded weights with --model_dir, or use --model tiny"
+        ) from error
+    paths = config.path if isinstance(config.path, list) else [config.path]
+    if not paths:
+        raise RunError(
+            f"no {model_id}/{pattern} below {config.local_model_path} and downloading is off "
+            "(DIFFSYNTH_SKIP_DOWNLOAD); unset it, or name a folder of downloaded weights with --model_dir"
+        )
+    return _complete_shards(sorted(Path(path) for path in paths))
+
+
+def _in_folder(options: LoadOptions, component: str) -> list[Path]:
+    """The files of a component in --model_dir, laid out flat or as ModelScope lays them out."""
+    model_id, pattern = _published(options.model, component)
+    original = pattern.replace(".safetensors", ".pth")
+    candidates = [
+        pattern,
+        f"{model_id}/{pattern}",
+        original,
+        f"{REAL_MODELS[options.model][0]}/{original}",
+        f"{REAL_MODELS[options.model][0]}/{pattern}",
+    ]
+    return _complete_shards(_existing(options.model_dir, candidates, component))
+
+
+def _existing(folder: Path, patterns: list[str], component: str) -> list[Path]:
+    for pattern in patterns:
+        paths = sorted(path for path in folder.glob(pattern) if path.exists())
+        if paths:
+            return paths
+    raise InputError(
+        f"{folder} holds no {patterns[0]} (the {component}); name the folder that does, with --model_dir"
+    )
+
+
+def _complete_shards(paths: list[Path]) -> list[Path]:
+    """Refuse a sharded file of which some shards are missing."""
+    match = re.fullmatch(r"(.*-)\d{5}-of-(\d{5})(\..*)", paths[0].name)
+    if match is None:
+        return paths
+    names = [f"{match[1]}{i:05d}-of-{match[2]}{match[3]}" for i in range(1, int(match[2]) + 1)]
+    missing = sorted(set(names) - {path.name for path in paths})
+    if missing:
+        raise InputError(
+            f"{paths[0].parent} holds {len(names) - len(missing)} of the {len(names)} shards, "
+            f"{missing[0]} is missing; finish the download"
+        )
+    return paths
+
+
+def tokenizer_folder(options: LoadOptions) -> Path:
+    """The tokenizer's folder, fetched first where it is not there yet."""
+    model_id, folder = TOKENIZER
+    if options.model not in REAL_MODELS:
+        where, candidates = options.model_dir or TINY_DIR, ["tokenizer/"]
+    elif options.model_dir is None:
+        return _fetch(model_id, folder)[0]
+    else:
+        where = options.model_dir
+        candidates = [folder, f"{model_id}/{folder}", f"{REAL_MODELS[options.model][0]}/{folder}"]
+    for candidate in candidates:
+        if (where / candidate / "tokenizer.json").is_file():
+            return where / candidate
+    raise InputError(
+        f"{where} holds no {candidates[0]}tokenizer.json (the tokenizer); "
+        "name the folder that does, with --model_dir"
+    )
+
+
+def fingerprint_files(files: Mapping[str, list[Path]]) -> dict[str, str]:
+    """A cheap fingerprint of each component's weights: names, sizes, headers and samples, in hex.
+
+    Reads the header of a safetensors file and 33 pieces of 4 KiB spread evenly over the file, the first
+    and the last among them, so 28 GB cost milliseconds.
+    """
+    return {component: _fingerprint(paths) if paths else "none" for component, paths in files.items()}
+
+
+def _fingerprint(paths: list[Path], *, pieces: int = 32, piece_bytes: int = 4096) -> str:
+    digest = hashlib.sha256()
+    for path in paths:
+        size = path.stat().st_size
+        digest.update(f"{path.name}:{size}".encode())
+        with path.open("rb") as file:
+            if path.suffix == ".safetensors":
+                header_bytes = int.from_bytes(file.read(8), "little")  # as the format begins
+                digest.update(file.read(min(header_bytes, MAX_HEADER_BYTES)))
+            for i in range(pieces + 1):
+                file.seek(max(0, size - piece_bytes) * i // pieces)
+                digest.update(file.read(piece_bytes))
+    return digest.hexdigest()
+
+
+# --- LoRAs --------------------------------------------------------------------------------------------------
+
+
+def parse_lora(text: str) -> Lora:
+    """PATH or PATH:ALPHA.
+
+    Raises:
+        ValueError: ALPHA is no strength.
+    """
+    path, colon, tail = text.rpartition(":")
+    alpha = None
+    with contextlib.suppress(ValueError):
+        alpha = float(tail)
+    if not colon or alpha is None:
+        return Lora(Path(text))
+    if not math.isfinite(alpha) or alpha == 0:
+        raise ValueError(f"alpha {tail} is not a number other than 0")
+    return Lora(Path(path), alpha)
+
+
+def describe_loras(loras: Iterable[Lora]) -> list[dict[str, Any]]:
+    """What a run's metadata says of its LoRAs.
+
+    Raises:
+        InputError: a file isn't there.
+    """
+    return [
+        {"path": str(lora.path.absolute()), "alpha": lora.alpha, "sha256": _lora_sha256(lora.path)}
+        for lora in loras
+    ]
+
+
+def parse_recorded_loras(described: object) -> tuple[Lora, ...]:
+    """The LoRAs of what `describe_loras` made, as metadata has it.
+
+    Raises:
+        InputError: the metadata says something else.
+    """
+    loras = []
+    for each in described if isinstance(described, list) else [described]:
+        match each:
+            case {"path": str(path), "alpha": int() | float() as alpha, "sha256": str()}:
+                loras.append(Lora(Path(path), alpha))
+            case _:
+                raise InputError(
+                    f"run_metadata.json has {str(each)[:60]!r} as a LoRA, expected path, alpha and sha256; "
+                    "make the prior again"
+                )
+    return tuple(loras)
+
+
+def summarize_loras(described: object) -> str:
+    """What a person is told of the LoRAs that `describe_loras` described: the same for the same ones."""
+    names = [f"{lora.path.name}:{lora.alpha:g}" for lora in parse_recorded_loras(described)]
+    digests = [each["sha256"][:12] for each in described]
+    return ", ".join(f"{name} ({digest})" for name, digest in zip(names, digests, strict=True)) or "no LoRA"
+
+
+def find_recorded_loras(described: object) -> tuple[Lora, ...]:
+    """The LoRAs that a prior's metadata describes; their files must still be there, and the same.
+
+    Raises:
+        InputError: they are not, or the metadata says something else.
+    """
+    loras = parse_recorded_loras(described)
+    hint = "name it with --lora, or give --lora without a file to run without"
+    for lora, each in zip(loras, described, strict=True):
+        if not lora.path.is_file():
+            raise InputError(f"the prior was made with the LoRA {lora.path}, which is not there; {hint}")
+        if _lora_sha256(lora.path) != each["sha256"]:
+            raise InputError(f"the prior was made with another {lora.path} than is there now; {hint}")
+    return loras
+
+
+def _lora_sha256(path: Path) -> str:
+    if not path.is_file():
+        raise InputError(f"--lora {path} is not a file; name a .safetensors file")
+    stat = path.stat()
+    return _sha256_of_version(path, stat.st_size, stat.st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=64)
+def _sha256_of_version(path: Path, size: int, mtime_ns: int) -> str:
+    """Once for all videos of a sweep: a LoRA of a 14B model has hundreds of MB."""
+    return sha256_file(path)
+
+
+def check_loras(loras: Iterable[Lora], weights: Iterable[Path]) -> list[str]:
+    """Compare LoRAs with the layers they are for, by the files' headers alone.
+
+    Args:
+        weights: the DiT's .safetensors files.
+
+    Returns:
+        A line on each LoRA of which something is not used.
+
+    Raises:
+        InputError: no safetensors file, no LoRA in it, no layer that it fits, or another shape.
+    """
+    loras, layers = list(loras), {}
+    for path in weights if loras else ():
+        layers |= _layers(_read_shapes(path, what="the DiT's"))
+    return [note for lora in loras if (note := _check_lora(lora, layers)) is not None]
+
+
+def _layers(shapes: Shapes) -> dict[str, Sequence[int]]:
+    return {
+        key.removesuffix(".weight"): shape
+        for key, shape in shapes.items()
+        if key.endswith(".weight") and len(shape) == 2
+    }
+
+
+def _read_shapes(path: Path, *, what: str) -> dict[str, Sequence[int]]:
+    from safetensors import SafetensorError, safe_open
+
+    if not path.is_file():
+        raise InputError(f"{what} {path} is not a file; name a .safetensors file")
+    try:
+        with safe_open(path, framework="numpy") as file:
+            return {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise InputError(
+            f"{what} {path} is not a safetensors file that can be read ({str(error)[:80]}); "
+            "fetch it again, or convert it"
+        ) from error
+
+
+def _check_lora(lora: Lora, layers: Shapes) -> str | None:
+    """The line on what isn't used of a LoRA, or None."""
+    from diffsynth.utils.lora.general import GeneralLoRALoader
+
+    shapes = _read_shapes(lora.path, what="--lora")
+    try:
+        pairs = GeneralLoRALoader().get_name_dict(shapes)
+    except ValueError:  # its search for lora_B among the words of a key
+        pairs = {}
+    whole = {name: (up, down) for name, (up, down, _) in pairs.items() if down in shapes}
+    if not whole:
+        raise InputError(
+            f"--lora {lora.path} holds {len(shapes)} tensors and no lora_A and lora_B (or lora_down and "
+            "lora_up) of one layer; name a LoRA"
+        )
+    fitting = {name: pair for name, pair in whole.items() if name in layers}
+    if not fitting:
+        raise InputError(
+            f"--lora {lora.path} matches no layer of this model: it has {next(iter(whole))!r}, the model "
+            f"{next(iter(layers), 'none')!r}; use a LoRA of this model in DiffSynth's naming"
+        )
+    for name, (up, down) in fitting.items():
+        _check_lora_shapes(lora, name, shapes[up], shapes[down], layers[name])
+    unused = len(shapes) - sum(len({*pair} | _alphas(pairs[name])) for name, pair in fitting.items())
+    if unused:
+        return (
+            f"{lora.path}: {len(fitting)} layers take part, {unused} of {len(shapes)} tensors are not used "
+            "(DiffSynth has no place for them)"
+        )
+    return None
+
+
+def _alphas(names: tuple[str, str, str | None]) -> set[str]:
+    return set() if names[2] is None else {names[2]}
+
+
+def _check_lora_shapes(
+    lora: Lora, name: str, up: Sequence[int], down: Sequence[int], layer: Sequence[int]
+) -> None:
+    """up: [out, rank], down: [rank, in], layer: [out, in]"""
+    if len(up) != 2 or len(down) != 2 or up[1] != down[0] or [up[0], down[1]] != list(layer):
+        raise InputError(
+            f"--lora {lora.path} has {list(up)} and {list(down)} for {name}, which is {list(layer)} in this "
+            "model; use a LoRA of this model"
+        )

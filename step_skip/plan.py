@@ -1,0 +1,444 @@
+"""One video to make from a prior, as data: every choice, and what has to be read for it.
+
+Choices and a prior's metadata go in, a `Plan` comes out. Nothing is loaded and nothing shared: any machine
+that has the prior can run it. The arithmetic of steps and sigmas is at the end.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Sequence, Set
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from step_skip.files import InputError
+from step_skip.metadata import LIMITS, MAX_STEPS, is_number
+from step_skip.models import (
+    Lora,
+    cache_components,
+    describe_loras,
+    find_recorded_loras,
+    model_defaults,
+    published_name,
+)
+from step_skip.prior import (
+    IDENTITY_FILES,
+    Prior,
+    RunSettings,
+    context_file,
+    latents_before_file,
+    noise_pred_file,
+    step_file,
+)
+from step_skip.steps import (
+    DEFAULT_TEXT_SHARE,
+    SAME_SIGMA,
+    AutoStep,
+    choose_start_step,
+    place_on_path,
+    recommended_num_steps,
+    recommended_start_step,
+    spread_steps,
+    tail_sigmas,
+)
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+AUTO = "auto"  # a --start_step that each prior decides for itself
+SCHEDULE_FLAGS = ("num_inference_steps", "denoising_strength", "sigma_shift")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choices:
+    """What somebody asks of one video; None: as in the prior, or the default. The names are the flags'."""
+
+    prompt: str | None = None
+    negative_prompt: str | None = None
+    cfg_scale: float | Sequence[float] | None = None  # one, or one for each step that runs
+    start_step: int | str | None = None  # a step, or AUTO
+    steps: Sequence[int] | None = None
+    num_steps: int | None = None
+    sigmas: Sequence[float] | None = None
+    num_steps_after: int | None = None  # with start_step
+    text_share: float | None = None  # with start_step AUTO
+    skip_cache: int | None = None
+    tea_cache_l1_thresh: float | None = None
+    tea_cache_model_id: str | None = None
+    lora: Sequence[Lora] | None = None
+    fps: float | None = None
+    image: Path | Image | None = None  # an older prior needs it; others only compare it with their own
+    model: str | None = None  # this and what follows has to be the prior's
+    model_dir: Path | None = None
+    dtype: str | None = None
+    num_inference_steps: int | None = None
+    denoising_strength: float | None = None
+    sigma_shift: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """One video to make from a prior: every choice, nothing loaded."""
+
+    method: str  # "resume": all steps after start_step; "differential": a few chosen; "sigmas": its own
+    start_step: int | None  # None for a differential resume; with sigmas the one before they begin, or -1
+    steps_to_run: list[int]
+    sigmas: tuple[float, ...] | None  # of "sigmas", whose steps are places in these
+    prompt: str
+    negative_prompt: str
+    cfg_scale: float | tuple[float, ...]  # for all steps, or one for each
+    skip_cache: int | None
+    tea_cache_l1_thresh: float | None
+    tea_cache_model_id: str
+    lora: list[dict[str, Any]]  # as describe_loras
+    fps: float
+    image: Path | Image | None  # an older prior needs it, others only compare it with their own
+    model: str
+    dtype: str | None  # None: the one an older prior's latents are in
+    auto: AutoStep | None = None  # where start_step comes from, if it was left to the prior
+
+    @property
+    def texts(self) -> list[str]:
+        """The prompts that have to be encoded; without guidance the negative one is not used."""
+        if not self.steps_to_run:
+            return []
+        return [self.prompt] if self.cfg_scale == 1 else [self.prompt, self.negative_prompt]
+
+    @property
+    def forwards(self) -> int:
+        """Network evaluations."""
+        if isinstance(self.cfg_scale, tuple):
+            return sum(1 if scale == 1 else 2 for scale in self.cfg_scale)
+        return len(self.steps_to_run) * (1 if self.cfg_scale == 1 else 2)
+
+
+def make_plan(choices: Choices, prior: Prior) -> Plan:
+    """Take from the prior what the command line left open, and refuse what contradicts it.
+
+    Args:
+        choices: of one video.
+
+    Raises:
+        InputError: with the flag, the prior's value and what to do.
+    """
+    check_choices(choices, prior)
+    model = choices.model or prior.metadata.get("model", "I2V-480P")
+    defaults = model_defaults(model, choices.model_dir)
+    given = {name: value for name, value in vars(choices).items() if value is not None}
+    chosen = {**dataclasses.asdict(defaults), **prior.metadata, **given}
+    steps = choose_steps(choices, prior)
+    given_loras = (
+        find_recorded_loras(prior.metadata.get("lora", [])) if choices.lora is None else choices.lora
+    )
+    return Plan(
+        **steps,
+        **choose_cheaper(
+            model,
+            skip_cache=choices.skip_cache,
+            tea_cache_l1_thresh=choices.tea_cache_l1_thresh,
+            tea_cache_model_id=choices.tea_cache_model_id,
+        ),
+        lora=describe_loras(given_loras),
+        prompt=chosen["prompt"],
+        negative_prompt=chosen["negative_prompt"],
+        cfg_scale=choose_guidance(chosen["cfg_scale"], len(steps["steps_to_run"])),
+        fps=chosen["fps"],
+        image=choices.image,
+        model=model,
+        dtype=choices.dtype or prior.metadata.get("dtype"),
+    )
+
+
+def check_choices(choices: Choices, prior: Prior) -> None:
+    """Refuse flags that contradict the prior, and an older prior without what it doesn't record.
+
+    Raises:
+        InputError: with the flag, the prior's value and what to do.
+    """
+    for name in (*SCHEDULE_FLAGS, "model", "dtype"):
+        given = getattr(choices, name)
+        if given is not None and given != prior.metadata.get(name, given):
+            raise InputError(
+                f"--{name} {given}: the prior has {prior.metadata[name]}; "
+                "leave the flag out or make a prior with it"
+            )
+    for name in ("image", "prompt") if prior.is_legacy else ():
+        if getattr(choices, name) is None:
+            raise InputError(f"{prior.directory} records no {name} (an older format): give --{name}")
+
+
+def choose_cheaper(
+    model: str,
+    *,
+    skip_cache: int | None,
+    tea_cache_l1_thresh: float | None,
+    tea_cache_model_id: str | None,
+) -> dict[str, Any]:
+    """skip_cache and TeaCache as RunSettings has them.
+
+    Raises:
+        InputError: both at once, or a model without coefficients.
+    """
+    if tea_cache_l1_thresh is None:
+        if tea_cache_model_id:
+            raise InputError("--tea_cache_model_id says nothing without --tea_cache_l1_thresh: give both")
+        return {"skip_cache": skip_cache, "tea_cache_l1_thresh": None, "tea_cache_model_id": ""}
+    if skip_cache is not None:
+        raise InputError("--skip_cache and --tea_cache_l1_thresh save the same work: give one of them")
+    from step_skip.cheaper import check_tea_cache_model_id
+
+    model_id = tea_cache_model_id or published_name(model)
+    check_tea_cache_model_id(model_id)
+    return {"skip_cache": None, "tea_cache_l1_thresh": tea_cache_l1_thresh, "tea_cache_model_id": model_id}
+
+
+def choose_guidance(cfg_scale: float | Sequence[float], num_steps: int) -> float | tuple[float, ...]:
+    """One cfg_scale for all steps, or a tuple with one for each.
+
+    Raises:
+        InputError: neither one value nor as many as there are steps.
+    """
+    values = list(cfg_scale) if isinstance(cfg_scale, Sequence) else [cfg_scale]
+    if not all(isinstance(value, int | float) and 0 < value < math.inf for value in values):
+        raise InputError(f"--cfg_scale {cfg_scale}: expected numbers above 0")
+    if len(values) not in (1, num_steps):
+        raise InputError(
+            f"--cfg_scale: {len(values)} values, and {num_steps} steps run; give one, or one for each step"
+        )
+    return values[0] if len(set(values)) == 1 else tuple(values)
+
+
+def choose_steps(choices: Choices, prior: Prior) -> dict[str, Any]:
+    """Method, start_step, steps_to_run and sigmas of a plan, and auto where that chose them.
+
+    Raises:
+        InputError: a step the prior doesn't have, or a prior without what a differential resume needs.
+    """
+    if choices.sigmas is not None:
+        return own_sigmas(choices.sigmas, prior)
+    differential = choices.steps is not None or choices.num_steps is not None
+    if prior.is_legacy and differential:
+        raise InputError(
+            "--steps needs the prior's velocities, which this older format lacks; use --start_step"
+        )
+    if not prior.is_complete and differential:
+        raise InputError(
+            f"--steps needs the prior's clean latents, and {prior.directory} was stopped after step "
+            f"{prior.whole_steps - 1}; use --start_step, or finish it with generate_prior.py --resume"
+        )
+    if choices.start_step == AUTO:
+        auto = choose_start_step(prior, choices.text_share or DEFAULT_TEXT_SHARE)
+        return remaining_steps(auto.step, prior, num_steps=choices.num_steps_after) | {"auto": auto}
+    chosen = differential or not prior.metadata.get("start_step_chosen", prior.is_legacy)
+    if choices.start_step is not None or not chosen or not prior.is_complete:
+        start_step = resolve_start_step(choices.start_step, prior)
+        return remaining_steps(start_step, prior, num_steps=choices.num_steps_after)
+    if choices.num_steps_after is not None:
+        raise InputError("--num_steps_after spaces anew what is left after a step: give --start_step, too")
+    return {
+        "method": "differential",
+        "start_step": None,
+        "steps_to_run": differential_steps(choices, prior),
+        "sigmas": None,
+    }
+
+
+def own_sigmas(sigmas: Sequence[float], prior: Prior) -> dict[str, Any]:
+    """A resume on sigmas of its own, from where the prior's path is at the first of them.
+
+    Raises:
+        InputError: they don't decrease, or begin where the prior holds nothing.
+    """
+    if sigmas[-1] <= 0 or any(after >= now * (1 - SAME_SIGMA) for now, after in itertools.pairwise(sigmas)):
+        raise InputError(f"--sigmas {' '.join(map(str, sigmas))}: expected decreasing values above 0")
+    known = prior.metadata["scheduler_sigmas"]
+    try:
+        step, _ = place_on_path(sigmas[0], known)
+    except ValueError:
+        raise InputError(
+            f"--sigmas {sigmas[0]}: the prior begins at sigma {known[0]:.6g}; begin there or below"
+        ) from None
+    whole = prior.whole_steps
+    if sigmas[0] < (known[whole] if whole < len(known) else 0.0) * (1 - SAME_SIGMA):
+        raise InputError(
+            f"--sigmas {sigmas[0]}: {prior.directory} was stopped after step {whole - 1}; begin at "
+            f"{known[whole]:.6g} or above, or finish it with generate_prior.py --resume"
+        )
+    if prior.is_legacy and step == 0:
+        raise InputError(
+            f"--sigmas {sigmas[0]}: this older format holds nothing before step 0; begin at "
+            f"{known[1]:.6g} or below"
+        )
+    steps = list(range(len(sigmas)))
+    return {"method": "sigmas", "start_step": step - 1, "steps_to_run": steps, "sigmas": tuple(sigmas)}
+
+
+def remaining_steps(start_step: int, prior: Prior, *, num_steps: int | None) -> dict[str, Any]:
+    """A resume after a step, in the steps that are left or in so many others.
+
+    Raises:
+        InputError: none are left.
+    """
+    steps = list(range(start_step + 1, prior.num_inference_steps))
+    if num_steps in (None, len(steps)):
+        return {"method": "resume", "start_step": start_step, "steps_to_run": steps, "sigmas": None}
+    if not steps:
+        raise InputError(f"--num_steps_after {num_steps}: step {start_step} is the prior's last")
+    m = prior.metadata
+    begin = m["scheduler_sigmas"][start_step + 1]
+    return {
+        "method": "sigmas",
+        "start_step": start_step,
+        "steps_to_run": list(range(num_steps)),
+        "sigmas": tuple(tail_sigmas(begin, num_steps, sigma_shift=m["sigma_shift"])),
+    }
+
+
+def resolve_start_step(choice: int | None, prior: Prior) -> int:
+    """The step of this prior that a --start_step means; None: the prior's recommendation, or its last step.
+
+    Raises:
+        InputError: the prior has no such step.
+    """
+    total = prior.num_inference_steps
+    last = total - 1 if prior.is_complete else prior.whole_steps - 1
+    if choice is None and prior.is_complete:
+        return prior.metadata.get("start_step", recommended_start_step(total))
+    if choice is not None and not 0 <= choice <= last:
+        raise InputError(f"--start_step {choice}: the prior has steps 0 to {last}")
+    return last if choice is None else choice
+
+
+def differential_steps(choices: Choices, prior: Prior) -> list[int]:
+    """The steps of a differential resume: those given, or so many at their places in the schedule.
+
+    Raises:
+        InputError: the prior has no such steps.
+    """
+    total = prior.num_inference_steps
+    num_steps = recommended_num_steps(total) if choices.num_steps is None else choices.num_steps
+    if not 1 <= num_steps <= total:
+        raise InputError(f"--num_steps {num_steps}: the prior has only {total} steps")
+    steps = list(choices.steps or spread_steps(total, num_steps))
+    if sorted(set(steps)) != steps or not 0 <= steps[0] <= steps[-1] < total:
+        raise InputError(f"--steps {steps}: expected increasing steps between 0 and {total - 1}")
+    return steps
+
+
+def settings_of(plan: Plan, prior: Prior) -> RunSettings:
+    """The prior's settings, and of the plan what it decides itself."""
+    names = {field.name for field in dataclasses.fields(RunSettings)}
+    own = {name: value for name, value in vars(plan).items() if name in names}
+    recorded = {name: value for name, value in prior.metadata.items() if name in names}
+    return RunSettings(**{**recorded, **own})
+
+
+# --- what a plan needs --------------------------------------------------------------------------------------
+
+
+def latents_files(plan: Plan, prior: Prior) -> list[str]:
+    """The latents a plan starts from; for a differential resume those before each step, and the clean.
+
+    Two where it starts between them, on the straight line the prior took.
+    """
+    if plan.method != "differential":
+        begin = latents_before_file(plan.start_step + 1)
+        return [begin, step_file(plan.start_step + 1)] if part_of_step(plan, prior) else [begin]
+    last = step_file(prior.num_inference_steps - 1)
+    return [*map(latents_before_file, plan.steps_to_run), last]
+
+
+def part_of_step(plan: Plan, prior: Prior) -> float:
+    """How far into the step after start_step a resume on its own sigmas begins, 0 ... 1."""
+    if plan.sigmas is None:
+        return 0.0
+    return place_on_path(plan.sigmas[0], prior.metadata["scheduler_sigmas"])[1]
+
+
+def velocity_files(plan: Plan) -> list[str]:
+    """The prior's velocities a plan needs: those of the steps of a differential resume."""
+    return [] if plan.method != "differential" else list(map(noise_pred_file, plan.steps_to_run))
+
+
+def conditioning_files(plan: Plan, prior: Prior) -> list[str]:
+    """The prior's conditioning a plan needs; contexts of other prompts are not there."""
+    if prior.is_legacy or not plan.steps_to_run:
+        return []
+    names = dict.fromkeys(map(context_file, plan.texts))
+    return [*IDENTITY_FILES, *filter(prior.has, names)]
+
+
+def input_files(plan: Plan, prior: Prior) -> list[str]:
+    """The prior's files a plan needs."""
+    return [*latents_files(plan, prior), *velocity_files(plan), *conditioning_files(plan, prior)]
+
+
+def needed_components(plan: Plan, prior: Prior, *, known: Set[str]) -> list[str]:
+    """The parts of the model a plan needs: encoders only for what is not encoded already.
+
+    Args:
+        known: the prompts whose contexts are there.
+    """
+    if not plan.steps_to_run:
+        return ["vae"]
+    components = ["dit", "vae", *cache_components(plan.skip_cache)]
+    if not known >= set(plan.texts):
+        components.append("text_encoder")
+    if prior.is_legacy:
+        components.append("image_encoder")
+    return components
+
+
+# --- a prior ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class PriorChoices:
+    """What somebody asks of a prior's run; None: the model's own default. The names are the flags'."""
+
+    negative_prompt: str | None = None
+    num_inference_steps: int = 10
+    sigma_shift: float | None = None
+    denoising_strength: float = 1.0
+    cfg_scale: float | None = None
+    seed: int = 0
+    height: int | None = None
+    width: int | None = None
+    num_frames: int | None = None
+    fps: float | None = None
+    start_step: int | None = None
+    stop_after: int | None = None
+    save_decoded_videos: bool = False
+    skip_cache: int | None = None
+    tea_cache_l1_thresh: float | None = None
+    tea_cache_model_id: str | None = None
+
+
+def check_prior_choices(choices: PriorChoices) -> None:
+    """Refuse what no run could use, before anything heavy is imported.
+
+    Raises:
+        InputError: with the flag that is wrong.
+    """
+    steps = choices.num_inference_steps
+    if not 1 <= steps <= MAX_STEPS:
+        raise InputError(f"--num_inference_steps {steps}: expected 1, at most {MAX_STEPS}")
+    if choices.start_step is not None and not 0 <= choices.start_step < steps:
+        raise InputError(f"--start_step {choices.start_step}: this schedule has steps 0 to {steps - 1}")
+    if choices.stop_after is not None and not 0 <= choices.stop_after < steps - 1:
+        raise InputError(
+            f"--stop_after {choices.stop_after}: expected 0 to {steps - 2}; leave it out to run all steps"
+        )
+    for name in ("denoising_strength", "sigma_shift", "cfg_scale"):
+        value = getattr(choices, name)
+        if value is not None and not (is_number(value) and value > 0):
+            raise InputError(f"--{name} {value}: expected a number above 0")
+    if choices.denoising_strength > 1:
+        raise InputError(f"--denoising_strength {choices.denoising_strength} is above 1")
+    for name, (least, most) in LIMITS.items():
+        value = getattr(choices, name)
+        if value is not None and not least <= value <= most:
+            raise InputError(f"--{name} {value} is not in the range {least} to {most}")

@@ -1,0 +1,414 @@
+"""A prior on disk: what its files are called, what they hold, and that they are what was written.
+
+A prior is a folder `run_<id>/`:
+
+    run_metadata.json        settings, schedule, SHA-256 of every other file, shapes; what it names is whole
+    initial_latents.pt       latents before step 0, at sigmas[0]: the noise (plus the video of --input_video)
+    step_0000.pt ...         latents *after* step i, that is, at sigmas[i + 1]; the last ones are clean
+    noise_pred_0000.pt ...   the velocity of step i after guidance (DiffSynth calls it noise_pred)
+    y.pt, clip_feature.pt    what the model sees of the input image
+    context_<hash>.pt        one encoded prompt each, named after the text
+    input_image.png          the input image as the model saw it
+    output_full.mp4          the prior's own video
+    formation.png            how it took shape, step by step (formation.py)
+    denoised_0000.mp4 ...    with --save_decoded_videos or --stop_after: what step i points at, decoded
+    contexts/                prompts that were encoded later; no part of the prior
+    outputs/                 the videos infer_from_prior.py makes from it; no part of the prior
+
+Every .pt file holds one tensor in the pipeline's dtype: converting it would break bit-exactness.
+Resuming from `start_step` loads `step_<start_step>.pt` and runs steps start_step + 1 ... N - 1.
+metadata.py reads and checks run_metadata.json. Neither knows a pipeline.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from step_skip.files import (
+    InputError,
+    dtype_name,
+    folder_inside,
+    load_tensor,
+    replacing,
+    sha256_file,
+    sha256_tensor,
+)
+
+if TYPE_CHECKING:
+    import torch
+
+METADATA_FILE = "run_metadata.json"
+INITIAL_LATENTS_FILE = "initial_latents.pt"
+IMAGE_FILE = "input_image.png"
+OUTPUT_FILE = "output_full.mp4"
+LATENT_CHANNELS = 16  # z_dim of the Wan2.1 VAE
+SPATIAL_FACTOR = 8  # pixels per latent, height and width
+TEMPORAL_FACTOR = 4  # frames per latent, after the first
+IDENTITY_FILES = ("y.pt", "clip_feature.pt")
+CONTEXTS_FOLDER = "contexts"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSettings:
+    """What fixes the schedule, the shape and the cost of a run; the names are WanVideoPipeline's.
+
+    cfg_scale: one for all steps, or a tuple with one for each step that runs.
+    skip_cache: ours; one step in so many runs all blocks (skip_cache.py), None: all do.
+    """
+
+    num_inference_steps: int
+    denoising_strength: float
+    sigma_shift: float
+    cfg_scale: float | tuple[float, ...]
+    height: int
+    width: int
+    num_frames: int
+    tiled: bool = True
+    seed: int | None = None
+    skip_cache: int | None = None
+    tea_cache_l1_thresh: float | None = None
+    tea_cache_model_id: str = ""
+
+    @property
+    def pipeline_inputs(self) -> dict[str, Any]:
+        """The settings that WanVideoPipeline takes."""
+        return {name: value for name, value in vars(self).items() if name != "skip_cache"}
+
+
+@dataclass(frozen=True)
+class Prior:
+    """A prior's folder and its metadata, checked for form by `read_prior`."""
+
+    directory: Path
+    metadata: Mapping[str, Any]
+
+    @property
+    def num_inference_steps(self) -> int:
+        return self.metadata["num_inference_steps"]
+
+    @property
+    def is_legacy(self) -> bool:
+        """True for a prior of the pull request's scripts: latents and schedule, nothing else."""
+        return "format_version" not in self.metadata
+
+    @property
+    def is_complete(self) -> bool:
+        """False for a prior that was stopped early (--stop_after) or interrupted."""
+        return self.is_legacy or self.metadata["status"] == "complete"
+
+    @property
+    def whole_steps(self) -> int:
+        """How many steps are recorded, from the first one on, each with latents and velocity."""
+        if self.is_legacy:
+            return self.num_inference_steps
+        return leading_steps(self.metadata["files"], self.num_inference_steps)
+
+    @property
+    def settings(self) -> RunSettings:
+        """The settings of the run that made it."""
+        names = {field.name for field in fields(RunSettings)}
+        return RunSettings(**{name: value for name, value in self.metadata.items() if name in names})
+
+    @property
+    def latents_shape(self) -> tuple[int, ...]:
+        """[B, C, T, H, W] of the latents."""
+        m = self.metadata
+        return latents_shape(height=m["height"], width=m["width"], num_frames=m["num_frames"])
+
+    def has(self, name: str) -> bool:
+        """Whether the prior records a file of this name."""
+        return name in self.metadata.get("files", {})
+
+
+# --- names and shapes ---------------------------------------------------------------------------------------
+
+
+def step_file(step: int) -> str:
+    """Name of the latents after `step`."""
+    return f"step_{step:04d}.pt"
+
+
+def noise_pred_file(step: int) -> str:
+    """Name of the guided velocity of `step`."""
+    return f"noise_pred_{step:04d}.pt"
+
+
+def step_files(step: int) -> tuple[str, str]:
+    """What there is of a step that is whole."""
+    return step_file(step), noise_pred_file(step)
+
+
+def leading_steps(names: Iterable[str], num_inference_steps: int) -> int:
+    """How many steps, from the first one on, have all their files among these."""
+    names = set(names)
+    lacking = (step for step in range(num_inference_steps) if not names.issuperset(step_files(step)))
+    return next(lacking, num_inference_steps)
+
+
+def denoised_file(step: int) -> str:
+    """Name of the video of what `step` points at."""
+    return f"denoised_{step:04d}.mp4"
+
+
+def latents_before_file(step: int) -> str:
+    """Name of the latents `step` starts from."""
+    return INITIAL_LATENTS_FILE if step == 0 else step_file(step - 1)
+
+
+def context_file(text: str) -> str:
+    """Name of an encoded prompt: the same text has the same name in every prior."""
+    return f"context_{hashlib.sha256(text.encode()).hexdigest()[:16]}.pt"
+
+
+def latents_shape(*, height: int, width: int, num_frames: int) -> tuple[int, ...]:
+    """[B, C, T, H, W] of the Wan2.1 latents of a video of this size (pixels, frames)."""
+    frames = (num_frames - 1) // TEMPORAL_FACTOR + 1
+    return (1, LATENT_CHANNELS, frames, height // SPATIAL_FACTOR, width // SPATIAL_FACTOR)
+
+
+def bytes_of_prior(settings: RunSettings) -> int:
+    """A safe upper bound of what a prior takes on disk, without its videos."""
+    shape = latents_shape(height=settings.height, width=settings.width, num_frames=settings.num_frames)
+    saved = 2 * settings.num_inference_steps + 4  # latents and velocity of each step, the noise, y
+    return saved * math.prod(shape) * 4 + 32 * 2**20
+
+
+def round_sizes(*, height: int, width: int, num_frames: int) -> dict[str, int]:
+    """The sizes WanVideoPipeline rounds these to, up and silently (`check_resize_height_width`)."""
+    pixels = 2 * SPATIAL_FACTOR  # the DiT's patches are 2 x 2 latents
+    return {
+        "height": math.ceil(height / pixels) * pixels,
+        "width": math.ceil(width / pixels) * pixels,
+        "num_frames": math.ceil((num_frames - 1) / TEMPORAL_FACTOR) * TEMPORAL_FACTOR + 1,
+    }
+
+
+def check_run_id(output_dir: Path, run_id: str | None) -> None:
+    """Refuse a run id that is taken.
+
+    Raises:
+        InputError: it is.
+    """
+    if run_id is not None and (output_dir / f"run_{run_id}").exists():
+        raise InputError(
+            f"{output_dir / f'run_{run_id}'} exists and is never overwritten; "
+            "choose another --run_id, remove it, or finish it with --resume"
+        )
+
+
+def create_run_dir(output_dir: Path, run_id: str | None) -> tuple[Path, str]:
+    """Make an empty `run_<id>` below `output_dir`; without an id, one from the clock that is still free.
+
+    Raises:
+        InputError: the id is taken, or the folder can't be written.
+    """
+    check_run_id(output_dir, run_id)
+    wanted = run_id or time.strftime("%Y%m%d_%H%M%S")
+    candidate, tries = wanted, 1
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        while True:
+            directory = output_dir / f"run_{candidate}"
+            try:
+                directory.mkdir()  # fails where it exists, also when two runs try at once
+                return directory, candidate
+            except FileExistsError:
+                check_run_id(output_dir, run_id)
+                tries += 1
+                candidate = f"{wanted}_{tries}"
+    except OSError as error:
+        raise InputError(
+            f"cannot write to {output_dir}: {error.strerror}; name a folder that can be written"
+        ) from error
+
+
+# --- whole files --------------------------------------------------------------------------------------------
+
+
+def check_files(prior: Prior, names: Iterable[str]) -> dict[str, str]:
+    """Compare files with their recorded SHA-256, and return it by name. A legacy prior recorded none.
+
+    Raises:
+        InputError: a file is missing, unreadable, leads out of the prior, or is not what was written.
+    """
+    digests = {}
+    for name in names:
+        path = prior.directory / name
+        if path.is_symlink():
+            raise InputError(f"{path} is a symbolic link; a prior holds its own files: copy the file there")
+        if not path.is_file():
+            raise InputError(f"{path} is missing; copy the prior again or make it again")
+        if not prior.is_legacy and not prior.has(name):
+            raise InputError(f"{METADATA_FILE} lists no {name}; the prior is incomplete: make it again")
+        try:
+            size, most = path.stat().st_size, largest_file(prior, name)
+            if size > most:
+                raise InputError(f"{path} has {size} bytes, expected at most {most}; make the prior again")
+            digests[name] = found = sha256_file(path)
+        except OSError as error:
+            raise InputError(f"cannot read {path}: {error.strerror}") from error
+        expected = found if prior.is_legacy else prior.metadata["files"][name]
+        if found != expected:
+            raise InputError(
+                f"{path} is damaged: its SHA-256 is {found[:12]}..., expected {expected[:12]}...; "
+                "copy the prior again or make it again"
+            )
+    return digests
+
+
+def largest_file(prior: Prior, name: str) -> int:
+    """A safe upper bound of a file's bytes, so that no time or memory goes into what can't be right."""
+    m = prior.metadata
+    if name.endswith(".pt"):  # a context of Wan2.1 has 8 MiB
+        return 2 * 4 * math.prod(prior.latents_shape) + 2**26
+    return m["height"] * m["width"] * 3 * (m["num_frames"] + 1) + 2**22
+
+
+def damaged_files(prior: Prior) -> dict[str, str]:
+    """What is wrong with the files the prior records, by name; see `check_files`."""
+    problems = {}
+    for name in prior.metadata["files"]:
+        try:
+            check_files(prior, [name])
+        except InputError as error:
+            problems[name] = str(error)
+    return problems
+
+
+def check_fingerprint(prior: Prior, found: Mapping[str, str]) -> None:
+    """Compare the weights, by component, with those the prior was made with.
+
+    A prior made without Skip-Cache records no skip_branch: it used none, so any will do.
+
+    Raises:
+        InputError: they differ.
+    """
+    for component, digest in () if prior.is_legacy else found.items():
+        recorded = prior.metadata["model_fingerprint"].get(component)
+        if recorded != digest and (component, recorded) != ("skip_branch", None):
+            raise InputError(
+                f"the {component} weights are not those the prior was made with (fingerprint {digest[:12]}, "
+                f"expected {str(recorded)[:12]}); name the right ones with --model_dir or make the prior "
+                "again"
+            )
+
+
+# --- tensors ------------------------------------------------------------------------------------------------
+
+
+def load_latents(prior: Prior, name: str) -> torch.Tensor:
+    """Load latents or a velocity, [B, C, T, H, W] in the prior's dtype, on the CPU.
+
+    Raises:
+        InputError: not a tensor, wrong shape or dtype, NaN or infinite values, or a pickle with code in it.
+    """
+    dtype = prior.metadata.get("dtype")
+    return load_tensor(prior.directory / name, shape=prior.latents_shape, dtype=dtype)
+
+
+def load_denoised(prior: Prior, step: int, *, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """The clean latents a step points at, latents - sigma * noise_pred: [B, C, T, H, W], on the CPU.
+
+    Args:
+        dtype: to compute in; None: the prior's.
+
+    Raises:
+        InputError: see `load_latents`.
+    """
+    latents, noise_pred = (
+        load_latents(prior, name).to(dtype=dtype)
+        for name in (latents_before_file(step), noise_pred_file(step))
+    )
+    return latents - prior.metadata["scheduler_sigmas"][step] * noise_pred
+
+
+def load_conditioning(prior: Prior, name: str) -> torch.Tensor:
+    """Load y, clip_feature or a context, in the prior's dtype and recorded shape, on the CPU.
+
+    Raises:
+        InputError: see `load_latents`.
+    """
+    m = prior.metadata
+    return load_tensor(prior.directory / name, shape=tuple(m["shapes"][name]), dtype=m["dtype"])
+
+
+# --- prompts that were encoded later ------------------------------------------------------------------------
+
+
+def kept_context_path(prior: Prior, text: str) -> Path:
+    """Where the context of a text is kept; one name per text, text encoder and dtype."""
+    content = "\0".join([str(text_encoder_of(prior)), str(prior.metadata.get("dtype")), text])
+    return (
+        prior.directory / CONTEXTS_FOLDER / f"{hashlib.sha256(content.encode()).hexdigest()[:16]}.safetensors"
+    )
+
+
+def text_encoder_of(prior: Prior) -> str | None:
+    """The fingerprint of the text encoder that a prior's contexts come from; an older prior records none."""
+    return prior.metadata.get("model_fingerprint", {}).get("text_encoder")
+
+
+def is_context_known(prior: Prior, text: str) -> bool:
+    """Whether a prior has a context of this text, its own or a kept one; its content isn't looked at."""
+    return prior.has(context_file(text)) or is_context_kept(prior, text)
+
+
+def is_context_kept(prior: Prior, text: str) -> bool:
+    """Whether a file of this text's context is in the prior; neither it nor its folder may be a link."""
+    file = kept_context_path(prior, text)
+    return not file.parent.is_symlink() and not file.is_symlink() and file.is_file()
+
+
+def load_context(prior: Prior, text: str) -> torch.Tensor | None:
+    """The kept context of a text, as the text encoder gave it, on the CPU; None: it has to be encoded."""
+    from safetensors import SafetensorError, safe_open
+
+    if text_encoder_of(prior) is None or not is_context_kept(prior, text):
+        return None
+    try:
+        with safe_open(kept_context_path(prior, text), framework="pt") as file:
+            header, context = file.metadata(), file.get_tensor("context")
+    except (SafetensorError, OSError):
+        return None
+    return context if header == _context_header(prior, text, context) else None
+
+
+def save_context(prior: Prior, text: str, context: torch.Tensor) -> None:
+    """Keep a context in its prior, whole or not at all; two processes may do so at once.
+
+    Not kept: NaN or infinite values, and what nothing could tell the text encoder of later.
+
+    Raises:
+        InputError: the folder is a link.
+        OSError: it can't be written.
+    """
+    import safetensors.torch
+    import torch
+
+    if text_encoder_of(prior) is None or not torch.isfinite(context).all():
+        return
+    target = folder_inside(prior.directory, CONTEXTS_FOLDER) / kept_context_path(prior, text).name
+    context = context.cpu().contiguous()
+    content = safetensors.torch.save({"context": context}, _context_header(prior, text, context))
+    target.parent.mkdir(exist_ok=True)
+    with replacing(target) as temporary:
+        temporary.write_bytes(content)
+
+
+def _context_header(prior: Prior, text: str, context: torch.Tensor) -> dict[str, str]:
+    """One entry, because safetensors writes several in any order, and the same context is the same file."""
+    entries = {
+        "text": text,
+        "text_encoder": text_encoder_of(prior),
+        "dtype": dtype_name(context),
+        "shape": list(context.shape),
+        "sha256": sha256_tensor(context),
+    }
+    return {"context": json.dumps(entries, ensure_ascii=False)}

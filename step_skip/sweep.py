@@ -1,0 +1,420 @@
+"""Many videos at once, as data: every prior x prompt x start step is a job of its own.
+
+A job knows its prior, its plan and where its video goes, and shares nothing with the others. Names are made
+from the choices, so the same command means the same files: what is there and whole is not made again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import re
+import statistics
+from collections.abc import Collection, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from step_skip.files import InputError, dtype_name, folder_inside, locked, sha256_file
+from step_skip.media import fit_image, read_image
+from step_skip.metadata import read_prior
+from step_skip.models import COMPONENTS, MODEL_NAMES
+from step_skip.plan import (
+    Choices,
+    Plan,
+    conditioning_files,
+    input_files,
+    latents_files,
+    make_plan,
+    needed_components,
+    settings_of,
+    velocity_files,
+)
+from step_skip.prior import (
+    IMAGE_FILE,
+    METADATA_FILE,
+    OUTPUT_FILE,
+    Prior,
+    check_files,
+    context_file,
+    is_context_known,
+    load_conditioning,
+    load_context,
+    load_latents,
+)
+
+if TYPE_CHECKING:
+    import torch
+    from PIL.Image import Image
+
+MAX_NAME_BYTES = 255  # of a file name, on every usual file system
+
+
+@dataclass(frozen=True)
+class Job:
+    """One video of a sweep; a single video is a sweep of one."""
+
+    prior: Prior
+    plan: Plan
+    path: Path  # the .mp4
+
+    @property
+    def report_path(self) -> Path:
+        """The JSON file beside the video."""
+        return self.path.with_suffix(".json")
+
+
+@dataclass(kw_only=True)
+class Inputs:
+    """What a prior's plans need besides the model: checked when it is made, then loaded, the rest encoded."""
+
+    prior_files: dict[str, str]  # SHA-256 by name
+    image: Image | None
+    image_sha256: str | None
+    tensors: dict[str, torch.Tensor] = field(default_factory=dict)  # by file name
+    contexts: dict[str, torch.Tensor] = field(default_factory=dict)  # by prompt
+
+
+@dataclass
+class Group:
+    """A prior with the videos to make from it, and what they need of it."""
+
+    prior: Prior
+    jobs: list[Job]
+    inputs: Inputs | None = None  # once they are checked
+
+    @property
+    def plans(self) -> list[Plan]:
+        return [job.plan for job in self.jobs]
+
+
+def all_jobs(groups: Iterable[Group]) -> list[Job]:
+    """The jobs of all priors, in order."""
+    return [job for group in groups for job in group.jobs]
+
+
+# --- from choices to jobs -----------------------------------------------------------------------------------
+
+
+def make_groups(
+    directories: Iterable[Path],
+    choices: Collection[Choices],
+    *,
+    output: Path | None = None,
+    output_dir: Path | None = None,
+    overwrite: bool = False,
+    is_sweep: bool = False,
+) -> list[Group]:
+    """Every prior with the videos that were chosen, each with its place; the same video once.
+
+    Args:
+        directories: the priors'.
+        output: of a single video; None: a name in the prior's outputs folder.
+        output_dir: of a sweep; None: one in the first prior's outputs folder.
+        is_sweep: put them into a folder of their own even where it is one.
+
+    Raises:
+        InputError: see `read_prior`, `make_plan` and `check_output`; priors that need different models; or an
+            output that doesn't fit what is asked for.
+    """
+    priors = [read_prior(directory) for directory in dict.fromkeys(directories)]
+    plans = [(prior, plan) for prior in priors for plan in make_plans(prior, choices)]
+    check_one_model(plans)
+    if len(plans) > 1 or is_sweep or output_dir is not None:
+        if output is not None:
+            raise InputError(f"--output names one video, and this makes {len(plans)}; use --output_dir")
+        paths = sweep_paths(plans, output_dir)
+    else:
+        [(prior, plan)] = plans
+        if output is not None:
+            check_output(output, prior, overwrite=overwrite)
+        paths = [output or free_output(plan, prior)]
+    jobs = [Job(prior, plan, path) for (prior, plan), path in zip(plans, paths, strict=True)]
+    return [Group(prior, [job for job in jobs if job.prior is prior]) for prior in priors]
+
+
+def make_plans(prior: Prior, choices: Iterable[Choices]) -> list[Plan]:
+    """The plans of one prior, each once: the same step may be named and chosen by `auto`."""
+    plans: dict[str, Plan] = {}
+    for each in choices:
+        plan = make_plan(each, prior)
+        name = video_name(plan)
+        if plan.auto or name not in plans:
+            plans[name] = plan
+    return list(plans.values())
+
+
+def check_one_model(plans: list[tuple[Prior, Plan]]) -> None:
+    """Refuse a model this version doesn't know, and priors of different models, weights or dtypes.
+
+    Raises:
+        InputError: with what differs.
+    """
+    first, first_plan = plans[0]
+    if first_plan.model not in MODEL_NAMES:
+        raise InputError(
+            f"the prior was made with the model {first_plan.model!r}, which this version doesn't know; a "
+            "prior of a pipeline of your own is used from Python (docs/python.md)"
+        )
+    for prior, plan in plans:
+        for name, one, other in (
+            ("model", first_plan.model, plan.model),
+            ("dtype", first_plan.dtype, plan.dtype),
+            ("lora", first_plan.lora, plan.lora),
+            ("model_fingerprint", recorded_weights(first), recorded_weights(prior)),
+        ):
+            if one != other:
+                raise InputError(
+                    f"{first.directory} and {prior.directory} differ in {name}, and a sweep loads one model; "
+                    "sweep them apart"
+                )
+
+
+def recorded_weights(prior: Prior) -> list[str] | None:
+    """The fingerprints of the components that every prior uses; an older one records none."""
+    recorded = prior.metadata.get("model_fingerprint")
+    return None if recorded is None else [recorded.get(name) for name in COMPONENTS]
+
+
+# --- where the videos go ------------------------------------------------------------------------------------
+
+
+def sweep_paths(plans: list[tuple[Prior, Plan]], folder: Path | None) -> list[Path]:
+    """Where the videos of a sweep go; without a folder into one named after all choices.
+
+    Raises:
+        InputError: a folder that is a prior, or priors of one name.
+    """
+    named: dict[str, Prior] = {}
+    for prior, plan in plans:
+        name = f"{slug(prior.metadata['run_id'])}_{video_name(plan)}.mp4"
+        if name in named:
+            same = f"{named[name].directory} and {prior.directory}"
+            raise InputError(f"{same} have the same run_id; sweep them apart")
+        named[name] = prior
+    if folder is None:
+        digest = hashlib.sha256("\n".join(named).encode()).hexdigest()[:8]
+        folder = folder_inside(plans[0][0].directory, "outputs", f"sweep_{digest}")
+    if (folder / METADATA_FILE).exists():
+        raise InputError(f"--output_dir {folder} is a prior; name another folder")
+    return [folder / name for name in named]
+
+
+@contextlib.contextmanager
+def sweep_folder(folder: Path) -> Iterator[None]:
+    """Make a sweep's folder and keep other writers out; what a killed one left half-written is cleared away.
+
+    Raises:
+        InputError: another process is at it, or it can't be written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with locked(folder):
+            yield
+    finally:
+        with contextlib.suppress(OSError):  # not empty: something was made
+            folder.rmdir()
+
+
+def check_output(path: Path, prior: Prior, *, overwrite: bool) -> None:
+    """Refuse an --output that no video can have; nothing is replaced unasked, the prior's own files never.
+
+    Raises:
+        InputError: with what is in the way.
+    """
+    if path.suffix != ".mp4":
+        raise InputError(f"--output {path}: expected a name that ends in .mp4")
+    report = path.with_suffix(".json")
+    if len(report.name.encode()) > MAX_NAME_BYTES:
+        raise InputError(
+            f"--output: a name of {len(path.name.encode())} bytes is too long; use a shorter one"
+        )
+    own = {METADATA_FILE, OUTPUT_FILE, *prior.metadata.get("files", {})}
+    inside = path.parent.exists() and path.parent.samefile(prior.directory)
+    if inside and own & {path.name.lower(), report.name.lower()}:  # some file systems ignore case
+        raise InputError(f"--output {path} would replace a file of the prior itself; choose another name")
+    taken = [each for each in (path, report) if each.exists()]
+    if taken and not overwrite:
+        raise InputError(f"--output: {taken[0]} exists; choose another name or add --overwrite")
+    if any(each.is_dir() for each in taken):
+        raise InputError(f"--output: {taken[0]} is a folder; choose another name")
+
+
+def free_output(plan: Plan, prior: Prior) -> Path:
+    """A name in the prior's outputs folder that tells steps and prompt, and that nothing has yet."""
+    stem, again = video_name(plan), 1
+    path = folder_inside(prior.directory, "outputs") / f"{stem}.mp4"
+    while path.exists() or path.with_suffix(".json").exists():
+        again += 1
+        path = path.with_name(f"{stem}_{again}.mp4")
+    return path
+
+
+def video_name(plan: Plan) -> str:
+    """A file name, without suffix, that tells steps and prompt, and differs for every choice."""
+    if plan.sigmas is not None:
+        start = f"sigma{plan.sigmas[0]:.3f}-{len(plan.sigmas)}steps"
+    elif plan.method == "resume":
+        start = f"step{plan.start_step:02d}"
+    elif len(plan.steps_to_run) <= 6:
+        start = "steps" + "-".join(map(str, plan.steps_to_run))
+    else:
+        start = f"{len(plan.steps_to_run)}steps"
+    digest = hashlib.sha256(json.dumps(describe_choices(plan)).encode()).hexdigest()[:8]
+    return f"{start}_{slug(plan.prompt)}_{digest}"
+
+
+def slug(text: str) -> str:
+    """A text's words in any script, as a part of a file name of at most 60 bytes."""
+    words = re.sub(r"\W+", "-", text.lower()).strip("-")
+    words = words.encode()[:60].decode(errors="ignore").strip("-")  # never half a character
+    return words or ("prompt" if text else "no-prompt")
+
+
+# --- what a prior gives -----------------------------------------------------------------------------------
+
+
+def read_inputs(group: Group) -> Inputs:
+    """Check every file that the plans of one prior need, and read the image; no tensor is loaded yet.
+
+    Raises:
+        InputError: something is missing, damaged, or not the prior's.
+    """
+    image = group.plans[0].image
+    names = dict.fromkeys(name for plan in group.plans for name in input_files(plan, group.prior))
+    return Inputs(
+        prior_files=check_files(group.prior, names),
+        image=None if image is None else read_identity_image(image, group.prior),
+        image_sha256=None if image is None else sha256_image(image),
+    )
+
+
+def sha256_image(image: Path | Image) -> str:
+    """SHA-256 of an image's file, or of its pixels where it has none, in hex."""
+    return sha256_file(image) if isinstance(image, Path) else hashlib.sha256(image.tobytes()).hexdigest()
+
+
+def load_inputs(group: Group) -> str:
+    """Load every tensor that the plans of one prior need, each once, and the contexts the prior knows.
+
+    Returns:
+        The latents' dtype, "bfloat16" for example.
+
+    Raises:
+        InputError: a file holds something else, or not in --dtype.
+    """
+    prior, inputs = group.prior, group.inputs
+    for plan in group.plans:
+        latents = [*latents_files(plan, prior), *velocity_files(plan)]
+        for names, load in ((latents, load_latents), (conditioning_files(plan, prior), load_conditioning)):
+            inputs.tensors.update((name, load(prior, name)) for name in names if name not in inputs.tensors)
+        found = dtype_name(inputs.tensors[latents[0]])
+        if plan.dtype not in (None, found):
+            raise InputError(f"--dtype {plan.dtype}: the prior's latents are {found}; leave the flag out")
+        for text in plan.texts:
+            own = inputs.tensors.get(context_file(text))
+            context = load_context(prior, text) if own is None else own
+            if context is not None:
+                inputs.contexts[text] = context
+    return found
+
+
+def read_identity_image(image: Path | Image, prior: Prior) -> Image:
+    """Read --image and compare it with the image the prior was made from, where the prior holds it.
+
+    Raises:
+        InputError: it can't be read, or is another.
+    """
+    sizes = {"width": prior.metadata["width"], "height": prior.metadata["height"]}
+    found = read_image(image, **sizes) if isinstance(image, Path) else fit_image(image, **sizes)
+    if not prior.is_legacy:
+        check_files(prior, [IMAGE_FILE])
+        own = prior.directory / IMAGE_FILE
+        if found.tobytes() != read_image(own, **sizes, label="the prior's image", exact=True).tobytes():
+            raise InputError(
+                f"--image {image} is not the image the prior was made from ({own}); "
+                "leave the flag out, or make a prior of this image"
+            )
+    return found
+
+
+# --- what is made already -----------------------------------------------------------------------------------
+
+
+def describe_choices(plan: Plan) -> dict[str, Any]:
+    """A plan's entries that decide the video, as they stand in a result's JSON; the image has a checksum."""
+    entries = dataclasses.asdict(plan)
+    del entries["image"], entries["auto"]
+    entries["steps_run"] = entries.pop("steps_to_run")
+    return {name: value for name, value in entries.items() if value is not None or name == "start_step"}
+
+
+def describe_settings(group: Group, plan: Plan) -> dict[str, Any]:
+    """The entries of a result's JSON that decide the video."""
+    inputs = group.inputs
+    return {
+        "prior_run_id": group.prior.metadata["run_id"],
+        "prior_files": {name: inputs.prior_files[name] for name in input_files(plan, group.prior)},
+        "image_sha256": inputs.image_sha256,
+        **dataclasses.asdict(settings_of(plan, group.prior)),
+        **describe_choices(plan),
+    }
+
+
+def is_made(job: Job, group: Group) -> bool:
+    """Whether the video is there and whole, and its JSON says it is the one this job would make."""
+    try:
+        found = json.loads(job.report_path.read_text(encoding="utf-8"))
+        expected = json.loads(
+            json.dumps(describe_settings(group, job.plan))
+        )  # tuples become lists, for example
+        same = all(found[name] == value for name, value in expected.items())
+        return same and found["video_sha256"] == sha256_file(job.path)
+    except (OSError, ValueError, TypeError, KeyError):
+        return False
+
+
+# --- what it will cost --------------------------------------------------------------------------------------
+
+
+def expected_seconds(job: Job) -> float | None:
+    """Denoising and decoding, from what the prior's own run took; None: it recorded nothing to go by."""
+    recorded = job.prior.metadata
+    try:
+        per_step = statistics.median(recorded["seconds_per_step"])
+        decode = recorded["seconds"].get("decode", 0.0)
+        per_forward = per_step / (1 if recorded["cfg_scale"] == 1 else 2)
+        return per_forward * job.plan.forwards + decode
+    except (KeyError, TypeError, AttributeError, ValueError):
+        return None
+
+
+def components_to_load(jobs: Iterable[Job]) -> list[str]:
+    """The parts of the model that jobs will load, as far as names tell: nothing is read."""
+    needed = set()
+    for job in jobs:
+        known = {text for text in job.plan.texts if is_context_known(job.prior, text)}
+        needed |= set(needed_components(job.plan, job.prior, known=known))
+    return [name for name in COMPONENTS if name in needed]
+
+
+def describe_job(job: Job, *, made: bool) -> str:
+    """A job as one line of JSON: its choices, what they cost, and whether the video is there already."""
+    data = {
+        "video": str(job.path),
+        "prior_dir": str(job.prior.directory),
+        **describe_choices(job.plan),
+        "forwards": job.plan.forwards,
+        "expected_seconds": expected_seconds(job),
+        "made": made,
+    }
+    return json.dumps(data, ensure_ascii=False)
+
+
+def summarize_jobs(jobs: Collection[Job]) -> str:
+    """What jobs cost together, for people: videos, forwards, seconds."""
+    forwards, seconds = sum(job.plan.forwards for job in jobs), [expected_seconds(job) for job in jobs]
+    time = "time unknown" if None in seconds else f"about {sum(seconds):.0f} s after loading and encoding"
+    return f"{len(jobs)} videos, {forwards} forwards, {time}"
