@@ -1,5 +1,5 @@
-# make demo: set up and watch a prior being made and two new prompts resumed from it (CPU, embedded model)
-# make test: set up and run the tests
+# make demo: set up, make a prior and three new clips from it, and print the page to open (CPU, embedded model)
+# make test: set up, lint, run the tests
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -7,25 +7,27 @@ FACE := data/tiny_wan_i2v/inputs/mila.png
 
 .PHONY: demo test lint browser
 demo: $(VENV)/installed
-	set -e; \
+	@set -e; \
 	prior=$$($(BIN)/python generate_prior.py --model tiny --image $(FACE) --prompt "she stays still"); \
-	left=$$($(BIN)/python infer_from_prior.py --prior_dir "$$prior" --prompt "she moves to the left"); \
-	talk=$$($(BIN)/python infer_from_prior.py --prior_dir "$$prior" --prompt "she speaks"); \
-	printf '%s\n' "prior: $$prior/output_full.mp4" "two new prompts:" "$$left" "$$talk"
+	sweep=$$($(BIN)/python infer_from_prior.py --prior_dir "$$prior" \
+	    --prompt "she moves to the left" "she speaks" "she comes closer"); \
+	printf '%s\n' "the prior and three new clips, side by side; open this page:" "$$sweep/index.html"
 
-test: $(VENV)/installed-tests lint browser
-	$(BIN)/python -m pytest tests
+test: $(VENV)/installed-tests lint
+	$(BIN)/python -m pytest -rs
 
-# Chromium, in which a sweep's page is tested; who can't install it goes without these tests
+# Chromium, in which the tests open a sweep's page; without it they are skipped
 browser:
 	@command -v chromium >/dev/null && command -v chromedriver >/dev/null || \
 	{ [ "$$(id -u)" = 0 ] && apt-get update -qq && \
 	DEBIAN_FRONTEND=noninteractive apt-get install -qq --no-install-recommends chromium chromium-driver; } || \
-	echo "no chromium and chromedriver: the page of a sweep is not tested in a browser" >&2
+	{ echo "chromium and chromedriver are not here, and could not be installed (that needs apt-get and root)" >&2; \
+	exit 1; }
 
 lint: $(VENV)/installed-tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 $(VENV)/installed: requirements.txt
 	$(PYTHON) -m venv $(VENV)
