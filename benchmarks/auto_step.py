@@ -296,7 +296,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         default=DEFAULT_TEXT_SHARE,
         help="the share to report every prior at (default: infer_from_prior.py's)",
     )
-    parser.add_argument("--output", type=Path, default=HERE / "results" / "auto_step")
+    parser.add_argument("--output", type=Path, default=HERE / "out" / "auto_step")
     parser.add_argument("--workers", type=int, default=2, help="processes (default: 2)")
     parser.add_argument("--report_only", action="store_true", help="only redo summary and plot")
     return parser.parse_args(argv)

@@ -430,12 +430,13 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=300)
     parser.add_argument("--damages", type=int, default=10_000)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=Path, default=HERE / "results" / "faults.json")
+    parser.add_argument("--output", type=Path, default=HERE / "out" / "faults.json")
     args = parser.parse_args()
     result: dict[str, Any] = {"seed": args.seed, "versions": installed_versions()}
 
     def note(**entries: object) -> None:
         result.update(entries)
+        args.output.parent.mkdir(parents=True, exist_ok=True)
         write_json(args.output, result)
 
     def note_damages(kinds: Counter) -> None:  # the first wrong one ends the campaign

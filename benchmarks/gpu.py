@@ -161,7 +161,7 @@ def main() -> None:
     )
     parser.add_argument("--image", type=Path, default=ROOT / "data" / "tiny_wan_i2v" / "inputs" / "mila.png")
     parser.add_argument("--runs", type=int, default=2, help="full-size runs of each kind (default: 2)")
-    parser.add_argument("--output", type=Path, default=HERE / "results" / "gpu.json")
+    parser.add_argument("--output", type=Path, default=HERE / "out" / "gpu.json")
     args = parser.parse_args()
     import torch
 

@@ -3,7 +3,7 @@
     python benchmarks/hook_cost.py --runs 20
 
 Both in one process on one loaded model, in turn, after a warm-up; prints the median of the ratios pair by
-pair and writes results/hook_cost.json. The video file is left out of both: the bare call writes none.
+pair and writes --output. The video file is left out of both: the bare call writes none.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def main() -> None:
     )
     parser.add_argument("--runs", type=int, default=20)
     parser.add_argument("--image", type=Path, default=ROOT / "data" / "tiny_wan_i2v" / "inputs" / "mila.png")
-    parser.add_argument("--output", type=Path, default=HERE / "results" / "hook_cost.json")
+    parser.add_argument("--output", type=Path, default=HERE / "out" / "hook_cost.json")
     own, flags = parser.parse_known_args()
     args = generate_prior.parse_args(["--model", "tiny", "--image", str(own.image), *flags])
     args.device = pick_device(args.model, args.device)

@@ -221,7 +221,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--identities", type=int, default=100, help="unseen identities (default: 100)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="noises per identity (default: 0)")
     parser.add_argument("--methods", choices=SETS, default="all", help="which to compare (default: all)")
-    parser.add_argument("--output", type=Path, default=HERE / "results" / "promise")
+    parser.add_argument("--output", type=Path, default=HERE / "out" / "promise")
     parser.add_argument("--workers", type=int, default=2, help="processes (default: 2)")
     parser.add_argument("--report_only", action="store_true", help="only redo summary and plots")
     return parser.parse_args(argv)

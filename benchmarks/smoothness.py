@@ -85,7 +85,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--identities", type=int, default=20, help="unseen identities (default: 20)")
     parser.add_argument("--clips", type=int, default=4, help="clips of each (default: 4)")
     parser.add_argument("--model_dir", type=Path, help="the model's folder (default: data/tiny_wan_i2v)")
-    parser.add_argument("--output", type=Path, default=HERE / "results" / "cheaper")
+    parser.add_argument("--output", type=Path, default=HERE / "out" / "cheaper")
     args = parser.parse_args(argv)
     options = LoadOptions("tiny", "cpu", "float32", model_dir=args.model_dir)
     pipe = load_pipeline(options, weight_files(options, ALL_COMPONENTS))

@@ -5,7 +5,7 @@
 Runs the command line as a user does, each side with its own copy of one prior that has met none of the
 prompts, and checks that both sides end in the same latents and the same videos, byte for byte. Then the sweep
 again into another folder, when every prompt is known, and into the same one, when every video is there. At
-last a sweep that is killed at ten random moments and run to its end. Writes results/sweep.json.
+last a sweep that is killed at ten random moments and run to its end. Writes --output.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ def main() -> None:
     parser.add_argument("--prompts", nargs="+", default=PROMPTS)
     parser.add_argument("--start_steps", nargs="+", type=int, default=START_STEPS)
     parser.add_argument("--kills", type=int, default=10)
-    parser.add_argument("--output", type=Path, default=HERE / "results" / "sweep.json")
+    parser.add_argument("--output", type=Path, default=HERE / "out" / "sweep.json")
     args = parser.parse_args()
     work = Path(tempfile.mkdtemp())
     made, prior_seconds = timed(

@@ -215,7 +215,8 @@ def test_another_image_than_the_prior(prior_copy, infer, refused, tmp_path):
 
 
 def test_the_same_image_again_is_fine(prior, infer, image, tmp_path):
-    assert infer(prior, "--image", image, "--output", tmp_path / "video.mp4").code == 0
+    outcome = infer(prior, "--image", image, "--output", tmp_path / "video.mp4")
+    assert outcome.report["latents_sha256"] == read_json(prior / "run_metadata.json")["latents_sha256"]
 
 
 def test_a_bad_image_of_the_priors_own_is_called_so(prior_copy, infer, refused, image):
@@ -649,4 +650,4 @@ def test_the_error_line_is_one_line_whatever_the_prior_says(prior_copy, infer, r
 def test_metadata_in_other_words_of_json_is_read(prior_copy, infer):
     metadata = read_json(prior_copy / "run_metadata.json")
     (prior_copy / "run_metadata.json").write_text(json.dumps(metadata, indent=7, ensure_ascii=True))
-    assert infer(prior_copy).code == 0
+    assert infer(prior_copy).report["latents_sha256"] == metadata["latents_sha256"]

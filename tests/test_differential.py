@@ -211,3 +211,25 @@ def test_a_prior_says_whether_it_was_made_with_a_prompt(generate, image, prior) 
     assert read_json(prior / "run_metadata.json")["prior_kind"] == "prompted"
     neutral = generate("--image", image, "--num_inference_steps", 1).path
     assert read_json(neutral / "run_metadata.json")["prior_kind"] == "neutral"
+
+
+def test_the_start_step_a_prior_was_made_with_is_where_it_is_resumed(make_prior, run, model_dir, tmp_path):
+    """Unless told otherwise; a prior made without it is run differentially."""
+    chosen = make_prior("--start_step", "3")
+
+    def steps_run(prior, *flags):
+        path = tmp_path / f"{len(list(tmp_path.iterdir()))}.mp4"
+        common = ("--prior_dir", prior, "--model_dir", model_dir, "--output", path)
+        return run("infer_from_prior", *common, *flags).report["steps_run"]
+
+    assert steps_run(chosen) == [4, 5, 6, 7, 8, 9]
+    assert steps_run(chosen, "--num_steps", 2) == [1, 7]
+    assert steps_run(make_prior()) == [0, 5, 8]
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"), [((), "14% (20% if its prior holds still)"), (("--prompt", ""), "69%")]
+)
+def test_the_warning_of_a_late_step_tells_what_was_measured(make_prior, infer, tmp_path, flags, words):
+    outcome = infer(make_prior(*flags), "--prompt", "Else.", "--output", tmp_path / "video.mp4")
+    assert f"after 6 of 10, {words} of the embedded model's clips obeyed" in outcome.err

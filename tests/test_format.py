@@ -593,11 +593,12 @@ def test_an_older_prior_warns_of_what_could_not_be_checked(older_prior, infer, i
         assert word in warnings[0]
 
 
-def test_an_older_prior_ignores_entries_of_other_types(older_prior, infer, image):
+def test_an_older_prior_ignores_entries_of_other_types(prior, older_prior, infer, image):
     path = older_prior / "run_metadata.json"
     junk = {"start_step": "6", "files": 3, "model": [], "cfg_scale": "5", "prompt": 1, "model_fingerprint": 0}
     path.write_text(json.dumps(read_json(path) | junk))
-    assert infer(older_prior, "--model", "tiny", "--image", image, "--prompt", PROMPT).code == 0
+    outcome = infer(older_prior, "--model", "tiny", "--image", image, "--prompt", PROMPT)
+    assert outcome.report["latents_sha256"] == read_json(prior / "run_metadata.json")["latents_sha256"]
 
 
 def test_an_older_prior_may_record_the_sizes_that_were_asked_for(older_prior, infer, image):
@@ -605,3 +606,15 @@ def test_an_older_prior_may_record_the_sizes_that_were_asked_for(older_prior, in
     path.write_text(json.dumps(read_json(path) | {"height": SIZE - 1, "num_frames": FRAMES - 1}))
     outcome = infer(older_prior, "--model", "tiny", "--image", image, "--prompt", PROMPT)
     assert (outcome.report["height"], outcome.report["num_frames"]) == (SIZE, FRAMES)
+
+
+def test_verify_looks_at_every_prior(prior, prior_copy, run, tmp_path):
+    """Also at those after one that can't be read."""
+    (tmp_path / "no_prior").mkdir()
+    (prior_copy / "step_0004.pt").unlink()
+    outcome = run("infer_from_prior", "--verify", "--prior_dir", tmp_path / "no_prior", prior_copy, prior)
+    assert outcome.code == 2
+    assert "1 of 3 priors cannot be read and 1 files are damaged" in outcome.error
+    assert "no_prior holds no run_metadata.json" in outcome.err
+    assert "it can be resumed after steps 0-3, 5-9" in outcome.err
+    assert f"{prior}: " in outcome.err

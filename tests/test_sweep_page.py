@@ -365,3 +365,15 @@ def test_a_video_that_went_missing_says_so(browser, page, results):
     assert "after step 6" in note.find_element("xpath", "..").text
     wait_until(browser, "return time > 0.3", message="the others wait")
     browser.get_log("browser")  # Chromium reports the file it didn't find
+
+
+def test_own_sigmas_are_told_apart(page, results):
+    """Two schedules of as many steps are two columns, named by their sigmas, never "after step -1"."""
+    for name, sigmas in (("a", [1.0, 0.5]), ("b", [1.0, 0.25])):
+        changes = {"method": "sigmas", "start_step": -1, "steps_run": [0, 1], "sigmas": sigmas}
+        add_result(results, name, **changes)
+    add_result(results, "older", method="resume", start_step=-1, steps_run=[0, 1], sigmas=[0.9, 0.3])
+    text = (page(), (results / "index.html").read_text())[1]
+    for words in ("sigmas 1 0.5", "sigmas 1 0.25", "sigmas 0.9 0.3"):
+        assert f"<b>{words}</b>" in text
+    assert "after step -1" not in text
