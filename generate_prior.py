@@ -17,7 +17,6 @@ import argparse
 import contextlib
 import dataclasses
 import logging
-import re
 import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -243,8 +242,6 @@ def read_prior_choices(args: argparse.Namespace) -> PriorChoices:
             "--input_video is not used at --denoising_strength 1: give a strength below 1, 0.7 say"
         )
     for run_id in args.run_id or ():
-        if not re.fullmatch(r"[\w.-]+", run_id, flags=re.ASCII):
-            raise InputError(f"--run_id {run_id!r}: use letters, digits, . _ and - only")
         check_run_id(args.output_dir, run_id)
     return choices
 
@@ -289,8 +286,7 @@ def read_wanted(args: argparse.Namespace, settings: RunSettings) -> list[Wanted]
     for run_id in run_ids:
         if run_id is not None and run_ids.count(run_id) > 1:
             raise InputError(f"--run_id {run_id}: given twice; every prior needs its own")
-    sizes = {"width": settings.width, "height": settings.height}
-    images = [read_image(path, **sizes) for path in args.image]
+    images = [read_image(path, width=settings.width, height=settings.height) for path in args.image]
     return [Wanted(*each) for each in zip(images, prompts, run_ids, strict=True)]
 
 
@@ -311,7 +307,9 @@ def make_priors(args: argparse.Namespace) -> list[Path]:
     options = dataclasses.replace(cli.load_options(args), device=pick_device(args.model, args.device))
     planned = Prior(args.output_dir, plan_prior(options, choices))
     settings = planned.settings
-    videos = 1 + settings.num_inference_steps * args.save_decoded_videos
+    rounded = {name: getattr(settings, name) for name in ("height", "width", "num_frames")}
+    choices = dataclasses.replace(choices, **rounded)
+    videos = 1 + (settings.num_inference_steps if args.save_decoded_videos else 0)
     if args.download_example:
         args.image = [download_example()]
     check_folder(args.output_dir, len(args.image) * bytes_needed(settings, videos=videos))
@@ -447,11 +445,11 @@ def command_line(args: argparse.Namespace, name: str, *words: object) -> str:
     script = Path(__file__).resolve().with_name(name)
     if script.is_relative_to(Path.cwd()):
         script = script.relative_to(Path.cwd())
-    words = ["python", script, *words]
+    parts: list[object] = ["python", script, *words]
     for flag, default in (("model_dir", None), ("device", None), ("vram", "auto")):
         if getattr(args, flag) != default:
-            words += [f"--{flag}", getattr(args, flag)]
-    return shlex.join(map(str, words))
+            parts += [f"--{flag}", getattr(args, flag)]
+    return shlex.join(map(str, parts))
 
 
 def main(argv: list[str] | None = None) -> str:

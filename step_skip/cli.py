@@ -19,9 +19,9 @@ import math
 import re
 import signal
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NoReturn, TextIO
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from tqdm import tqdm
 
@@ -29,6 +29,9 @@ from step_skip.files import DTYPES, DiskError, InputError, RunError
 from step_skip.metadata import LIMITS, MAX_STEPS, is_utf8
 from step_skip.models import MODEL_NAMES, LoadOptions, Lora, parse_lora
 from step_skip.plan import AUTO, Choices
+
+if TYPE_CHECKING:
+    from _typeshed import SupportsWrite
 
 DISK_ERRORS = (  # the disk's or the user's fault, not the program's
     errno.ENOSPC,
@@ -127,7 +130,7 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, description: str):
         super().__init__(description=description, formatter_class=HelpFormatter, allow_abbrev=False)
 
-    def print_help(self, file: TextIO | None = None) -> None:
+    def print_help(self, file: SupportsWrite[str] | None = None) -> None:
         """To stdout, which `run_script` keeps for results: here the help is what was asked for."""
         super().print_help(file or sys.__stdout__)
 
@@ -339,7 +342,7 @@ def read_choices(args: argparse.Namespace) -> list[Choices]:
     return [each for line in lines or [{}] for each in _choices_of_line(given, line)]
 
 
-def _choices_of_line(given: dict[str, Any], line: Mapping[str, Any]) -> Iterator[Choices]:
+def _choices_of_line(given: dict[str, Any], line: dict[str, Any]) -> Iterator[Choices]:
     """One start step at a time."""
     if line.keys() & set(METHOD_FLAGS):
         given = given | dict.fromkeys(METHOD_FLAGS)

@@ -20,16 +20,15 @@ import re
 import secrets
 import shutil
 import stat
+import sys
 import tempfile
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-try:
+if sys.platform != "win32":
     import fcntl
-except ImportError:  # Windows
-    fcntl = None
 
 if TYPE_CHECKING:
     import torch
@@ -218,7 +217,7 @@ def _removed_at_the_end(path: Path) -> Iterator[None]:
 
 def _take(descriptor: int) -> bool:
     """Lock an open file; False where another process has it, or had it until it was deleted."""
-    if fcntl is None:
+    if sys.platform == "win32":  # has no flock
         return True
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -30,11 +30,12 @@ from step_skip.models import (
     describe_loras,
     model_defaults,
 )
-from step_skip.plan import SCHEDULE_FLAGS, PriorChoices, check_prior_choices, choose_cheaper
+from step_skip.plan import PriorChoices, check_prior_choices, choose_cheaper
 from step_skip.prior import (
     IMAGE_FILE,
     INITIAL_LATENTS_FILE,
     OUTPUT_FILE,
+    SCHEDULE_FLAGS,
     Prior,
     check_files,
     context_file,
@@ -58,7 +59,6 @@ if TYPE_CHECKING:
 
     from step_skip.pipeline import Clock, Conditioning, RunResult
     from step_skip.schedule import ProgressCallback, Step
-
 
 log = logging.getLogger(__name__)
 
@@ -96,20 +96,19 @@ def generate_prior(
     """
     from step_skip.pipeline import Clock
 
-    model, output_dir = model_of(pipe), Path(output_dir)
+    model = model_of(pipe)
     with contextlib.redirect_stdout(sys.stderr):
         metadata = plan_prior(model.options, PriorChoices(**choices))
         if (input_video is None) != (metadata["denoising_strength"] == 1):
             raise InputError("denoising_strength is below 1 where there is an input_video, and only there")
         size = {"width": metadata["width"], "height": metadata["height"]}
-        fitted = (
-            fit_image(image, **size) if not isinstance(image, str | Path) else read_image(Path(image), **size)
-        )
+        source = Path(image) if isinstance(image, str) else image
+        fitted = read_image(source, **size) if isinstance(source, Path) else fit_image(source, **size)
         model.require("image_encoder", "see the image")
         clock = Clock()
         clock.include({"load": model.seconds})
-        directory, run_id = create_run_dir(output_dir, run_id)
-        begun = {
+        directory, run_id = create_run_dir(Path(output_dir), run_id)
+        begun: dict[str, Any] = {
             "run_id": run_id,
             "prompt": prompt,
             "prior_kind": "prompted" if prompt else "neutral",
@@ -154,18 +153,14 @@ def plan_prior(options: LoadOptions, choices: PriorChoices) -> dict[str, Any]:
     wanted = {name: chosen[name] for name in ("height", "width", "num_frames")}
     sizes = round_sizes(**wanted)
     if sizes != wanted:
-        log.info(
-            "size rounded up to {width} x {height} pixels, {num_frames} frames, as the model needs".format(
-                **sizes
-            )
-        )
-    cheaper = ("skip_cache", "tea_cache_l1_thresh", "tea_cache_model_id")
-    cheaper = choose_cheaper(options.model, **{name: chosen[name] for name in cheaper})
+        size = f"{sizes['width']} x {sizes['height']} pixels, {sizes['num_frames']} frames"
+        log.info(f"size rounded up to {size}, as the model needs")
+    cheaper_names = ("skip_cache", "tea_cache_l1_thresh", "tea_cache_model_id")
+    cheaper = choose_cheaper(options.model, **{name: chosen[name] for name in cheaper_names})
     schedule = {name: chosen[name] for name in SCHEDULE_FLAGS}
     timesteps, sigmas = compute_schedule(**schedule)
     check_distinct(timesteps)
     names = ("cfg_scale", "seed", "negative_prompt", "fps", "stop_after", "save_decoded_videos")
-    start_step = choices.start_step
     return {
         **schedule,
         **sizes,
@@ -173,8 +168,8 @@ def plan_prior(options: LoadOptions, choices: PriorChoices) -> dict[str, Any]:
         **cheaper,
         "scheduler_timesteps": timesteps,
         "scheduler_sigmas": sigmas,
-        "start_step": recommended_start_step(len(sigmas)) if start_step is None else start_step,
-        "start_step_chosen": start_step is not None,
+        "start_step": given.get("start_step", recommended_start_step(len(sigmas))),
+        "start_step_chosen": "start_step" in given,
         "model": options.model,
         "lora": describe_loras(options.loras),
         "dtype": options.dtype,
@@ -230,9 +225,9 @@ def start_files(metadata: Mapping[str, Any]) -> dict[str, str]:
 def video_files(metadata: Mapping[str, Any], last_step: int) -> dict[str, int | None]:
     """The videos of a prior that ends with `last_step`; one stopped early shows what that step points at."""
     stopped = last_step < metadata["num_inference_steps"] - 1
-    estimates = range(last_step + 1) if metadata["save_decoded_videos"] else [last_step] * stopped
-    videos = {denoised_file(step): step for step in estimates}
-    return videos if stopped else {OUTPUT_FILE: None} | videos
+    estimates = range(last_step + 1) if metadata["save_decoded_videos"] else [last_step] if stopped else []
+    videos: dict[str, int | None] = {} if stopped else {OUTPUT_FILE: None}
+    return videos | {denoised_file(step): step for step in estimates}
 
 
 def what_is_left(prior: Prior) -> Left:
@@ -285,7 +280,7 @@ def check_same_machine(prior: Prior, device: str) -> None:
     Raises:
         InputError: other versions, another device, or on a CPU another number of threads.
     """
-    names = ["torch", "diffsynth", "device_name"] + ["num_threads"] * (device == "cpu")
+    names = ["torch", "diffsynth", "device_name", *(["num_threads"] if device == "cpu" else [])]
     for name, now, then in differences_since(prior.metadata, device, names):
         raise InputError(
             f"{name} is {now} here and was {then!r} when {prior.directory} was begun, so "
@@ -375,28 +370,27 @@ def run_steps_left(
         if report is not None:
             report(step)
 
-    ends = {
-        "stop_after": left.last_step if left.last_step < settings.num_inference_steps - 1 else None,
-        "on_step": save_and_report,
-        "progress": progress,
-    }
+    run: Callable[..., RunResult]
     if left.start_step is None:
-        return run_full(
-            pipe,
-            settings,
+        if image is None:
+            raise ValueError("a run from its beginning needs the image")
+        run = functools.partial(
+            run_full,
             prompt=m["prompt"],
             negative_prompt=m["negative_prompt"],
             input_image=image,
             input_video=input_video,
-            on_start=lambda latents, conditioning: save_start(writer, latents, conditioning),
-            **ends,
+            on_start=functools.partial(save_start, writer),
         )
-    latents, conditioning = load_start(writer.prior)
-    if left.start_step >= 0:
-        latents = load_latents(writer.prior, step_file(left.start_step))
-    return run_from(
-        pipe, settings, start_step=left.start_step, latents=latents, conditioning=conditioning, **ends
-    )
+    else:
+        latents, conditioning = load_start(writer.prior)
+        if left.start_step >= 0:
+            latents = load_latents(writer.prior, step_file(left.start_step))
+        run = functools.partial(
+            run_from, start_step=left.start_step, latents=latents, conditioning=conditioning
+        )
+    stop_after = left.last_step if left.last_step < settings.num_inference_steps - 1 else None
+    return run(pipe, settings, stop_after=stop_after, on_step=save_and_report, progress=progress)
 
 
 def save_start(writer: PriorWriter, latents: torch.Tensor, conditioning: Conditioning) -> None:
@@ -412,10 +406,14 @@ def load_start(prior: Prior) -> tuple[torch.Tensor, Conditioning]:
     """The initial latents, [B, C, T, H, W], and the conditioning, as they were saved."""
     from step_skip.pipeline import Conditioning
 
-    tensors = {"context_nega": None}
-    for field, name in start_files(prior.metadata).items():
-        tensors[field] = load_conditioning(prior, name)
-    return tensors.pop("latents"), Conditioning(**tensors)
+    files = start_files(prior.metadata)
+    tensors = {field: load_conditioning(prior, name) for field, name in files.items()}
+    return tensors["latents"], Conditioning(
+        y=tensors["y"],
+        clip_feature=tensors["clip_feature"],
+        context_posi=tensors["context_posi"],
+        context_nega=tensors.get("context_nega"),
+    )
 
 
 def save_step(writer: PriorWriter, step: Step) -> None:

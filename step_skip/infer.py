@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import logging
 import sys
 import time
 import traceback
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from tqdm import tqdm
 
@@ -41,7 +42,7 @@ from step_skip.sweep import (
     Job,
     all_jobs,
     describe_settings,
-    expected_seconds,
+    expected_seconds_of_each,
     load_inputs,
     read_inputs,
 )
@@ -97,7 +98,7 @@ def infer_from_prior(
     cfg_scale: float | Sequence[float] | None = None,
     steps: Sequence[int] | None = None,
     num_steps: int | None = None,
-    start_step: int | str | None = None,
+    start_step: int | Literal["auto"] | None = None,
     num_steps_after: int | None = None,
     text_share: float | None = None,
     sigmas: Sequence[float] | None = None,
@@ -208,19 +209,18 @@ def run_jobs(groups: Sequence[Group], *, options: LoadOptions) -> dict[Path, Exc
         for plan in group.plans
         for name in needed_components(plan, group.prior, known=group.inputs.contexts.keys())
     }
-    model = load_components(
-        options,
-        [name for name in ALL_COMPONENTS if name in needed],
-        check=lambda found: [check_fingerprint(group.prior, found) for group in groups],
-    )
+
+    def check_all(found: Mapping[str, str]) -> None:
+        for group in groups:
+            check_fingerprint(group.prior, found)
+
+    model = load_components(options, [name for name in ALL_COMPONENTS if name in needed], check=check_all)
     clock.add("load")
     encode_new(groups, model)
     release(model.pipe, ENCODERS)
     clock.add("encode")
     shared = {phase: clock.seconds[phase] / len(jobs) for phase in ("load", "encode")}
-    costs = [expected_seconds(job) for job in jobs]
-    if None in costs:
-        costs = [job.plan.forwards + 1 for job in jobs]
+    costs = expected_seconds_of_each(jobs) or [job.plan.forwards + 1 for job in jobs]
     failed: dict[Path, Exception] = {}
     bar_format = "{desc}{percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
     with tqdm(total=sum(costs), smoothing=0, bar_format=bar_format, disable=len(jobs) == 1) as bar:
@@ -269,7 +269,8 @@ def encode_new(groups: Iterable[Group], model: Model) -> None:
                 own.contexts[text] = encoded[text]
                 keep_context(prior, text, encoded[text])
         runs = any(plan.steps_to_run for plan in group.plans)
-        if prior.is_legacy and runs and not own.tensors.keys() & set(IDENTITY_FILES):
+        lacks_identity = prior.is_legacy and not own.tensors.keys() & set(IDENTITY_FILES)
+        if runs and lacks_identity and own.image is not None:  # an older prior's plans name one
             model.require("image_encoder", "encode the image")
             identity = encode_image(model.pipe, own.image, num_frames=prior.metadata["num_frames"])
             own.tensors.update((f"{name}.pt", tensor) for name, tensor in identity.items())
@@ -316,19 +317,20 @@ def run_plan(
     prior, tensors = group.prior, group.inputs.tensors
     settings = settings_of(plan, prior)
     latents = [tensors[name] for name in latents_files(plan, prior)]
-    common = {
-        "conditioning": conditioning_of(plan, group.inputs) if plan.steps_to_run else None,
-        "on_step": reporting_to(callback, plan.steps_to_run),
-        "progress": progress,
-    }
-    if plan.method == "sigmas":
+    on_step = reporting_to(callback, plan.steps_to_run)
+    conditioning = conditioning_of(plan, group.inputs) if plan.steps_to_run else None
+    run: Callable[..., RunResult]
+    if plan.sigmas is not None:
         begin = between(latents[0], latents[-1], part_of_step(plan, prior))
-        return run_on_sigmas(pipe, settings, sigmas=plan.sigmas, latents=begin, **common)
-    if plan.method == "resume":
-        return run_from(pipe, settings, start_step=plan.start_step, latents=latents[0], **common)
-    velocities = [tensors[name] for name in velocity_files(plan)]
-    trajectory = Trajectory(plan.steps_to_run, latents, velocities)
-    return run_differential(pipe, settings, trajectory=trajectory, **common)
+        run = functools.partial(run_on_sigmas, sigmas=plan.sigmas, latents=begin)
+    elif plan.start_step is not None:
+        run = functools.partial(run_from, start_step=plan.start_step, latents=latents[0])
+    else:
+        velocities = [tensors[name] for name in velocity_files(plan)]
+        run = functools.partial(
+            run_differential, trajectory=Trajectory(plan.steps_to_run, latents, velocities)
+        )
+    return run(pipe, settings, conditioning=conditioning, on_step=on_step, progress=progress)
 
 
 def between(begin: torch.Tensor, end: torch.Tensor, part: float) -> torch.Tensor:

@@ -40,6 +40,7 @@ from step_skip.prior import Prior, check_fingerprint
 if TYPE_CHECKING:
     import torch
     from diffsynth.models.wan_video_text_encoder import HuggingfaceTokenizer
+    from diffsynth.models.wan_video_vae import WanVideoVAE
     from diffsynth.pipelines.wan_video import WanVideoPipeline
 
 log = logging.getLogger(__name__)
@@ -116,13 +117,8 @@ def installed_versions() -> dict[str, Any]:
 
     import torch
 
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "diffsynth": version("diffsynth"),
-        "numpy": version("numpy"),
-        "pillow": version("pillow"),
-    }
+    packages = {name: version(name) for name in ("diffsynth", "numpy", "pillow")}
+    return {"python": platform.python_version(), "torch": torch.__version__, **packages}
 
 
 def differences_since(
@@ -261,10 +257,11 @@ def fingerprint_parameters(module: torch.nn.Module, *, samples: int = 16) -> str
     """
     import torch
 
-    digest = hashlib.sha256()
-    for name, values in sorted(module.named_parameters()):
-        if values.is_meta or values.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-            return UNVERIFIED
+    digest, known = hashlib.sha256(), (torch.float32, torch.bfloat16, torch.float16)
+    parameters = sorted(module.named_parameters())
+    if not parameters or any(values.is_meta or values.dtype not in known for _, values in parameters):
+        return UNVERIFIED
+    for name, values in parameters:
         name = name.replace("_orig_mod.", "").replace(".module.", ".")
         flat = values.detach().flatten()
         places = torch.linspace(0, len(flat) - 1, min(samples, len(flat)), dtype=torch.float64).long()
@@ -333,13 +330,12 @@ def _load_real(options: LoadOptions, files: Mapping[str, list[Path]]) -> WanVide
         vram_limit = torch.cuda.mem_get_info(options.device)[1] / 2**30 - 2
     names = [[str(path) for path in paths] for paths in files.values()]
     configs = [ModelConfig(path=each if len(each) > 1 else each[0], **offload) for each in names]
+    tokenizer = ModelConfig(path=str(tokenizer_folder(options))) if "text_encoder" in files else None
     return WanVideoPipeline.from_pretrained(
         torch_dtype=dtype,
         device=options.device,
         model_configs=configs,
-        tokenizer_config=(
-            ModelConfig(path=str(tokenizer_folder(options))) if "text_encoder" in files else None
-        ),
+        tokenizer_config=tokenizer,
         vram_limit=vram_limit,
     )
 
@@ -395,9 +391,8 @@ def load_tiny_modules(
 
     modules = build_tiny(read_tiny_config(folder), only=[name for name in COMPONENTS if name in only])
     for name, module in modules.items():
-        weights = {
-            key: value.float() for key, value in load_file(Path(folder) / f"{name}.safetensors").items()
-        }
+        stored = load_file(Path(folder) / f"{name}.safetensors")
+        weights = {key: value.float() for key, value in stored.items()}
         if name == "vae":
             set_latent_statistics(module, weights.pop("mean"), weights.pop("std"))
         module.load_state_dict(weights)
@@ -406,7 +401,7 @@ def load_tiny_modules(
     return modules
 
 
-def set_latent_statistics(vae: torch.nn.Module, mean: torch.Tensor, std: torch.Tensor) -> None:
+def set_latent_statistics(vae: WanVideoVAE, mean: torch.Tensor, std: torch.Tensor) -> None:
     """Per-channel mean and std of the latents, plain attributes of WanVideoVAE. mean, std: [z_dim]"""
     vae.mean, vae.std = mean, std
     vae.scale = [mean, 1.0 / std]
@@ -418,9 +413,8 @@ def _build_dit(config: dict) -> torch.nn.Module:
     sizes = dict(config["dit"])
     sizes["patch_size"] = tuple(sizes["patch_size"])
     dit = WanModel(**sizes)
-    dit.img_emb = MLP(
-        config["image_encoder"]["vision_dim"], sizes["dim"]
-    )  # WanModel's own takes 1280 channels
+    # WanModel's own takes 1280 channels
+    dit.img_emb = MLP(config["image_encoder"]["vision_dim"], sizes["dim"])
     return dit
 
 

@@ -6,7 +6,7 @@ import errno
 import logging
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from step_skip.files import InputError, replacing
 from step_skip.prior import RunSettings
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "TIFF", "BMP")  # Pillow hands others to programs
+THUMB_HEIGHT = 96  # pixels
 MIN_IMAGE_SIDE = 16  # pixels; anything smaller is no picture
 
 
@@ -101,7 +102,8 @@ def write_video(frames: list[Image], path: Path, *, fps: float) -> None:
     cut_off = OSError(errno.EIO, "ffmpeg wrote only a part of it, its own message is above", str(path))
     with replacing(path) as temporary:
         try:
-            with imageio.get_writer(temporary, fps=fps, quality=8) as writer:
+            writer = imageio.get_writer(temporary, fps=fps, quality=8)
+            with writer:
                 for frame in frames:
                     writer.append_data(np.asarray(frame))
         except OSError as error:
@@ -126,3 +128,36 @@ def is_whole_mp4(path: Path) -> bool:
             place += max(8, int.from_bytes(head[8:], "big") if length == 1 else length)
             kinds.add(head[4:8])
     return place == size and b"moov" in kinds
+
+
+def read_thumbs(path: Path, *, num_frames: int | None) -> list[Image]:
+    """First, middle and last frame of a video, THUMB_HEIGHT pixels high.
+
+    Args:
+        num_frames: how many it must have; None: unknown.
+
+    Raises:
+        InputError: it is missing, cut off, or has another number of frames.
+    """
+    import imageio.v3 as iio
+
+    if not path.is_file():
+        raise InputError(f"{path.name} is missing from {path.parent}")
+    if not is_whole_mp4(path):
+        raise InputError(f"{path.name} is damaged: it is no whole .mp4")
+    try:
+        thumbs = [thumb(frame) for frame in iio.imiter(path.absolute(), plugin="FFMPEG")]
+    except Exception as error:  # imageio and ffmpeg raise whatever they like for a broken file
+        raise InputError(f"{path.name} is damaged: it cannot be decoded") from error
+    if not thumbs or len(thumbs) != (num_frames or len(thumbs)):
+        raise InputError(f"{path.name} is damaged: {len(thumbs)} frames, expected {num_frames}")
+    return [thumbs[0], thumbs[(len(thumbs) - 1) // 2], thumbs[-1]]
+
+
+def thumb(frame: Any) -> Image:
+    """A frame, [H, W, 3] uint8, as an image of THUMB_HEIGHT pixels."""
+    from PIL import Image
+
+    height, width, _ = frame.shape
+    size = max(1, round(width * THUMB_HEIGHT / height)), THUMB_HEIGHT
+    return Image.fromarray(frame).resize(size, Image.Resampling.LANCZOS)

@@ -28,14 +28,8 @@ from step_skip.files import InputError, RunError, sha256_file
 
 ROOT = Path(__file__).resolve().parents[1]
 # the embedded model: in the repository, or installed with the package
-TINY_DIR = next(
-    (
-        path
-        for path in (ROOT / "data" / "tiny_wan_i2v", Path(__file__).with_name("tiny_wan_i2v"))
-        if path.is_dir()
-    ),
-    ROOT / "data" / "tiny_wan_i2v",
-)
+TINY_PLACES = (ROOT / "data" / "tiny_wan_i2v", Path(__file__).with_name("tiny_wan_i2v"))
+TINY_DIR = next((path for path in TINY_PLACES if path.is_dir()), TINY_PLACES[0])
 COMPONENTS = ("dit", "vae", "text_encoder", "image_encoder")
 SKIP_BRANCH = "skip_branch"  # what --skip_cache uses besides, of a model that has it (skip_cache.Branch)
 ALL_COMPONENTS = (*COMPONENTS, SKIP_BRANCH)
@@ -163,7 +157,7 @@ def _component_files(options: LoadOptions, name: str) -> list[Path]:
     if options.model not in REAL_MODELS:
         return _existing(options.model_dir or TINY_DIR, [f"{name}.safetensors"], name)
     if options.model_dir is not None:
-        return _in_folder(options, name)
+        return _in_folder(options.model_dir, options.model, name)
     return _fetch(*_published(options.model, name))
 
 
@@ -201,18 +195,12 @@ def _fetch(model_id: str, pattern: str) -> list[Path]:
     return _complete_shards(sorted(Path(path) for path in paths))
 
 
-def _in_folder(options: LoadOptions, component: str) -> list[Path]:
+def _in_folder(folder: Path, model: str, component: str) -> list[Path]:
     """The files of a component in --model_dir, laid out flat or as ModelScope lays them out."""
-    model_id, pattern = _published(options.model, component)
-    original = pattern.replace(".safetensors", ".pth")
-    candidates = [
-        pattern,
-        f"{model_id}/{pattern}",
-        original,
-        f"{REAL_MODELS[options.model][0]}/{original}",
-        f"{REAL_MODELS[options.model][0]}/{pattern}",
-    ]
-    return _complete_shards(_existing(options.model_dir, candidates, component))
+    model_id, pattern = _published(model, component)
+    own_id, original = REAL_MODELS[model][0], pattern.replace(".safetensors", ".pth")
+    candidates = [pattern, f"{model_id}/{pattern}", original, f"{own_id}/{original}", f"{own_id}/{pattern}"]
+    return _complete_shards(_existing(folder, candidates, component))
 
 
 def _existing(folder: Path, patterns: list[str], component: str) -> list[Path]:
@@ -321,24 +309,29 @@ def parse_recorded_loras(described: object) -> tuple[Lora, ...]:
     Raises:
         InputError: the metadata says something else.
     """
+    return tuple(lora for lora, _ in _recorded_loras(described))
+
+
+def _recorded_loras(described: object) -> list[tuple[Lora, str]]:
+    """Each with the SHA-256 of its file; see `parse_recorded_loras`."""
     loras = []
     for each in described if isinstance(described, list) else [described]:
         match each:
-            case {"path": str(path), "alpha": int() | float() as alpha, "sha256": str()}:
-                loras.append(Lora(Path(path), alpha))
+            case {"path": str(path), "alpha": int() | float() as alpha, "sha256": str(sha256)}:
+                loras.append((Lora(Path(path), alpha), sha256))
             case _:
                 raise InputError(
                     f"run_metadata.json has {str(each)[:60]!r} as a LoRA, expected path, alpha and sha256; "
                     "make the prior again"
                 )
-    return tuple(loras)
+    return loras
 
 
 def summarize_loras(described: object) -> str:
     """What a person is told of the LoRAs that `describe_loras` described: the same for the same ones."""
-    names = [f"{lora.path.name}:{lora.alpha:g}" for lora in parse_recorded_loras(described)]
-    digests = [each["sha256"][:12] for each in described]
-    return ", ".join(f"{name} ({digest})" for name, digest in zip(names, digests, strict=True)) or "no LoRA"
+    loras = _recorded_loras(described)
+    told = [f"{lora.path.name}:{lora.alpha:g} ({sha256[:12]})" for lora, sha256 in loras]
+    return ", ".join(told) or "no LoRA"
 
 
 def find_recorded_loras(described: object) -> tuple[Lora, ...]:
@@ -347,14 +340,14 @@ def find_recorded_loras(described: object) -> tuple[Lora, ...]:
     Raises:
         InputError: they are not, or the metadata says something else.
     """
-    loras = parse_recorded_loras(described)
+    loras = _recorded_loras(described)
     hint = "name it with --lora, or give --lora without a file to run without"
-    for lora, each in zip(loras, described, strict=True):
+    for lora, sha256 in loras:
         if not lora.path.is_file():
             raise InputError(f"the prior was made with the LoRA {lora.path}, which is not there; {hint}")
-        if _lora_sha256(lora.path) != each["sha256"]:
+        if _lora_sha256(lora.path) != sha256:
             raise InputError(f"the prior was made with another {lora.path} than is there now; {hint}")
-    return loras
+    return tuple(lora for lora, _ in loras)
 
 
 def _lora_sha256(path: Path) -> str:
@@ -382,7 +375,8 @@ def check_loras(loras: Iterable[Lora], weights: Iterable[Path]) -> list[str]:
     Raises:
         InputError: no safetensors file, no LoRA in it, no layer that it fits, or another shape.
     """
-    loras, layers = list(loras), {}
+    loras = list(loras)
+    layers: dict[str, Sequence[int]] = {}
     for path in weights if loras else ():
         layers |= _layers(_read_shapes(path, what="the DiT's"))
     return [note for lora in loras if (note := _check_lora(lora, layers)) is not None]
@@ -434,17 +428,13 @@ def _check_lora(lora: Lora, layers: Shapes) -> str | None:
         )
     for name, (up, down) in fitting.items():
         _check_lora_shapes(lora, name, shapes[up], shapes[down], layers[name])
-    unused = len(shapes) - sum(len({*pair} | _alphas(pairs[name])) for name, pair in fitting.items())
+    unused = len(shapes) - sum(len({*pair, pairs[name][2]} - {None}) for name, pair in fitting.items())
     if unused:
         return (
             f"{lora.path}: {len(fitting)} layers take part, {unused} of {len(shapes)} tensors are not used "
             "(DiffSynth has no place for them)"
         )
     return None
-
-
-def _alphas(names: tuple[str, str, str | None]) -> set[str]:
-    return set() if names[2] is None else {names[2]}
 
 
 def _check_lora_shapes(

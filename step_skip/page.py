@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from step_skip.files import InputError, replacing
-from step_skip.media import is_whole_mp4
+from step_skip.media import THUMB_HEIGHT, read_thumbs
 from step_skip.metadata import MAX_METADATA_BYTES, is_number, read_prior
 from step_skip.prior import METADATA_FILE, OUTPUT_FILE
 from step_skip.steps import is_late
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 PAGE_FILE = "index.html"
 SHEET_FILE = "contact_sheet.png"
 TEMPLATE = Path(__file__).with_name("page.html")
-REPORT_KEYS = {  # what the page needs of a result's JSON
+REPORT_KEYS: Mapping[str, Any] = {  # what the page needs of a result's JSON
     "prior_dir": str,
     "prior_run_id": str,
     "method": str,
@@ -62,9 +62,9 @@ SETTINGS = (  # shown beside the prior where all its videos have the same, else 
     "tea_cache_l1_thresh",
     "lora",
 )
-NOTHING = (None, "", [])  # settings that were not used
+NOTHING: tuple[object, ...] = (None, "", [])  # settings that were not used
 LATE = "late for a new motion"
-THUMB_HEIGHT, GAP, FONT_SIZE = 96, 6, 13  # pixels of the contact sheet
+GAP, FONT_SIZE = 6, 13  # pixels of the contact sheet
 LINE = FONT_SIZE + GAP
 
 
@@ -80,6 +80,8 @@ class Clip:
     @property
     def steps(self) -> str:
         """The steps of a result in words, by which it finds its column."""
+        if sigmas := self.report.get("sigmas"):
+            return "sigmas " + " ".join(f"{sigma:.4g}" for sigma in sigmas)
         if self.report["method"] == "resume":
             return f"after step {self.report['start_step']}"
         return "steps " + " ".join(map(str, self.report["steps_run"]))
@@ -117,7 +119,7 @@ class Section:
 
     @property
     def columns(self) -> list[str]:
-        """The columns: resumed by their start step, then differential by their steps."""
+        """The columns: resumed by their start step, differential by their steps, then own sigmas."""
         return list(dict.fromkeys(clip.steps for clip in sorted(self.clips, key=column_order)))
 
     def cell(self, prompt: str, steps: str) -> list[Clip]:
@@ -127,20 +129,16 @@ class Section:
     def is_late(self, clip: Clip) -> bool:
         """Whether a new prompt came in when the prior had settled most of its motion."""
         report = clip.report
-        if report["method"] != "resume" or report["prompt"] == self.prior.report.get("prompt"):
+        if report["method"] == "differential" or report["prompt"] == self.prior.report.get("prompt"):
             return False
         return is_late(report["start_step"], report["num_inference_steps"])
 
 
-def column_order(clip: Clip) -> tuple[bool, int, list[int]]:
+def column_order(clip: Clip) -> tuple[bool, bool, int, list[int]]:
     """A sort key, see `Section.columns`."""
     start_step = clip.report["start_step"]
-    return start_step is None, start_step or 0, clip.report["steps_run"]
-
-
-def is_sensible_number(value: object) -> bool:
-    """Whether a JSON's value is a number of a size that makes sense here; NaN is not."""
-    return isinstance(value, int | float) and abs(value) < 1e9
+    own_sigmas = bool(clip.report.get("sigmas"))
+    return own_sigmas, start_step is None, start_step or 0, clip.report["steps_run"]
 
 
 # --- reading ------------------------------------------------------------------------------------------------
@@ -196,9 +194,11 @@ def read_report(path: Path) -> dict[str, Any]:
     for key, kind in REPORT_KEYS.items():
         if not isinstance(report.get(key, ...), kind):
             raise InputError(f"{path.name} is not a result's JSON: {key} is missing or of another type")
-    if not (all(map(is_number, [report["fps"], *report["steps_run"]])) and report["fps"] > 0):
-        raise InputError(f"{path.name} was edited: fps or steps_run are no numbers")
-    if report["method"] == "resume" and report["start_step"] is None:
+    sigmas = report.get("sigmas") or []
+    numbers = [report["fps"], *report["steps_run"], *(sigmas if isinstance(sigmas, list) else [sigmas])]
+    if not (all(map(is_number, numbers)) and report["fps"] > 0):
+        raise InputError(f"{path.name} was edited: fps, steps_run or sigmas are no numbers")
+    if report["method"] != "differential" and report["start_step"] is None:
         raise InputError(f"{path.name} was edited: a resume without a start_step")
     return report
 
@@ -229,39 +229,6 @@ def look_at(path: Path, *, report: Mapping[str, Any] | None = None, problem: str
     except InputError as error:
         return Clip(path=path, report=report, problem=problem or str(error))
     return Clip(path=path, report=report, thumbs=thumbs, problem=problem)
-
-
-def read_thumbs(path: Path, *, num_frames: int | None) -> list[Image.Image]:
-    """First, middle and last frame of a video, THUMB_HEIGHT pixels high.
-
-    Args:
-        num_frames: how many it must have; None: unknown.
-
-    Raises:
-        InputError: it is missing, cut off, or has another number of frames.
-    """
-    import imageio.v3 as iio
-
-    if not path.is_file():
-        raise InputError(f"{path.name} is missing from {path.parent}")
-    if not is_whole_mp4(path):
-        raise InputError(f"{path.name} is damaged: it is no whole .mp4")
-    try:
-        thumbs = [thumb(frame) for frame in iio.imiter(path.absolute(), plugin="FFMPEG")]
-    except Exception as error:  # imageio and ffmpeg raise whatever they like for a broken file
-        raise InputError(f"{path.name} is damaged: it cannot be decoded") from error
-    if not thumbs or len(thumbs) != (num_frames or len(thumbs)):
-        raise InputError(f"{path.name} is damaged: {len(thumbs)} frames, expected {num_frames}")
-    return [thumbs[0], thumbs[(len(thumbs) - 1) // 2], thumbs[-1]]
-
-
-def thumb(frame: Any) -> Image.Image:
-    """A frame, [H, W, 3] uint8, as an image of THUMB_HEIGHT pixels."""
-    from PIL import Image
-
-    height, width, _ = frame.shape
-    size = max(1, round(width * THUMB_HEIGHT / height)), THUMB_HEIGHT
-    return Image.fromarray(frame).resize(size, Image.Resampling.LANCZOS)
 
 
 # --- the page -----------------------------------------------------------------------------------------------
@@ -424,7 +391,7 @@ def draw_tile(
     caption: str,
     clip: Clip,
     *,
-    font: ImageFont.FreeTypeFont,
+    font: ImageFont.FreeTypeFont | ImageFont.ImageFont,
     width: int,
 ) -> None:
     """One video at `place`, its upper left corner: the caption, then three frames or what is wrong."""
@@ -437,7 +404,7 @@ def draw_tile(
         left += thumb.width
 
 
-def fit(label: str, font: ImageFont.FreeTypeFont, width: int) -> str:
+def fit(label: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> str:
     """The label on one line of at most `width` pixels, cut off where it is longer."""
     label = " ".join(label[: width // 2].encode(errors="replace").decode().split())
     if font.getlength(label) <= width:

@@ -17,7 +17,7 @@ import contextlib
 import functools
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -63,8 +63,8 @@ class Conditioning:
 
     def to(self, device: str | torch.device) -> Conditioning:
         """The same tensors on `device`."""
-        tensors = {f.name: getattr(self, f.name) for f in fields(self)}
-        return Conditioning(**{name: None if t is None else t.to(device) for name, t in tensors.items()})
+        held = {name: tensor for name, tensor in vars(self).items() if tensor is not None}
+        return replace(self, **{name: tensor.to(device) for name, tensor in held.items()})
 
 
 @dataclass
@@ -125,6 +125,7 @@ class ForwardCounter:
         if kwargs.get("positive", True):
             self.noise_pred_posi, self.branch_distance = noise_pred, None
         else:
+            assert self.noise_pred_posi is not None  # the positive branch came first
             difference = self.noise_pred_posi.float() - noise_pred.float()
             self.noise_pred_posi, self.branch_distance = None, torch.linalg.vector_norm(difference)
         return noise_pred
@@ -405,12 +406,11 @@ def _call(
         clock.add("save")
 
     scheduler.on_step = report_step
-    # leave=None: the bar stays, unless it is below another
     bar = functools.partial(tqdm, desc="denoise", unit="step", leave=None, disable=not progress)
     inputs |= settings.pipeline_inputs | TILING | {"progress_bar_cmd": bar}
     with (
         blocks.counting(pipe),
-        _cheaper(pipe, settings, inputs, units, counter) as (units, model_fn),
+        _cheaper(pipe, settings, inputs, units, counter) as (inputs, units, model_fn),
         hooked(pipe, scheduler=scheduler, units=units, model_fn=model_fn),
         contextlib.suppress(Stopped),
     ):
@@ -426,19 +426,20 @@ def _cheaper(
     settings: RunSettings,
     inputs: dict[str, Any],
     units: list[PipelineUnit],
-    model_fn: ForwardCounter,
-) -> Iterator[tuple[list[PipelineUnit], Callable[..., torch.Tensor]]]:
-    """The units and the model_fn of a run, with Skip-Cache, TeaCache and guidance by step where asked for."""
+    model_fn: Callable[..., torch.Tensor],
+) -> Iterator[tuple[dict[str, Any], list[PipelineUnit], Callable[..., torch.Tensor]]]:
+    """Inputs, units and model_fn of a run, with Skip-Cache, TeaCache and guidance by step if asked for."""
     guided_steps = None
     with contextlib.ExitStack() as stack:
         if settings.skip_cache is not None:
             model_fn = stack.enter_context(skip_cache(pipe, every=settings.skip_cache, model_fn=model_fn))
         if isinstance(settings.cfg_scale, tuple):
-            model_fn, inputs["cfg_scale"] = GuidanceByStep(model_fn, settings.cfg_scale), LEFT_TO_MODEL_FN
+            model_fn = GuidanceByStep(model_fn, settings.cfg_scale)
+            inputs = inputs | {"cfg_scale": LEFT_TO_MODEL_FN}
             guided_steps = sum(scale != 1 for scale in settings.cfg_scale)
         if settings.tea_cache_l1_thresh is not None:
             units = [TellTeaCache(guided_steps), *units]
-        yield units, model_fn
+        yield inputs, units, model_fn
 
 
 def _check_finite(step: Step) -> None:

@@ -12,7 +12,7 @@ import math
 from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 from step_skip.files import InputError
 from step_skip.metadata import LIMITS, MAX_STEPS, is_number
@@ -26,6 +26,7 @@ from step_skip.models import (
 )
 from step_skip.prior import (
     IDENTITY_FILES,
+    SCHEDULE_FLAGS,
     Prior,
     RunSettings,
     context_file,
@@ -48,8 +49,7 @@ from step_skip.steps import (
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-AUTO = "auto"  # a --start_step that each prior decides for itself
-SCHEDULE_FLAGS = ("num_inference_steps", "denoising_strength", "sigma_shift")
+AUTO: Final = "auto"  # a --start_step that each prior decides for itself
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +59,7 @@ class Choices:
     prompt: str | None = None
     negative_prompt: str | None = None
     cfg_scale: float | Sequence[float] | None = None  # one, or one for each step that runs
-    start_step: int | str | None = None  # a step, or AUTO
+    start_step: int | Literal["auto"] | None = None  # a step, or AUTO
     steps: Sequence[int] | None = None
     num_steps: int | None = None
     sigmas: Sequence[float] | None = None
@@ -344,11 +344,11 @@ def latents_files(plan: Plan, prior: Prior) -> list[str]:
 
     Two where it starts between them, on the straight line the prior took.
     """
-    if plan.method != "differential":
-        begin = latents_before_file(plan.start_step + 1)
-        return [begin, step_file(plan.start_step + 1)] if part_of_step(plan, prior) else [begin]
-    last = step_file(prior.num_inference_steps - 1)
-    return [*map(latents_before_file, plan.steps_to_run), last]
+    if plan.start_step is None:  # a differential resume
+        last = step_file(prior.num_inference_steps - 1)
+        return [*map(latents_before_file, plan.steps_to_run), last]
+    begin = latents_before_file(plan.start_step + 1)
+    return [begin, step_file(plan.start_step + 1)] if part_of_step(plan, prior) else [begin]
 
 
 def part_of_step(plan: Plan, prior: Prior) -> float:

@@ -25,6 +25,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
@@ -52,6 +53,7 @@ LATENT_CHANNELS = 16  # z_dim of the Wan2.1 VAE
 SPATIAL_FACTOR = 8  # pixels per latent, height and width
 TEMPORAL_FACTOR = 4  # frames per latent, after the first
 IDENTITY_FILES = ("y.pt", "clip_feature.pt")
+SCHEDULE_FLAGS = ("num_inference_steps", "denoising_strength", "sigma_shift")  # what fixes it
 CONTEXTS_FOLDER = "contexts"
 
 
@@ -191,11 +193,13 @@ def round_sizes(*, height: int, width: int, num_frames: int) -> dict[str, int]:
 
 
 def check_run_id(output_dir: Path, run_id: str | None) -> None:
-    """Refuse a run id that is taken.
+    """Refuse a run id that is taken, or that is no part of a file's name.
 
     Raises:
         InputError: it is.
     """
+    if run_id is not None and not re.fullmatch(r"[\w.-]+", run_id, flags=re.ASCII):
+        raise InputError(f"--run_id {run_id!r}: use letters, digits, . _ and - only")
     if run_id is not None and (output_dir / f"run_{run_id}").exists():
         raise InputError(
             f"{output_dir / f'run_{run_id}'} exists and is never overwritten; "

@@ -18,8 +18,7 @@ import torch
 from diffsynth.diffusion import FlowMatchScheduler
 
 from step_skip.metadata import check_schedule
-from step_skip.plan import SCHEDULE_FLAGS
-from step_skip.prior import Prior
+from step_skip.prior import SCHEDULE_FLAGS, Prior
 
 
 @dataclass(frozen=True)
@@ -41,7 +40,7 @@ class Step:
         return self.latents_before - self.sigma * self.noise_pred
 
 
-StepCallback = Callable[[Step], None]
+StepCallback = Callable[[Step], object]
 ProgressCallback = Callable[[int, int, torch.Tensor], object]  # step, steps, denoised [B, C, T, H, W]
 
 
@@ -73,6 +72,9 @@ class ReportingScheduler(FlowMatchScheduler):
         stop_after: the step whose report ends the run early; the steps after it stay in the schedule,
             because its latents are at the sigma of the next one.
     """
+
+    timesteps: torch.Tensor
+    sigmas: torch.Tensor
 
     def __init__(self, keep: Callable[[int], Sequence[int]], *, stop_after: int | None = None):
         super().__init__("Wan")
@@ -116,12 +118,12 @@ class SigmasScheduler(ReportingScheduler):
 
     def __init__(self, sigmas: Sequence[float]):
         super().__init__(range)
-        values = torch.tensor(sigmas)
-        self.set_timesteps_fn = lambda **_: (values, values * self.num_train_timesteps)
+        self.own = torch.tensor(sigmas)
+        self.set_timesteps_fn = lambda **_: (self.own, self.own * self.num_train_timesteps)
 
     def set_timesteps(self, num_inference_steps: int = 100, **kwargs: Any) -> None:
         """Take the sigmas; the number of steps is theirs."""
-        super().set_timesteps(len(self.set_timesteps_fn()[0]), **kwargs)
+        super().set_timesteps(len(self.own), **kwargs)
 
 
 class DifferentialScheduler(ReportingScheduler):
@@ -159,8 +161,9 @@ class DifferentialScheduler(ReportingScheduler):
         new = model_output.float()
         bend = there - here - ahead * old
         share = self.share_of_bend(bend, new=sample.float() - sigma * new, old=here - sigma * old)
-        self.offset = self.offset + ahead * (new - old) - (1 - share) * bend
-        return torch.where(self.offset == 0, there, there + self.offset).to(sample.dtype)  # keeps a -0.0
+        offset: torch.Tensor = self.offset + ahead * (new - old) - (1 - share) * bend
+        self.offset = offset
+        return torch.where(offset == 0, there, there + offset).to(sample.dtype)  # keeps a -0.0
 
     def share_of_bend(
         self, bend: torch.Tensor, *, new: torch.Tensor, old: torch.Tensor

@@ -31,7 +31,7 @@ from step_skip.prior import Prior, load_denoised, load_latents, step_file
 if TYPE_CHECKING:
     import torch
 
-    from step_skip.generate import PriorWriter
+    from step_skip.metadata import PriorWriter
     from step_skip.schedule import Step
 
 log = logging.getLogger(__name__)
@@ -204,10 +204,14 @@ def read_text_moves(prior: Prior) -> list[float]:
         )
     record = prior.metadata[FORMATION_KEY]
     moves = record.get("text_moves") if isinstance(record, dict) else None
-    whole = isinstance(moves, list) and len(moves) == prior.num_inference_steps
-    if not whole or not all(is_number(move) and move >= 0 for move in moves):
+    steps = prior.num_inference_steps
+    if (
+        not isinstance(moves, list)
+        or len(moves) != steps
+        or not all(is_number(move) and move >= 0 for move in moves)
+    ):
         raise InputError(
-            f"--start_step auto: {prior.directory} lacks the {prior.num_inference_steps} text_moves of its "
+            f"--start_step auto: {prior.directory} lacks the {steps} text_moves of its "
             f"{FORMATION_KEY}; {instead}"
         )
     return moves
@@ -233,7 +237,7 @@ def plot_formation(record: Mapping[str, Any], path: Path, *, sigmas: Sequence[fl
         if auto is not None:
             axes.axvline(auto, color="#c0392b", ls=":", label=f"--start_step auto: {auto}")
     axes.set(xlabel="after step", ylabel="share", xlim=(-0.3, len(sigmas) - 0.7), ylim=(-0.03, 1.03))
-    axes.xaxis.get_major_locator().set_params(integer=True, nbins=12)
+    axes.locator_params(axis="x", integer=True, nbins=12)
     axes.grid(alpha=0.3)
     figure.legend(loc="outside upper center", ncols=2, frameon=False)
     figure.savefig(path, dpi=120)

@@ -68,11 +68,11 @@ class Job:
 
 @dataclass(kw_only=True)
 class Inputs:
-    """What a prior's plans need besides the model: checked when it is made, then loaded, the rest encoded."""
+    """What a prior's plans need besides the model: `read_inputs` checks it, then it is loaded or encoded."""
 
-    prior_files: dict[str, str]  # SHA-256 by name
-    image: Image | None
-    image_sha256: str | None
+    prior_files: dict[str, str] = field(default_factory=dict)  # SHA-256 by name
+    image: Image | None = None
+    image_sha256: str | None = None
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)  # by file name
     contexts: dict[str, torch.Tensor] = field(default_factory=dict)  # by prompt
 
@@ -83,7 +83,7 @@ class Group:
 
     prior: Prior
     jobs: list[Job]
-    inputs: Inputs | None = None  # once they are checked
+    inputs: Inputs = field(default_factory=Inputs)  # empty until they are checked
 
     @property
     def plans(self) -> list[Plan]:
@@ -391,6 +391,12 @@ def expected_seconds(job: Job) -> float | None:
         return None
 
 
+def expected_seconds_of_each(jobs: Collection[Job]) -> list[float] | None:
+    """What each job will take; None: of some nothing is known."""
+    known = [seconds for job in jobs if (seconds := expected_seconds(job)) is not None]
+    return known if len(known) == len(jobs) else None
+
+
 def components_to_load(jobs: Iterable[Job]) -> list[str]:
     """The parts of the model that jobs will load, as far as names tell: nothing is read."""
     needed = set()
@@ -415,6 +421,6 @@ def describe_job(job: Job, *, made: bool) -> str:
 
 def summarize_jobs(jobs: Collection[Job]) -> str:
     """What jobs cost together, for people: videos, forwards, seconds."""
-    forwards, seconds = sum(job.plan.forwards for job in jobs), [expected_seconds(job) for job in jobs]
-    time = "time unknown" if None in seconds else f"about {sum(seconds):.0f} s after loading and encoding"
+    forwards, seconds = sum(job.plan.forwards for job in jobs), expected_seconds_of_each(jobs)
+    time = "time unknown" if seconds is None else f"about {sum(seconds):.0f} s after loading and encoding"
     return f"{len(jobs)} videos, {forwards} forwards, {time}"
