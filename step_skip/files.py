@@ -13,6 +13,7 @@ import contextlib
 import errno
 import hashlib
 import json
+import logging
 import math
 import os
 import pickletools
@@ -32,6 +33,8 @@ if sys.platform != "win32":
 
 if TYPE_CHECKING:
     import torch
+
+log = logging.getLogger(__name__)
 
 DTYPES = ("bfloat16", "float16", "float32")
 MAX_PICKLE_BYTES = 2**16
@@ -223,6 +226,10 @@ def _take(descriptor: int) -> bool:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+            raise
+        log.warning("locks don't work on this file system: make sure that nothing else writes here")
     return os.fstat(descriptor).st_nlink > 0
 
 

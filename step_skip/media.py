@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import logging
 import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from step_skip.files import InputError, replacing
+from step_skip.metadata import LIMITS
 from step_skip.prior import RunSettings
 
 if TYPE_CHECKING:
@@ -141,16 +143,23 @@ def read_thumbs(path: Path, *, num_frames: int | None) -> list[Image]:
     """
     import imageio.v3 as iio
 
+    most = num_frames or LIMITS["num_frames"][1]
+    if path.is_symlink():
+        raise InputError(f"{path.name} is a symbolic link, which may lead anywhere")
     if not path.is_file():
         raise InputError(f"{path.name} is missing from {path.parent}")
     if not is_whole_mp4(path):
         raise InputError(f"{path.name} is damaged: it is no whole .mp4")
     try:
-        thumbs = [thumb(frame) for frame in iio.imiter(path.absolute(), plugin="FFMPEG")]
+        frames = iio.imiter(path.absolute(), plugin="FFMPEG")
+        thumbs = [thumb(frame) for frame in itertools.islice(frames, most + 1)]
     except Exception as error:  # imageio and ffmpeg raise whatever they like for a broken file
         raise InputError(f"{path.name} is damaged: it cannot be decoded") from error
-    if not thumbs or len(thumbs) != (num_frames or len(thumbs)):
-        raise InputError(f"{path.name} is damaged: {len(thumbs)} frames, expected {num_frames}")
+    if not thumbs or len(thumbs) > most or len(thumbs) != (num_frames or len(thumbs)):
+        found = f"over {most}" if len(thumbs) > most else len(thumbs)
+        raise InputError(
+            f"{path.name} is damaged: {found} frames, expected {num_frames or f'at most {most}'}"
+        )
     return [thumbs[0], thumbs[(len(thumbs) - 1) // 2], thumbs[-1]]
 
 
@@ -159,5 +168,5 @@ def thumb(frame: Any) -> Image:
     from PIL import Image
 
     height, width, _ = frame.shape
-    size = max(1, round(width * THUMB_HEIGHT / height)), THUMB_HEIGHT
+    size = min(max(1, round(width * THUMB_HEIGHT / height)), 8 * THUMB_HEIGHT), THUMB_HEIGHT
     return Image.fromarray(frame).resize(size, Image.Resampling.LANCZOS)

@@ -22,7 +22,7 @@ from urllib.parse import quote
 from step_skip.files import InputError, replacing
 from step_skip.media import THUMB_HEIGHT, read_thumbs
 from step_skip.metadata import MAX_METADATA_BYTES, is_number, read_prior
-from step_skip.prior import METADATA_FILE, OUTPUT_FILE
+from step_skip.prior import METADATA_FILE, OUTPUT_FILE, check_files
 from step_skip.steps import is_late
 
 if TYPE_CHECKING:
@@ -194,10 +194,11 @@ def read_report(path: Path) -> dict[str, Any]:
     for key, kind in REPORT_KEYS.items():
         if not isinstance(report.get(key, ...), kind):
             raise InputError(f"{path.name} is not a result's JSON: {key} is missing or of another type")
+    if not (all(map(is_number, [report["fps"], *report["steps_run"]])) and report["fps"] > 0):
+        raise InputError(f"{path.name} was edited: fps or steps_run are no numbers")
     sigmas = report.get("sigmas") or []
-    numbers = [report["fps"], *report["steps_run"], *(sigmas if isinstance(sigmas, list) else [sigmas])]
-    if not (all(map(is_number, numbers)) and report["fps"] > 0):
-        raise InputError(f"{path.name} was edited: fps, steps_run or sigmas are no numbers")
+    if not (isinstance(sigmas, list) and all(map(is_number, sigmas))):
+        raise InputError(f"{path.name} was edited: sigmas are no numbers")
     if report["method"] != "differential" and report["start_step"] is None:
         raise InputError(f"{path.name} was edited: a resume without a start_step")
     return report
@@ -215,10 +216,14 @@ def find_prior(folder: Path, report: Mapping[str, Any]) -> Path:
 def read_prior_clip(directory: Path) -> Clip:
     """A prior's own video."""
     path = directory / OUTPUT_FILE
+    report: Mapping[str, Any] = {}
     try:
-        return look_at(path, report=read_prior(directory).metadata)
-    except InputError as error:
-        return look_at(path, problem=str(error))
+        prior = read_prior(directory)
+        report = prior.metadata
+        check_files(prior, [] if prior.is_legacy else [OUTPUT_FILE])
+    except InputError as error:  # what it shows may be anybody's film
+        return Clip(path=path, report=report, problem=str(error))
+    return look_at(path, report=report)
 
 
 def look_at(path: Path, *, report: Mapping[str, Any] | None = None, problem: str | None = None) -> Clip:

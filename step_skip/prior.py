@@ -54,6 +54,7 @@ SPATIAL_FACTOR = 8  # pixels per latent, height and width
 TEMPORAL_FACTOR = 4  # frames per latent, after the first
 IDENTITY_FILES = ("y.pt", "clip_feature.pt")
 SCHEDULE_FLAGS = ("num_inference_steps", "denoising_strength", "sigma_shift")  # what fixes it
+MAX_CONTEXT_BYTES = 2**26  # a Wan2.1 context has 8 MiB
 CONTEXTS_FOLDER = "contexts"
 
 
@@ -371,17 +372,33 @@ def is_context_kept(prior: Prior, text: str) -> bool:
 
 
 def load_context(prior: Prior, text: str) -> torch.Tensor | None:
-    """The kept context of a text, as the text encoder gave it, on the CPU; None: it has to be encoded."""
+    """The kept context of a text, as the text encoder gave it, on the CPU; None: it has to be encoded.
+
+    Anybody may have put it there. So it is a file of a context's size, and it has the shape and dtype of the
+    prior's own prompt, before its values are read.
+    """
+    import torch
     from safetensors import SafetensorError, safe_open
 
     if text_encoder_of(prior) is None or not is_context_kept(prior, text):
         return None
+    path, shape = kept_context_path(prior, text), _own_context_shape(prior)
     try:
-        with safe_open(kept_context_path(prior, text), framework="pt") as file:
+        if path.stat().st_size > MAX_CONTEXT_BYTES:
+            return None
+        with safe_open(path, framework="pt") as file:
+            if list(file.get_slice("context").get_shape()) != shape:
+                return None
             header, context = file.metadata(), file.get_tensor("context")
     except (SafetensorError, OSError):
         return None
-    return context if header == _context_header(prior, text, context) else None
+    alike = dtype_name(context) == prior.metadata["dtype"] and bool(torch.isfinite(context).all())
+    return context if alike and header == _context_header(prior, text, context) else None
+
+
+def _own_context_shape(prior: Prior) -> list[int] | None:
+    """The shape of the prior's own prompt's context; every text's is padded to the same."""
+    return prior.metadata["shapes"].get(context_file(prior.metadata["prompt"]))
 
 
 def save_context(prior: Prior, text: str, context: torch.Tensor) -> None:

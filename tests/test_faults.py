@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import errno
+import fcntl
 import io
 import os
 import pickle
@@ -18,6 +19,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import OTHER_PROMPT, PROMPT, ROOT, edit_metadata, listing, read_json, record_checksum
+from PIL import Image
 
 from step_skip.files import InputError, load_tensor, locked, replacing, write_json
 from step_skip.metadata import read_prior, read_run
@@ -421,3 +423,86 @@ def test_only_our_own_leftovers_are_cleared_away(tmp_path):
     with locked(tmp_path):
         pass
     assert set(listing(tmp_path)) == {".tmp_thesis.tex", ".tmp_78_folder", "a.pt"}
+
+
+# --- what was kept and what is shown ------------------------------------------------------------------------
+
+
+def forge_context(path: Path, header: dict, tensor) -> None:
+    import safetensors.torch
+
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(safetensors.torch.save({"context": tensor}, header))
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        torch.zeros(1, 8, 32, dtype=torch.int8),
+        torch.zeros(1, 8, 32, dtype=torch.float64),
+        torch.zeros(1, 8, 16),
+        torch.zeros(1, 0, 32),
+        torch.tensor(0.0),
+        torch.full((1, 8, 32), float("nan")),
+    ],
+    ids=["int8", "float64", "width", "empty", "scalar", "nan"],
+)
+def test_a_kept_context_that_cannot_be_is_encoded_again(prior, prior_copy, infer, tmp_path, tensor):
+    from step_skip.prior import _context_header, kept_context_path
+
+    expected = infer(prior, "--prompt", OTHER_PROMPT, "--output", tmp_path / "a.mp4").report["latents_sha256"]
+    recorded = read_prior(prior_copy)
+    path = kept_context_path(recorded, OTHER_PROMPT)
+    forge_context(path, _context_header(recorded, OTHER_PROMPT, tensor), tensor)
+    report = infer(prior_copy, "--prompt", OTHER_PROMPT, "--output", tmp_path / "b.mp4").report
+    assert report["latents_sha256"] == expected
+    assert "text_encoder" in report["components_loaded"]
+
+
+@pytest.mark.parametrize("kind", ["fifo", "sparse", "folder"])
+def test_a_kept_context_that_is_no_file_of_its_size(prior_copy, infer, tmp_path, kind):
+    from step_skip.prior import kept_context_path
+
+    path = kept_context_path(read_prior(prior_copy), OTHER_PROMPT)
+    path.parent.mkdir()
+    if kind == "fifo":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    else:
+        with path.open("wb") as file:
+            file.truncate(6 * 2**30)
+    outcome = infer(prior_copy, "--prompt", OTHER_PROMPT, "--output", tmp_path / "b.mp4")
+    assert outcome.code == 0, outcome.err
+
+
+@pytest.mark.parametrize("kind", ["link", "other", "long"])
+def test_a_priors_film_that_is_not_its_own_is_not_shown(prior_copy, infer, run, tmp_path, kind):
+    from step_skip.media import write_video
+
+    own = prior_copy / "output_full.mp4"
+    frames = [Image.new("RGB", (16, 16))] * (40 if kind == "long" else 9)
+    own.rename(tmp_path / "own.mp4")
+    write_video(frames, tmp_path / "other.mp4", fps=8)
+    if kind == "link":
+        own.symlink_to(tmp_path / "own.mp4")
+    else:
+        own.write_bytes((tmp_path / "other.mp4").read_bytes())
+    if kind == "long":
+        record_checksum(prior_copy, own.name)
+    folder = infer(prior_copy, "--prompt", PROMPT, OTHER_PROMPT, "--start_step", 9).path
+    text = (folder / "index.html").read_text()
+    words = {"link": "is a symbolic link", "other": "is damaged", "long": "over 9 frames, expected 9"}[kind]
+    assert words in text
+    assert 'output_full.mp4"' not in text  # nothing to play
+    assert run("step_skip.page", folder).code == 0
+
+
+def test_a_file_system_without_locks_is_said_to_be_one(tmp_path, monkeypatch, caplog):
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with locked(tmp_path):
+        pass
+    assert "locks don't work" in caplog.text

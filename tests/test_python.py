@@ -94,7 +94,7 @@ def test_the_scripts_and_the_functions_make_the_same(prior, model_dir, image, in
     assert made.metadata["latents_sha256"] == read_json(prior / "run_metadata.json")["latents_sha256"]
     clip = step_skip.infer_from_prior(model, str(prior), OTHER_PROMPT, start_step=6, progress=False)
     path = clip.save(tmp_path / "clip.mp4")
-    report = infer(prior, "--prompt", OTHER_PROMPT).report
+    report = infer(prior, "--prompt", OTHER_PROMPT, "--output", tmp_path / "script.mp4").report
     own = read_json(path.with_suffix(".json"))
     assert own["latents_sha256"] == report["latents_sha256"]
     assert own.keys() == report.keys()

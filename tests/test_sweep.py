@@ -371,7 +371,7 @@ def test_any_damage_to_a_kept_prompt_is_seen(prior_copy):
     import torch
 
     recorded = read_prior(prior_copy)
-    save_context(recorded, OTHER_PROMPT, torch.linspace(0, 1, 64).reshape(1, 8, 8))
+    save_context(recorded, OTHER_PROMPT, torch.linspace(0, 1, 256).reshape(1, 8, 32))
     [path] = kept(prior_copy)
     whole = path.read_bytes()
     for place in range(0, len(whole), 3):
