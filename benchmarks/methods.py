@@ -39,7 +39,7 @@ BY_BENDS = {"motion": (3,), "still": (4, 3, 2)}  # numbers of steps
 
 @dataclass
 class Case:
-    """One identity with two motions; what every method starts from. Tensors as in wan_pipeline."""
+    """One identity with two motions; what every method starts from. Tensors as in step_skip.pipeline."""
 
     index: int
     seed: int

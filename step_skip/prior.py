@@ -10,7 +10,7 @@ A prior is a folder `run_<id>/`:
     context_<hash>.pt        one encoded prompt each, named after the text
     input_image.png          the input image as the model saw it
     output_full.mp4          the prior's own video
-    formation.png            how it took shape, step by step (formation.py)
+    formation.png            how it took shape, step by step (steps.py)
     denoised_0000.mp4 ...    with --save_decoded_videos or --stop_after: what step i points at, decoded
     contexts/                prompts that were encoded later; no part of the prior
     outputs/                 the videos infer_from_prior.py makes from it; no part of the prior
@@ -63,7 +63,7 @@ class RunSettings:
     """What fixes the schedule, the shape and the cost of a run; the names are WanVideoPipeline's.
 
     cfg_scale: one for all steps, or a tuple with one for each step that runs.
-    skip_cache: ours; one step in so many runs all blocks (skip_cache.py), None: all do.
+    skip_cache: ours; one step in so many runs all blocks (cheaper.py), None: all do.
     """
 
     num_inference_steps: int
