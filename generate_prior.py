@@ -36,7 +36,7 @@ from step_skip.generate import (
     what_is_left,
 )
 from step_skip.loading import load_components, pick_device
-from step_skip.media import read_image, read_video, video_bytes
+from step_skip.media import fetch_example, read_image, read_video, video_bytes
 from step_skip.metadata import PriorWriter, read_run
 from step_skip.models import (
     COMPONENTS,
@@ -246,30 +246,6 @@ def read_prior_choices(args: argparse.Namespace) -> PriorChoices:
     return choices
 
 
-def download_example() -> Path:
-    """Fetch DiffSynth's example image into data/examples/wan, once.
-
-    Raises:
-        RunError: it could not be fetched.
-    """
-    if EXAMPLE_IMAGE.is_file():
-        return EXAMPLE_IMAGE
-    from modelscope import dataset_snapshot_download
-
-    try:
-        dataset_snapshot_download(
-            "DiffSynth-Studio/examples_in_diffsynth",
-            local_dir=str(ROOT),
-            allow_file_pattern=str(EXAMPLE_IMAGE.relative_to(ROOT)),
-        )
-    except Exception as error:  # modelscope, requests and urllib3 each raise their own
-        raise RunError(
-            f"cannot fetch the example image from ModelScope ({type(error).__name__}): connect to the "
-            "network, or give an image of your own with --image"
-        ) from error
-    return EXAMPLE_IMAGE
-
-
 def read_wanted(args: argparse.Namespace, settings: RunSettings) -> list[Wanted]:
     """The priors to make: one for each image, each with its prompt.
 
@@ -311,7 +287,7 @@ def make_priors(args: argparse.Namespace) -> list[Path]:
     choices = dataclasses.replace(choices, **rounded)
     videos = 1 + (settings.num_inference_steps if args.save_decoded_videos else 0)
     if args.download_example:
-        args.image = [download_example()]
+        args.image = [fetch_example(EXAMPLE_IMAGE, root=ROOT)]
     check_folder(args.output_dir, len(args.image) * bytes_needed(settings, videos=videos))
     wanted, input_video = read_wanted(args, settings), read_input_video(args, settings)
     model = load_components(options, [*COMPONENTS, *cache_components(settings.skip_cache)])

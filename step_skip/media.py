@@ -9,7 +9,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from step_skip.files import InputError, replacing
+from step_skip.files import InputError, RunError, replacing
 from step_skip.metadata import LIMITS
 from step_skip.prior import RunSettings
 
@@ -21,6 +21,30 @@ log = logging.getLogger(__name__)
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "TIFF", "BMP")  # Pillow hands others to programs
 THUMB_HEIGHT = 96  # pixels
 MIN_IMAGE_SIDE = 16  # pixels; anything smaller is no picture
+
+
+def fetch_example(image: Path, *, root: Path) -> Path:
+    """Fetch DiffSynth's example image from ModelScope to its place below `root`, once.
+
+    Raises:
+        RunError: it could not be fetched.
+    """
+    if image.is_file():
+        return image
+    from modelscope import dataset_snapshot_download
+
+    try:
+        dataset_snapshot_download(
+            "DiffSynth-Studio/examples_in_diffsynth",
+            local_dir=str(root),
+            allow_file_pattern=str(image.relative_to(root)),
+        )
+    except Exception as error:  # modelscope, requests and urllib3 each raise their own
+        raise RunError(
+            f"cannot fetch the example image from ModelScope ({type(error).__name__}): connect to the "
+            "network, or give an image of your own with --image"
+        ) from error
+    return image
 
 
 def read_image(path: Path, *, width: int, height: int, label: str = "--image", exact: bool = False) -> Image:
