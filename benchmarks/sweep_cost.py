@@ -5,7 +5,8 @@
 Runs the command line as a user does, each side with its own copy of one prior that has met none of the
 prompts, and checks that both sides end in the same latents and the same videos, byte for byte. Then the sweep
 again into another folder, when every prompt is known, and into the same one, when every video is there. At
-last a sweep that is killed at ten random moments and run to its end. Writes --output.
+last a sweep that is killed at ten random moments and run to its end. Writes --output. Takes some six minutes
+on 2 CPU cores.
 """
 
 from __future__ import annotations
