@@ -4,6 +4,7 @@
 
 Both in one process on one loaded model, in turn, after a warm-up; prints the median of the ratios pair by
 pair and writes --output. The video file is left out of both: the bare call writes none.
+Takes a few minutes on 2 CPU cores.
 """
 
 from __future__ import annotations

@@ -8,7 +8,8 @@ Every case is an identity the model has not seen, a motion its prior was made wi
 is asked for; every method (methods.py) makes that second clip its own way, one clip at a time, in float32.
 The VAE decodes in bfloat16 and untiled, four times faster on this CPU, for all of them alike.
 Writes clips.csv (one line a clip), summary.csv, summary.md and the plots to --output; clips already in
-clips.csv are not made again, so that an interrupted run goes on where it stopped.
+clips.csv are not made again, so that an interrupted run goes on where it stopped. Takes about a minute an
+identity on 2 busy CPU cores.
 """
 
 from __future__ import annotations
