@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import functools
 import logging
 import shlex
 from collections.abc import Iterator
@@ -360,13 +361,14 @@ def finish(args: argparse.Namespace, prior: Prior, left: Left) -> Prior:
     log.info(f"{len(left.steps)} of {prior.num_inference_steps} steps are left to run")
     clock = Clock()
     clock.include(m.get("seconds", {}))
-    model = load_components(
-        options, left.components, check=lambda fingerprint: check_fingerprint(prior, fingerprint)
-    )
+    pipe = None
+    if left.components:
+        check = functools.partial(check_fingerprint, prior)
+        pipe = load_components(options, left.components, check=check).pipe
     clock.add("load")
     with saying_how_to_go_on(args, [prior.directory]):
         writer = PriorWriter(prior.directory, dict(m))
-        run_what_is_left(writer, left, pipe=model.pipe, image=image, input_video=None, clock=clock)
+        run_what_is_left(writer, left, pipe=pipe, image=image, input_video=None, clock=clock)
     return writer.prior
 
 
@@ -407,10 +409,11 @@ def say_what_was_made(args: argparse.Namespace, prior: Prior, steps_run: int) ->
             f"  {command_line(args, 'generate_prior.py', '--resume', directory)}"
         )
         return
-    start_step = m["start_step"]
+    start_step, num_steps = m["start_step"], recommended_num_steps(steps)
+    differential = f" --num_steps {num_steps}" if m.get("start_step_chosen") else ""
     log.info(
-        f"A new prompt in {recommended_num_steps(steps)} of {steps} steps:\n"
-        f"  {resumed}\n"
+        f"A new prompt in {num_steps} of {steps} steps:\n"
+        f"  {resumed}{differential}\n"
         f"Or resumed after step {start_step}, {steps - start_step - 1} of {steps} steps:\n"
         f"  {resumed} --start_step {start_step}"
     )

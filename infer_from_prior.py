@@ -361,16 +361,17 @@ def main(argv: list[str] | None = None) -> Path | str:
     args = parse_args(argv)
     if args.verify:
         return prior_utils.verify(args.prior_dir)
+    is_sweep = args.prompts_file is not None or args.output_dir is not None
     groups = make_groups(
         args.prior_dir,
         cli.read_choices(args),
         output=args.output,
         output_dir=args.output_dir,
         overwrite=args.overwrite,
-        is_sweep=args.prompts_file is not None,
+        is_sweep=is_sweep,
     )
     jobs = all_jobs(groups)
-    is_sweep = len(jobs) > 1 or args.prompts_file is not None or args.output_dir is not None
+    is_sweep = is_sweep or len(jobs) > 1
     say_what_auto_means(groups)
     for group in groups:
         group.inputs = read_inputs(group)

@@ -232,7 +232,7 @@ def load_components(
     """
     begin = time.perf_counter()
     files = weight_files(options, components)
-    for note in check_loras(options.loras, files.get("dit", [])):
+    for note in check_loras(options.loras, files["dit"]) if "dit" in files else ():
         log.warning(note)
     fingerprint = fingerprint_files(files)
     check(fingerprint)

@@ -232,8 +232,8 @@ def choose_steps(choices: Choices, prior: Prior) -> dict[str, Any]:
     if choices.start_step == AUTO:
         auto = choose_start_step(prior, choices.text_share or DEFAULT_TEXT_SHARE)
         return remaining_steps(auto.step, prior, num_steps=choices.num_steps_after) | {"auto": auto}
-    chosen = differential or not prior.metadata.get("start_step_chosen", prior.is_legacy)
-    if choices.start_step is not None or not chosen or not prior.is_complete:
+    resumes = not differential and prior.metadata.get("start_step_chosen", prior.is_legacy)
+    if resumes or choices.start_step is not None or not prior.is_complete:
         start_step = resolve_start_step(choices.start_step, prior)
         return remaining_steps(start_step, prior, num_steps=choices.num_steps_after)
     if choices.num_steps_after is not None:

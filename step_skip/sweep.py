@@ -113,7 +113,7 @@ def make_groups(
         directories: the priors'.
         output: of a single video; None: a name in the prior's outputs folder.
         output_dir: of a sweep; None: one in the first prior's outputs folder.
-        is_sweep: put them into a folder of their own even where it is one.
+        is_sweep: put them into a folder of their own even where there is only one.
 
     Raises:
         InputError: see `read_prior`, `make_plan` and `check_output`; priors that need different models; or an
@@ -122,7 +122,7 @@ def make_groups(
     priors = [read_prior(directory) for directory in dict.fromkeys(directories)]
     plans = [(prior, plan) for prior in priors for plan in make_plans(prior, choices)]
     check_one_model(plans)
-    if len(plans) > 1 or is_sweep or output_dir is not None:
+    if len(plans) > 1 or is_sweep:
         if output is not None:
             raise InputError(f"--output names one video, and this makes {len(plans)}; use --output_dir")
         paths = sweep_paths(plans, output_dir)

@@ -284,3 +284,26 @@ def test_a_lora_that_fits_no_layer_is_an_error(prior, infer, refused, tmp_path):
     refused(lambda: infer(prior, "--lora", other), "matches no layer", "unet.q")
     refused(lambda: infer(prior, "--lora", tmp_path / "none.safetensors"), "is not a file")
     refused(lambda: infer(prior, "--lora", f"{other}:0"), "alpha 0")
+
+
+def test_where_only_decoding_is_left_no_lora_is_asked_for_its_layers(
+    generate, infer, run, image, model_dir, lora_file, loads, tmp_path
+):
+    """Neither in a prior that lost its video nor in a clip after the last step: the DiT isn't loaded."""
+    prior = generate("--image", image, "--lora", lora_file, "--prompt", PROMPT).path
+    own = (prior / "output_full.mp4").read_bytes()
+    (prior / "output_full.mp4").unlink()
+    loads.clear()
+    assert run("generate_prior", "--resume", prior, "--model_dir", model_dir).code == 0
+    assert (prior / "output_full.mp4").read_bytes() == own
+    report = infer(prior, "--start_step", 9, "--output", tmp_path / "last.mp4").report
+    assert report["latents_sha256"] == sha256(prior)
+    assert loads == [["vae"], ["vae"]]
+
+
+def test_where_nothing_is_left_to_run_nothing_is_loaded(prior_copy, run, model_dir, loads):
+    (prior_copy / "formation.png").unlink()
+    outcome = run("generate_prior", "--resume", prior_copy, "--model_dir", model_dir)
+    assert outcome.code == 0, outcome.err
+    assert (prior_copy / "formation.png").exists()
+    assert loads == []

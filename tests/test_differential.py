@@ -233,3 +233,12 @@ def test_the_start_step_a_prior_was_made_with_is_where_it_is_resumed(make_prior,
 def test_the_warning_of_a_late_step_tells_what_was_measured(make_prior, infer, tmp_path, flags, words):
     outcome = infer(make_prior(*flags), "--prompt", "Else.", "--output", tmp_path / "video.mp4")
     assert f"after 6 of 10, {words} of the embedded model's clips obeyed" in outcome.err
+
+
+def test_the_commands_printed_do_what_they_are_said_to_do(generate, image):
+    """A prior made with --start_step is resumed there without a flag, any other is run differentially."""
+    flags = ("--image", image, "--num_inference_steps", 10)
+    plain, chosen = generate(*flags).err, generate(*flags, "--start_step", 4).err
+    assert '--prompt "..."\nOr resumed after step 6' in plain and '--prompt "..." --start_step 6' in plain
+    assert '--prompt "..." --num_steps 3\nOr resumed after step 4' in chosen
+    assert '--prompt "..." --start_step 4' in chosen
