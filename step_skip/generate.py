@@ -47,6 +47,7 @@ from step_skip.prior import (
     load_denoised,
     load_latents,
     noise_pred_file,
+    noise_pred_nega_file,
     round_sizes,
     step_file,
 )
@@ -166,6 +167,7 @@ def plan_prior(options: LoadOptions, choices: PriorChoices) -> dict[str, Any]:
         **sizes,
         **{name: chosen[name] for name in names},
         **cheaper,
+        "keeps_nega": chosen["cfg_scale"] != 1 and not any(cheaper.values()),
         "scheduler_timesteps": timesteps,
         "scheduler_sigmas": sigmas,
         "start_step": given.get("start_step", recommended_start_step(len(sigmas))),
@@ -243,7 +245,8 @@ def what_is_left(prior: Prior) -> Left:
     videos = {name: step for name, step in video_files(m, last_step).items() if name not in whole}
     start_step = None
     if whole.issuperset(start_files(m).values()):
-        start_step = min(leading_steps(whole, prior.num_inference_steps) - 1, last_step)
+        steps = leading_steps(whole, prior.num_inference_steps, nega=prior.keeps_nega)
+        start_step = min(steps - 1, last_step)
         if start_step < last_step and (m.get("skip_cache") or m.get("tea_cache_l1_thresh")):
             start_step = -1  # a step uses again what earlier ones left in memory
     return Left(
@@ -417,8 +420,10 @@ def load_start(prior: Prior) -> tuple[torch.Tensor, Conditioning]:
 
 
 def save_step(writer: PriorWriter, step: Step) -> None:
-    """Save the latents after a step and its guided velocity, then say in the metadata that it is whole."""
+    """Save the latents after a step and its velocities, then say in the metadata that it is whole."""
     writer.save_tensor(noise_pred_file(step.index), step.noise_pred)
+    if writer.prior.keeps_nega and step.noise_pred_nega is not None:
+        writer.save_tensor(noise_pred_nega_file(step.index), step.noise_pred_nega)
     writer.save_tensor(step_file(step.index), step.latents)
     record_branch_distance(writer.metadata, step)
     writer.record(step.index, seconds_per_step=step.seconds, forwards_per_step=step.forwards)

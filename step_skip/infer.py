@@ -31,11 +31,13 @@ from step_skip.plan import (
     latents_files,
     make_plan,
     needed_components,
+    nega_files,
     part_of_step,
     settings_of,
     velocity_files,
 )
 from step_skip.prior import IDENTITY_FILES, Prior, check_fingerprint, save_context
+from step_skip.steps import guidance_decay
 from step_skip.sweep import (
     Group,
     Inputs,
@@ -311,25 +313,35 @@ def run_plan(
     progress: bool = True,
 ) -> RunResult:
     """Run the plan's steps: after one of the prior's, differentially, or on sigmas of their own."""
+    from step_skip.differential import Trajectory
     from step_skip.pipeline import run_differential, run_from, run_on_sigmas
-    from step_skip.schedule import Trajectory, reporting_to
+    from step_skip.schedule import reporting_to
 
     prior, tensors = group.prior, group.inputs.tensors
     settings = settings_of(plan, prior)
     latents = [tensors[name] for name in latents_files(plan, prior)]
     on_step = reporting_to(callback, plan.steps_to_run)
     conditioning = conditioning_of(plan, group.inputs) if plan.steps_to_run else None
+    negas = [tensors[name] for name in nega_files(plan, prior)]
+    known_nega = negas[0] if plan.knows_nega else None
     run: Callable[..., RunResult]
     if plan.sigmas is not None:
         begin = between(latents[0], latents[-1], part_of_step(plan, prior))
         run = functools.partial(run_on_sigmas, sigmas=plan.sigmas, latents=begin)
     elif plan.start_step is not None:
-        run = functools.partial(run_from, start_step=plan.start_step, latents=latents[0])
-    else:
-        velocities = [tensors[name] for name in velocity_files(plan)]
         run = functools.partial(
-            run_differential, trajectory=Trajectory(plan.steps_to_run, latents, velocities)
+            run_from, start_step=plan.start_step, latents=latents[0], known_nega=known_nega
         )
+    else:
+        path = Trajectory(
+            plan.steps_to_run,
+            latents,
+            [tensors[name] for name in velocity_files(plan)],
+            noise_pred_nega=negas or None,
+            cfg_scale=prior.metadata["cfg_scale"],
+            guidance_decay=guidance_decay(prior, plan.steps_to_run),
+        )
+        run = functools.partial(run_differential, trajectory=path, known_nega=known_nega)
     return run(pipe, settings, conditioning=conditioning, on_step=on_step, progress=progress)
 
 

@@ -32,17 +32,16 @@ from PIL import Image
 from tqdm import tqdm
 
 from step_skip.cheaper import LEFT_TO_MODEL_FN, BlockCounter, GuidanceByStep, TellTeaCache, skip_cache
+from step_skip.differential import DifferentialScheduler, Trajectory
 from step_skip.files import RunError
 from step_skip.prior import RunSettings
 from step_skip.schedule import (
-    DifferentialScheduler,
     ReportingScheduler,
     ResumableScheduler,
     SigmasScheduler,
     Step,
     StepCallback,
     Stopped,
-    Trajectory,
 )
 
 TILING = {"tile_size": (30, 52), "tile_stride": (15, 26)}  # latents; WanVideoPipeline's own defaults
@@ -108,27 +107,42 @@ StartCallback = Callable[[torch.Tensor, Conditioning], None]
 
 
 class ForwardCounter:
-    """A model_fn that counts its calls, the network evaluations of a run, and compares the two branches.
+    """A model_fn that counts the network evaluations of a run, and keeps both branches of the step that runs.
 
     WanVideoPipeline calls it with positive=True and then, where cfg_scale isn't 1, with positive=False.
+
+    Args:
+        known_nega: the first negative branch, where it is known already: it isn't evaluated. [B, C, T, H, W]
     """
 
-    def __init__(self, model_fn: Callable[..., torch.Tensor]):
+    def __init__(self, model_fn: Callable[..., torch.Tensor], *, known_nega: torch.Tensor | None = None):
         self.model_fn = model_fn
+        self.known_nega = known_nega
         self.forwards = 0
         self.noise_pred_posi: torch.Tensor | None = None
-        self.branch_distance: torch.Tensor | None = None  # of the step that runs; a scalar, on the device
+        self.noise_pred_nega: torch.Tensor | None = None  # None until it was asked for
 
     def __call__(self, **kwargs: Any) -> torch.Tensor:
-        self.forwards += 1
-        noise_pred = self.model_fn(**kwargs)
         if kwargs.get("positive", True):
-            self.noise_pred_posi, self.branch_distance = noise_pred, None
+            self.noise_pred_posi, self.noise_pred_nega = self.evaluate(**kwargs), None
+            return self.noise_pred_posi
+        if self.known_nega is None:
+            self.noise_pred_nega = self.evaluate(**kwargs)
         else:
-            assert self.noise_pred_posi is not None  # the positive branch came first
-            difference = self.noise_pred_posi.float() - noise_pred.float()
-            self.noise_pred_posi, self.branch_distance = None, torch.linalg.vector_norm(difference)
-        return noise_pred
+            self.noise_pred_nega, self.known_nega = self.known_nega.to(kwargs["latents"].device), None
+        return self.noise_pred_nega
+
+    def evaluate(self, **kwargs: Any) -> torch.Tensor:
+        """One network evaluation."""
+        self.forwards += 1
+        return self.model_fn(**kwargs)
+
+    @property
+    def branch_distance(self) -> float | None:
+        """Norm of the difference of both branches; None where there is only one."""
+        if self.noise_pred_posi is None or self.noise_pred_nega is None:
+            return None
+        return float(torch.linalg.vector_norm(self.noise_pred_posi.float() - self.noise_pred_nega.float()))
 
 
 class ReportStart(PipelineUnit):
@@ -274,6 +288,7 @@ def run_from(
     start_step: int,
     latents: torch.Tensor,
     conditioning: Conditioning | None,
+    known_nega: torch.Tensor | None = None,
     stop_after: int | None = None,
     on_step: StepCallback | None = None,
     progress: bool = True,
@@ -282,7 +297,8 @@ def run_from(
 
     No unit that would load an encoder runs, so the pipeline needs only its DiT and VAE. After the last step
     nothing is left to run: the latents are decoded, without DiT, and only then conditioning may be None.
-    Where a later step `stop_after` is given it is the last to run, and nothing is decoded.
+    Where a later step `stop_after` is given it is the last to run, and nothing is decoded. `known_nega`, the
+    first step's velocity of the negative branch, is not evaluated then.
 
     Raises:
         RunError: latents became NaN or infinite; names the step.
@@ -301,6 +317,7 @@ def run_from(
         scheduler=scheduler,
         latents=latents,
         conditioning=conditioning,
+        known_nega=known_nega,
         on_step=on_step,
         progress=progress,
     )
@@ -312,6 +329,7 @@ def run_differential(
     *,
     trajectory: Trajectory,
     conditioning: Conditioning,
+    known_nega: torch.Tensor | None = None,
     on_step: StepCallback | None = None,
     progress: bool = True,
 ) -> RunResult:
@@ -320,13 +338,14 @@ def run_differential(
     Raises:
         RunError: latents became NaN or infinite; names the step.
     """
-    latents, scheduler = trajectory.latents[0], DifferentialScheduler(trajectory)
+    latents, scheduler = trajectory.latents[0], DifferentialScheduler(trajectory, settings.cfg_scale)
     return run_scheduler(
         pipe,
         settings,
         scheduler=scheduler,
         latents=latents,
         conditioning=conditioning,
+        known_nega=known_nega,
         on_step=on_step,
         progress=progress,
     )
@@ -366,6 +385,7 @@ def run_scheduler(
     scheduler: ReportingScheduler,
     latents: torch.Tensor,
     conditioning: Conditioning,
+    known_nega: torch.Tensor | None = None,
     on_step: StepCallback | None = None,
     progress: bool = True,
 ) -> RunResult:
@@ -376,7 +396,7 @@ def run_scheduler(
     """
     units = [unit for unit in pipe.units if not unit.onload_model_names]
     units.append(ReplaceStart(latents, conditioning))
-    return _call(pipe, settings, Clock(), scheduler, units, on_step, progress)
+    return _call(pipe, settings, Clock(), scheduler, units, on_step, progress, known_nega=known_nega)
 
 
 def _call(
@@ -387,10 +407,12 @@ def _call(
     units: list[PipelineUnit],
     on_step: StepCallback | None,
     progress: bool,
+    *,
+    known_nega: torch.Tensor | None = None,
     **inputs: Any,
 ) -> RunResult:
     """Call the pipeline with this scheduler, these units, counters and what makes the steps cheaper."""
-    counter, blocks = ForwardCounter(pipe.model_fn), BlockCounter()
+    counter, blocks = ForwardCounter(pipe.model_fn, known_nega=known_nega), BlockCounter()
     result = RunResult([], torch.empty(0), [], 0, seconds=clock.seconds)
 
     def report_step(step: Step) -> None:
@@ -401,11 +423,11 @@ def _call(
         result.forwards += forwards
         result.latents = step.latents
         if on_step is not None:
-            distance = None if counter.branch_distance is None else float(counter.branch_distance)
+            distance = counter.branch_distance
             on_step(replace(step, branch_distance=distance, forwards=forwards, seconds=seconds))
         clock.add("save")
 
-    scheduler.on_step = report_step
+    scheduler.on_step, scheduler.noise_pred_nega = report_step, lambda: counter.noise_pred_nega
     bar = functools.partial(tqdm, desc="denoise", unit="step", leave=None, disable=not progress)
     inputs |= settings.pipeline_inputs | TILING | {"progress_bar_cmd": bar}
     with (

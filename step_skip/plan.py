@@ -32,6 +32,7 @@ from step_skip.prior import (
     context_file,
     latents_before_file,
     noise_pred_file,
+    noise_pred_nega_file,
     step_file,
 )
 from step_skip.steps import (
@@ -99,6 +100,7 @@ class Plan:
     model: str
     dtype: str | None  # None: the one an older prior's latents are in
     auto: AutoStep | None = None  # where start_step comes from, if it was left to the prior
+    knows_nega: bool = False  # the first step's negative branch is the prior's own, and read
 
     @property
     def texts(self) -> list[str]:
@@ -110,9 +112,9 @@ class Plan:
     @property
     def forwards(self) -> int:
         """Network evaluations."""
-        if isinstance(self.cfg_scale, tuple):
-            return sum(1 if scale == 1 else 2 for scale in self.cfg_scale)
-        return len(self.steps_to_run) * (1 if self.cfg_scale == 1 else 2)
+        steps = len(self.steps_to_run)
+        scales = self.cfg_scale if isinstance(self.cfg_scale, tuple) else (self.cfg_scale,) * steps
+        return sum(1 if scale == 1 else 2 for scale in scales) - self.knows_nega
 
 
 def make_plan(choices: Choices, prior: Prior) -> Plan:
@@ -133,7 +135,7 @@ def make_plan(choices: Choices, prior: Prior) -> Plan:
     given_loras = (
         find_recorded_loras(prior.metadata.get("lora", [])) if choices.lora is None else choices.lora
     )
-    return Plan(
+    plan = Plan(
         **steps,
         **choose_cheaper(
             model,
@@ -149,6 +151,22 @@ def make_plan(choices: Choices, prior: Prior) -> Plan:
         image=choices.image,
         model=model,
         dtype=choices.dtype or prior.metadata.get("dtype"),
+    )
+    return dataclasses.replace(plan, knows_nega=knows_first_nega(plan, prior))
+
+
+def knows_first_nega(plan: Plan, prior: Prior) -> bool:
+    """Whether the first step's negative branch is one the prior evaluated: same latents, text and network."""
+    first = plan.cfg_scale[0] if isinstance(plan.cfg_scale, tuple) else plan.cfg_scale
+    return (
+        prior.keeps_nega
+        and plan.method in ("differential", "resume")
+        and bool(plan.steps_to_run)
+        and first != 1
+        and plan.negative_prompt == prior.metadata["negative_prompt"]
+        and plan.lora == prior.metadata["lora"]
+        and plan.skip_cache is plan.tea_cache_l1_thresh is None
+        and prior.has(noise_pred_nega_file(plan.steps_to_run[0]))
     )
 
 
@@ -363,6 +381,13 @@ def velocity_files(plan: Plan) -> list[str]:
     return [] if plan.method != "differential" else list(map(noise_pred_file, plan.steps_to_run))
 
 
+def nega_files(plan: Plan, prior: Prior) -> list[str]:
+    """The prior's velocities of the negative branch that a plan needs."""
+    if plan.method == "differential" and prior.keeps_nega and plan.cfg_scale != 1:
+        return list(map(noise_pred_nega_file, plan.steps_to_run))
+    return [noise_pred_nega_file(plan.steps_to_run[0])] if plan.knows_nega else []
+
+
 def conditioning_files(plan: Plan, prior: Prior) -> list[str]:
     """The prior's conditioning a plan needs; contexts of other prompts are not there."""
     if prior.is_legacy or not plan.steps_to_run:
@@ -373,7 +398,8 @@ def conditioning_files(plan: Plan, prior: Prior) -> list[str]:
 
 def input_files(plan: Plan, prior: Prior) -> list[str]:
     """The prior's files a plan needs."""
-    return [*latents_files(plan, prior), *velocity_files(plan), *conditioning_files(plan, prior)]
+    tensors = [*latents_files(plan, prior), *velocity_files(plan), *nega_files(plan, prior)]
+    return [*tensors, *conditioning_files(plan, prior)]
 
 
 def needed_components(plan: Plan, prior: Prior, *, known: Set[str]) -> list[str]:

@@ -6,6 +6,7 @@ A prior is a folder `run_<id>/`:
     initial_latents.pt       latents before step 0, at sigmas[0]: the noise (plus the video of --input_video)
     step_0000.pt ...         latents *after* step i, that is, at sigmas[i + 1]; the last ones are clean
     noise_pred_0000.pt ...   the velocity of step i after guidance (DiffSynth calls it noise_pred)
+    noise_pred_nega_0000.pt  that of its negative branch, where there is guidance and no cache
     y.pt, clip_feature.pt    what the model sees of the input image
     context_<hash>.pt        one encoded prompt each, named after the text
     input_image.png          the input image as the model saw it
@@ -111,7 +112,12 @@ class Prior:
         """How many steps are recorded, from the first one on, each with latents and velocity."""
         if self.is_legacy:
             return self.num_inference_steps
-        return leading_steps(self.metadata["files"], self.num_inference_steps)
+        return leading_steps(self.metadata["files"], self.num_inference_steps, nega=self.keeps_nega)
+
+    @property
+    def keeps_nega(self) -> bool:
+        """Whether the velocity of each step's negative branch is saved, too; older priors lack it."""
+        return self.metadata.get("keeps_nega", False)
 
     @property
     def settings(self) -> RunSettings:
@@ -143,15 +149,20 @@ def noise_pred_file(step: int) -> str:
     return f"noise_pred_{step:04d}.pt"
 
 
-def step_files(step: int) -> tuple[str, str]:
-    """What there is of a step that is whole."""
-    return step_file(step), noise_pred_file(step)
+def noise_pred_nega_file(step: int) -> str:
+    """Name of the velocity of the negative branch of `step`."""
+    return f"noise_pred_nega_{step:04d}.pt"
 
 
-def leading_steps(names: Iterable[str], num_inference_steps: int) -> int:
+def step_files(step: int, *, nega: bool = False) -> tuple[str, ...]:
+    """What there is of a step that is whole, with its negative branch or without."""
+    return step_file(step), noise_pred_file(step), *([noise_pred_nega_file(step)] if nega else [])
+
+
+def leading_steps(names: Iterable[str], num_inference_steps: int, *, nega: bool = False) -> int:
     """How many steps, from the first one on, have all their files among these."""
-    names = set(names)
-    lacking = (step for step in range(num_inference_steps) if not names.issuperset(step_files(step)))
+    names, steps = set(names), range(num_inference_steps)
+    lacking = (step for step in steps if not names.issuperset(step_files(step, nega=nega)))
     return next(lacking, num_inference_steps)
 
 
@@ -179,7 +190,7 @@ def latents_shape(*, height: int, width: int, num_frames: int) -> tuple[int, ...
 def bytes_of_prior(settings: RunSettings) -> int:
     """A safe upper bound of what a prior takes on disk, without its videos."""
     shape = latents_shape(height=settings.height, width=settings.width, num_frames=settings.num_frames)
-    saved = 2 * settings.num_inference_steps + 4  # latents and velocity of each step, the noise, y
+    saved = 3 * settings.num_inference_steps + 4  # latents and velocities of each step, the noise, y
     return saved * math.prod(shape) * 4 + 32 * 2**20
 
 

@@ -18,6 +18,7 @@ leaves a given share of the text's say.
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -39,7 +40,7 @@ log = logging.getLogger(__name__)
 FORMATION_KEY = "formation"  # in a prior's metadata
 FORMATION_FILE = "formation.png"
 DEFAULT_TEXT_SHARE = 0.6  # what about 9 of 10 new prompts need to be obeyed: benchmarks/results/auto_step
-DENSER = 1.7  # how much denser to the end the steps of a differential resume are; 1: evenly spread
+DENSER, DENSER_FEW, FEW = 1.7, 2.0, 3  # to the end; for up to FEW steps of a differential resume; 1: evenly
 LATE = 0.5  # share of the schedule after which a resumed run rarely changes the motion
 SAME_SIGMA = 1e-6  # relative; sigmas are float32 and come by way of text
 CURVES = (
@@ -217,6 +218,24 @@ def read_text_moves(prior: Prior) -> list[float]:
     return moves
 
 
+def guidance_decay(prior: Prior, steps: Sequence[int]) -> list[float] | None:
+    """How guidance fades over each chosen step: the mean of the fine steps' branch distances over the first.
+
+    A chosen step reaches to the next one, the last to the end; the mean is weighted by how far sigma goes.
+    None: the prior recorded no distances.
+    """
+    distances = prior.metadata.get(FORMATION_KEY, {}).get("branch_distances")
+    if distances is None:
+        return None
+    sigmas = [*prior.metadata["scheduler_sigmas"], 0.0]
+    decays = []
+    for step, end in itertools.pairwise([*steps, len(sigmas) - 1]):
+        mean = sum((sigmas[i] - sigmas[i + 1]) * distances[i] for i in range(step, end))
+        first = (sigmas[step] - sigmas[end]) * distances[step]
+        decays.append(mean / first if first else 1.0)
+    return decays
+
+
 # --- one glance to choose by --------------------------------------------------------------------------------
 
 
@@ -257,20 +276,19 @@ def is_late(start_step: int, num_inference_steps: int) -> bool:
 
 
 def recommended_num_steps(num_inference_steps: int) -> int:
-    """How many steps a differential resume runs by default: 3 of 10, and that share of others, 2 of 4."""
-    return max(1 if num_inference_steps < 4 else 2, round(0.3 * num_inference_steps))
+    """How many steps a differential resume runs by default: 3 of 10, 2 of 4, and 4 where there are many."""
+    return max(1 if num_inference_steps < 4 else 2, min(4, round(0.3 * num_inference_steps)))
 
 
 def spread_steps(num_inference_steps: int, num_steps: int) -> list[int]:
-    """The steps of a differential resume: 0 5 8 for 3 of 10, and the same places of other schedules.
+    """The steps of a differential resume: 0 6 9 for 3 of 10, and the same places of other schedules.
 
-    They are denser to the end, where sigma falls fast: step i of n is 1 - (1 - i / n) ** DENSER of the way.
-    Where only one or two run the first is a tenth of the way, on the prior's path. Both are what came nearest
-    to the full run on the embedded model (benchmarks/results/promise/summary.md).
+    They are denser to the end, where sigma falls fast: step i of n is 1 - (1 - i / n) ** DENSER of the way,
+    with a higher power where few run. Both powers are what came nearest to the full run on the embedded
+    model, on identities that are not among the measured ones.
     """
-    first = num_inference_steps // 10 if num_steps <= 2 else 0
-    parts = (1 - (1 - i / num_steps) ** DENSER for i in range(num_steps))
-    steps = (max(first, round(part * num_inference_steps)) for part in parts)
+    power = DENSER_FEW if num_steps <= FEW else DENSER
+    steps = (round((1 - (1 - i / num_steps) ** power) * num_inference_steps) for i in range(num_steps))
     room = range(num_inference_steps - num_steps, num_inference_steps)  # for those that follow
     return [min(max(i, step), last) for i, (step, last) in enumerate(zip(steps, room, strict=True))]
 

@@ -29,6 +29,7 @@ from step_skip.plan import (
     latents_files,
     make_plan,
     needed_components,
+    nega_files,
     settings_of,
     velocity_files,
 )
@@ -307,7 +308,7 @@ def load_inputs(group: Group) -> str:
     """
     prior, inputs = group.prior, group.inputs
     for plan in group.plans:
-        latents = [*latents_files(plan, prior), *velocity_files(plan)]
+        latents = [*latents_files(plan, prior), *velocity_files(plan), *nega_files(plan, prior)]
         for names, load in ((latents, load_latents), (conditioning_files(plan, prior), load_conditioning)):
             inputs.tensors.update((name, load(prior, name)) for name in names if name not in inputs.tensors)
         found = dtype_name(inputs.tensors[latents[0]])
@@ -346,7 +347,7 @@ def read_identity_image(image: Path | Image, prior: Prior) -> Image:
 def describe_choices(plan: Plan) -> dict[str, Any]:
     """A plan's entries that decide the video, as they stand in a result's JSON; the image has a checksum."""
     entries = dataclasses.asdict(plan)
-    del entries["image"], entries["auto"]
+    del entries["image"], entries["auto"], entries["knows_nega"]  # none of them changes the latents
     entries["steps_run"] = entries.pop("steps_to_run")
     return {name: value for name, value in entries.items() if value is not None or name == "start_step"}
 

@@ -6,13 +6,16 @@ what is not lies at different H or W here, never in two channels.
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import math
 
 import pytest
 import torch
 from helpers import OTHER_PROMPT, read_json
 
-from step_skip.schedule import DifferentialScheduler, ReportingScheduler, ResumableScheduler, Step, Trajectory
+from step_skip.differential import DifferentialScheduler, Trajectory, nearest_sum
+from step_skip.schedule import ReportingScheduler, ResumableScheduler, Step
 
 SIGMAS = (1.0, 0.978, 0.952, 0.921, 0.882, 0.833, 0.769, 0.682, 0.556, 0.357)
 
@@ -62,7 +65,7 @@ def test_the_priors_own_velocity_gives_the_priors_own_latents(dtype: torch.dtype
     assert torch.equal(steps[-1].latents, trajectory.latents[-1])
 
 
-def test_the_share_of_the_bend_worked_by_hand() -> None:
+def test_the_share_of_the_rest_worked_by_hand() -> None:
     scheduler = DifferentialScheduler(Trajectory((0,), [], []))
 
     def frames(first: tuple[float, float], second: tuple[float, float]) -> torch.Tensor:
@@ -72,18 +75,18 @@ def test_the_share_of_the_bend_worked_by_hand() -> None:
     old, new = frames((1, 1), (1, 3)), frames((1, 1), (2, 4))
     bend = frames((0, 0), (1, 1))
     # at rest it is (1, 1): moves of (1, 3) and (0, 2), apart by (1, 1)
-    share = scheduler.share_of_bend(bend, new=new, old=old)
+    share = scheduler.share_of_rest(bend, new=new, old=old)
     torch.testing.assert_close(share.flatten(), torch.tensor([1, 1 - 2 / (10 + 4 + 2)]))
     # then the new one goes back by (0, 3) where the prior goes on by (0, 1): opposite ways
-    share = scheduler.share_of_bend(
+    share = scheduler.share_of_rest(
         0.1 * bend, new=new - frames((0, 0), (0, 3)), old=old + frames((0, 0), (0, 1))
     )
     assert share.flatten().tolist() == [1, 0]
 
 
-def test_with_nothing_of_the_bend_the_steps_are_those_from_noise() -> None:
+def test_with_nothing_of_the_rest_a_first_step_is_one_from_noise() -> None:
     class Straight(DifferentialScheduler):
-        def share_of_bend(self, bend: torch.Tensor, **estimates: torch.Tensor) -> float:
+        def share_of_rest(self, rest: torch.Tensor, **estimates: torch.Tensor) -> float:
             return 0.0
 
     def velocity(x: torch.Tensor, sigma: float) -> torch.Tensor:
@@ -91,10 +94,51 @@ def test_with_nothing_of_the_bend_the_steps_are_those_from_noise() -> None:
 
     noise, chosen = at(0.5, -1.0, 2.0), (0, 5, 8)
     prior = prior_of(lambda x, sigma: torch.sin(3 * x) + sigma, noise, chosen)
-    found = run(Straight(prior), velocity, noise)[-1].latents
-    from_noise = run(ReportingScheduler(lambda _: chosen), velocity, noise)[-1].latents
+    found = run(Straight(prior), velocity, noise)[0].latents
+    from_noise = run(ReportingScheduler(lambda _: chosen), velocity, noise)[0].latents
     torch.testing.assert_close(found, from_noise, atol=1e-5, rtol=0)
-    assert (run(DifferentialScheduler(prior), velocity, noise)[-1].latents - from_noise).abs().max() > 0.01
+
+
+def test_a_velocity_that_changes_evenly_is_followed_exactly_once_the_prior_has_taught_how() -> None:
+    """Both velocities are linear in sigma: from the second chosen step on the guess is the whole step."""
+    noise, chosen = at(1.0, -2.0), (0, 5, 8)
+    prior = prior_of(lambda x, sigma: at(0.5, 3.0) * sigma, noise, chosen)
+    scheduler = DifferentialScheduler(prior)
+    steps = run(scheduler, lambda x, sigma: at(2.5, 2.0) * sigma, noise)
+    sigmas = [SIGMAS[5], SIGMAS[8], 0.0]
+    for step, (begin, end) in zip(steps[1:], itertools.pairwise(sigmas), strict=True):
+        # the prior's fine steps are Euler's: their mean velocity, and the new clip's, is that of the sigmas
+        fine = [s for s in (*SIGMAS, 0.0) if end <= s <= begin]
+        mean = sum((a - b) * a for a, b in itertools.pairwise(fine)) / (begin - end)
+        expected = step.latents_before + (end - begin) * at(2.5, 2.0) * mean
+        torch.testing.assert_close(step.latents, expected, atol=2e-3, rtol=0)
+
+
+def test_guidance_fades_over_a_step_as_it_did_for_the_prior() -> None:
+    """One step, no rest followed: posi + (cfg_scale - 1) * decay * (posi - nega), worked by hand."""
+
+    class Straight(DifferentialScheduler):
+        def share_of_rest(self, rest: torch.Tensor, **estimates: torch.Tensor) -> float:
+            return 0.0
+
+    noise, posi, nega, cfg_scale, decay = at(1.0, -2.0), at(2.0, 1.0), at(1.0, 0.5), 3.0, 0.25
+    prior = prior_of(lambda x, sigma: at(0.0, 0.0), noise, (0,))
+    prior = dataclasses.replace(
+        prior, noise_pred_nega=[at(0.0, 0.0)], cfg_scale=cfg_scale, guidance_decay=[decay]
+    )
+    scheduler = Straight(prior, cfg_scale)
+    scheduler.noise_pred_nega = lambda: nega
+    [step] = run(scheduler, lambda x, sigma: nega + cfg_scale * (posi - nega), noise)
+    expected = noise - posi - (cfg_scale - 1) * decay * (posi - nega)
+    torch.testing.assert_close(step.latents, expected)
+
+
+def test_the_nearest_sum_of_parts_is_the_least_squares_one() -> None:
+    parts = torch.randn(2, 1, 1, 1, 1, 50, generator=torch.Generator().manual_seed(0))
+    target = 0.5 * parts[0] - 2 * parts[1]
+    assert nearest_sum(list(parts), target) == pytest.approx([0.5, -2], abs=1e-4)
+    assert sum(nearest_sum([parts[0], parts[0]], parts[0])) == pytest.approx(1)  # alike: it can't tell
+    assert nearest_sum([torch.zeros(2), torch.zeros(2)], torch.ones(2)) == [0, 0]
 
 
 def mixture_velocity(centres: torch.Tensor, width: float, x: torch.Tensor, sigma: float) -> torch.Tensor:
@@ -140,7 +184,7 @@ def test_detail_is_the_priors_and_motion_the_prompts() -> None:
 
 def test_following_the_bend_where_both_move_alike_is_nearer_than_following_it_everywhere() -> None:
     class WholeBend(DifferentialScheduler):
-        def share_of_bend(self, bend: torch.Tensor, **estimates: torch.Tensor) -> float:
+        def share_of_rest(self, rest: torch.Tensor, **estimates: torch.Tensor) -> float:
             return 1.0
 
     noise = torch.randn(2000, 1, 1, 1, 2, generator=torch.Generator().manual_seed(0))
@@ -164,7 +208,7 @@ def test_the_priors_own_prompt_gives_the_priors_own_video(infer, prior_copy, fla
 
 def test_it_runs_only_the_steps_that_were_chosen(infer, prior_copy, loads) -> None:
     report = infer(prior_copy, "--steps", "2", "5", "8", "--prompt", OTHER_PROMPT).report
-    assert (report["method"], report["steps_run"], report["forwards"]) == ("differential", [2, 5, 8], 6)
+    assert (report["method"], report["steps_run"], report["forwards"]) == ("differential", [2, 5, 8], 5)
     assert loads == [["dit", "text_encoder", "vae"]]
 
 
@@ -191,7 +235,7 @@ def test_a_damaged_velocity_is_refused_only_where_it_is_needed(refused, infer, p
 def test_it_is_the_default(run, model_dir, prior_copy) -> None:
     command = ("--prior_dir", prior_copy, "--model_dir", model_dir, "--prompt", OTHER_PROMPT)
     report = run("infer_from_prior", *command).report
-    assert (report["method"], report["steps_run"]) == ("differential", [0, 5, 8])
+    assert (report["method"], report["steps_run"]) == ("differential", [0, 6, 9])
 
 
 @pytest.mark.parametrize(

@@ -106,9 +106,9 @@ def test_the_saved_steps_are_the_run(prior, make_prior, video):
 @pytest.mark.parametrize(
     ("flags", "forwards", "components"),
     [
-        (("--prompt", OTHER_PROMPT), 6, {"dit", "vae", "text_encoder"}),
+        (("--prompt", OTHER_PROMPT), 5, {"dit", "vae", "text_encoder"}),
         (("--prompt", OTHER_PROMPT, "--cfg_scale", 1), 3, {"dit", "vae", "text_encoder"}),
-        ((), 6, {"dit", "vae"}),
+        ((), 5, {"dit", "vae"}),
         (("--cfg_scale", 1), 3, {"dit", "vae"}),
         (("--cfg_scale", 1, "--negative_prompt", OTHER_PROMPT), 3, {"dit", "vae"}),
     ],

@@ -82,7 +82,7 @@ def test_the_branches_are_compared_in_float32_and_handed_on_as_they_are(dtype):
     assert counter(positive=True) is outputs[True]
     assert counter.branch_distance is None
     assert counter(positive=False) is outputs[False]
-    assert float(counter.branch_distance) == 128.0
+    assert counter.branch_distance == 128.0
     assert counter.forwards == 2
     counter(positive=True)
     assert counter.branch_distance is None  # a step's own, never the last one's

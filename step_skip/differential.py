@@ -1,0 +1,158 @@
+"""Differential resume: a prior's path, followed in a few chosen steps, and what the new prompt changes.
+
+A chosen step stands for many fine ones of the prior, and the velocity where it begins isn't what moves the
+latents over it. With the velocities c and n of both guidance branches, g = c - n, the mean velocity over the
+step is guessed alike for the prior and for the new run:
+
+    guess = c + (cfg_scale - 1) * decay * g + a * (c - c_before) + b * (n - n_before)
+
+decay is the mean of |g| over the prior's fine steps to the first of them; a and b are the two numbers by
+which the prior's own guess comes nearest to what its fine steps did. What it still misses is the rest. With
+h = sigma_next - sigma and an offset d from the prior's path that starts at zero,
+
+    rest = (x_next - x) / h - guess_prior
+    d <- d + h * (guess_new - guess_prior) - h * (1 - share) * rest,      go on at x_next + d
+
+share (0 ... 1, `share_of_rest`) says where the new clip can be expected to do as the prior did. With the
+prior's own prompt both guesses are the same and the share is one: the result is the prior's own, exactly.
+
+FlowEdit (arXiv 2412.08629) drives an edit by a difference of velocities; here one of the two is on disk. The
+guess from the step before is a linear multistep solver's (Adams-Bashforth), with coefficients that the prior
+teaches. docs/method.md derives it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from step_skip.schedule import ReportingScheduler
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """A prior's own path at a few chosen steps; tensors are [B, C, T, H, W]."""
+
+    steps: Sequence[int]  # increasing
+    latents: Sequence[torch.Tensor]  # before each of the steps, then the clean ones: one more than steps
+    noise_pred: Sequence[torch.Tensor]  # the guided velocity of each of the steps
+    noise_pred_nega: Sequence[torch.Tensor] | None = None  # its negative branch's; None: not known
+    cfg_scale: float = 1.0  # that it was guided by
+    guidance_decay: Sequence[float] | None = None  # of each step (steps.guidance_decay); None: unknown
+
+
+@dataclass(frozen=True)
+class Velocity:
+    """A velocity and its guidance branches; where they are not known both are the velocity itself."""
+
+    guided: torch.Tensor
+    posi: torch.Tensor
+    nega: torch.Tensor
+    cfg_scale: float
+
+    @classmethod
+    def split(cls, guided: torch.Tensor, nega: torch.Tensor | None, cfg_scale: float) -> Velocity:
+        """In float32, from the guided velocity nega + cfg_scale * (posi - nega)."""
+        guided = guided.float()
+        if nega is None:
+            return cls(guided, guided, guided, 1.0)
+        nega = nega.to(guided)
+        return cls(guided, nega + (guided - nega) / cfg_scale, nega, cfg_scale)
+
+    def with_guidance(self, decay: float) -> torch.Tensor:
+        """The velocity with `decay` (0 ... 1) of what guidance adds to the positive branch."""
+        return self.posi + (self.cfg_scale - 1) * decay * (self.posi - self.nega)
+
+
+class DifferentialScheduler(ReportingScheduler):
+    """Runs the trajectory's steps, each spent on what the new prompt changes of the prior's path.
+
+    Args:
+        trajectory: the prior's.
+        cfg_scale: the new run's, or one for each step.
+    """
+
+    def __init__(self, trajectory: Trajectory, cfg_scale: float | Sequence[float] = 1.0):
+        super().__init__(lambda _: trajectory.steps)
+        self.trajectory = trajectory
+        steps = len(trajectory.steps)
+        self.cfg_scales = list(cfg_scale) if isinstance(cfg_scale, Sequence) else [cfg_scale] * steps
+        self.offset: torch.Tensor | float = 0.0  # float32: in bfloat16 small differences would be lost
+        self.before: tuple[Velocity, Velocity] | None = None  # new and old, at the step before
+        self.estimates: tuple[torch.Tensor, torch.Tensor] | None = None  # likewise
+
+    def advance(
+        self, place: int, model_output: torch.Tensor, timestep: torch.Tensor, sample: torch.Tensor
+    ) -> torch.Tensor:
+        """Add what the new prompt changes to the offset and go on at the next chosen step."""
+        sigmas, path = [*self.sigmas.tolist(), 0.0], self.trajectory
+        sigma, ahead = sigmas[place], sigmas[place + 1] - sigmas[place]
+        here, there = (path.latents[i].to(sample.device).float() for i in (place, place + 1))
+        new, old = self.velocities(place, model_output)
+        change, rest = self.change_and_rest(place, new, old, mean_old=(there - here) / ahead)
+        estimates = {"new": sample.float() - sigma * new.guided, "old": here - sigma * old.guided}
+        share = self.share_of_rest(ahead * rest, **estimates)
+        offset: torch.Tensor = self.offset + ahead * (change - (1 - share) * rest)
+        self.offset, self.before = offset, (new, old)
+        return torch.where(offset == 0, there, there + offset).to(sample.dtype)  # keeps a -0.0
+
+    def velocities(self, place: int, model_output: torch.Tensor) -> tuple[Velocity, Velocity]:
+        """The new run's velocity at a step and the prior's, with branches where both of them are known."""
+        path, nega = self.trajectory, self.noise_pred_nega()
+        known = nega is not None and path.noise_pred_nega is not None
+        old_nega = path.noise_pred_nega[place] if known and path.noise_pred_nega is not None else None
+        old = path.noise_pred[place].to(model_output.device)
+        return (
+            Velocity.split(model_output, nega if known else None, self.cfg_scales[place]),
+            Velocity.split(old, old_nega, path.cfg_scale),
+        )
+
+    def change_and_rest(
+        self, place: int, new: Velocity, old: Velocity, *, mean_old: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """How the two guesses of the mean velocity over a step differ, and what the prior's one misses.
+
+        Args:
+            mean_old: the prior's true mean velocity over the step. [B, C, T, H, W], like the returned
+        """
+        decay = self.trajectory.guidance_decay[place] if self.trajectory.guidance_decay else 1.0
+        change = new.with_guidance(decay) - old.with_guidance(decay)
+        rest = mean_old - old.with_guidance(decay)
+        if self.before is not None:
+            new_before, old_before = self.before
+            new_moves = (new.posi - new_before.posi, new.nega - new_before.nega)
+            old_moves = (old.posi - old_before.posi, old.nega - old_before.nega)
+            factors = nearest_sum(old_moves, rest)
+            for factor, of_new, of_old in zip(factors, new_moves, old_moves, strict=True):
+                change, rest = change + factor * (of_new - of_old), rest - factor * of_old
+        return change, rest
+
+    def share_of_rest(
+        self, rest: torch.Tensor, *, new: torch.Tensor, old: torch.Tensor
+    ) -> torch.Tensor | float:
+        """How much of the prior's rest to follow, position by position: [B, 1, T, H, W], 0 ... 1.
+
+        Both denoised estimates have moved since the step before, at the first step since the picture at rest,
+        the prior's first frame. Where they moved alike the new clip follows the prior: with the moves m,
+
+            share = max(0, 1 - |m_new - m_old|^2 / (|m_new|^2 + |m_old|^2 + |rest|^2)),   norms over channels
+
+        Args:
+            rest: of the latents over the step, [B, C, T, H, W], like
+            new, old: the new run's and the prior's denoised estimate, latents - sigma * noise_pred.
+        """
+        before_new, before_old = self.estimates or (old[:, :, :1], old[:, :, :1])
+        self.estimates = new, old
+        moves = new - before_new, old - before_old
+        apart = (moves[0] - moves[1]).square().sum(1, keepdim=True)
+        all_moves = sum(each.square().sum(1, keepdim=True) for each in (*moves, rest))
+        return torch.where(apart > 0, 1 - apart / all_moves, 1.0).clamp(min=0)
+
+
+def nearest_sum(parts: Sequence[torch.Tensor], target: torch.Tensor) -> list[float]:
+    """The factors of the parts whose sum is nearest to the target: least squares, 0 where it can't tell."""
+    columns = torch.stack([part.flatten() for part in parts])  # [parts, elements]
+    gram, products = (columns @ columns.T).double().cpu(), (columns @ target.flatten()).double().cpu()
+    return (torch.linalg.pinv(gram, rtol=1e-9, hermitian=True) @ products).tolist()
