@@ -31,25 +31,25 @@ ROOT = HERE.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "data" / "tiny_wan_i2v")]
 
 import world
-from cheaper_methods import cheaper
 from evaluate import psnr
-from methods import PRIOR_PROMPTS, STEPS, Case, Method, as_array, make_prior, methods
+from promise_methods import PRIORS, STEPS, Case, Method, as_array, make_prior, methods
 from promise_report import NUMBERS
 
 from step_skip.loading import installed_versions, load_pipeline
 from step_skip.models import ALL_COMPONENTS, LoadOptions, fingerprint_files, model_defaults, weight_files
 from step_skip.prior import RunSettings, latents_shape
 
-SETS = {"all": methods, "cheaper": cheaper}
+SETS = {"all": methods}
+Job = tuple[int, int, float, str]  # index, seed, cfg_scale, name of the set of methods
 FIRST_IDENTITY = 2_000_000  # a stream of identities of its own, neither the training's nor evaluate.py's
 COLUMNS = (
     "index",
     "seed",
+    "cfg_scale",
     "old_motion",
     "new_motion",
     "method",
     "prior",
-    "steps",
     "forwards",
     "block_evaluations",
     "shown",
@@ -60,9 +60,8 @@ COLUMNS = (
 # --- cases --------------------------------------------------------------------------------------------------
 
 
-def make_case(pipe, defaults, index: int, seed: int) -> Case:
+def make_case(pipe, defaults, index: int, seed: int, cfg_scale: float) -> Case:
     """The index-th unseen identity, its two motions and wordings, and the seed-th noise."""
-    import torch
     from PIL import Image
 
     from step_skip.pipeline import encode_image, encode_prompt
@@ -71,15 +70,13 @@ def make_case(pipe, defaults, index: int, seed: int) -> Case:
     identity = world.sample_identity(rng)
     old, new = (str(motion) for motion in rng.choice(world.MOTIONS, 2, replace=False))
     texts = {"old": world.sample_prompt(rng, old), "new": world.sample_prompt(rng, new)}
-    texts |= {"empty": "", "scene": world.NEUTRAL[0], "still": "the character stays still"}
+    texts |= {"empty": "", "still": "the character stays still"}
     contexts = {name: encode_prompt(pipe, text) for name, text in texts.items()}
-    every = [encode_prompt(pipe, f"the character {world.WORDINGS[motion][0][0]}") for motion in world.MOTIONS]
-    contexts["mean"] = torch.stack(every).mean(0)
     settings = RunSettings(
         num_inference_steps=STEPS,
         denoising_strength=1.0,
         sigma_shift=defaults.sigma_shift,
-        cfg_scale=defaults.cfg_scale,
+        cfg_scale=cfg_scale,
         height=defaults.height,
         width=defaults.width,
         num_frames=defaults.num_frames,
@@ -91,12 +88,13 @@ def make_case(pipe, defaults, index: int, seed: int) -> Case:
     return Case(index, seed, pipe, settings, identity, old, new, contexts, image, noise)
 
 
-def measure_case(pipe, defaults, index: int, seed: int, methods: list[Method]) -> Iterator[dict]:
+def measure_case(
+    pipe, defaults, index: int, seed: int, cfg_scale: float, methods: list[Method]
+) -> Iterator[dict]:
     """One line for every method."""
-    case = make_case(pipe, defaults, index, seed)
-    kinds = {method.prior for method in methods} & PRIOR_PROMPTS.keys()
-    priors = {kind: make_prior(case, PRIOR_PROMPTS[kind]) for kind in sorted(kinds)}
-    before = {kind: world.measure(prior.frames, case.identity) for kind, prior in priors.items()}
+    case = make_case(pipe, defaults, index, seed, cfg_scale)
+    kinds = {method.prior for method in methods} & PRIORS.keys()
+    priors = {kind: make_prior(case, *PRIORS[kind]) for kind in sorted(kinds)}
     full, full_found = None, None
     for method in methods:
         result = method.run(case, priors.get(method.prior))
@@ -104,15 +102,14 @@ def measure_case(pipe, defaults, index: int, seed: int, methods: list[Method]) -
         found = world.measure(frames, case.identity)
         if full is None:  # the first method is the full run
             full, full_found = frames, found
-        shared = world.agreement(found, before[method.prior]) if method.prior in before else float("nan")
         yield {
             "index": index,
             "seed": seed,
+            "cfg_scale": cfg_scale,
             "old_motion": case.old_motion,
             "new_motion": case.new_motion,
             "method": method.name,
             "prior": method.prior,
-            "steps": method.steps or " ".join(map(str, result.steps)),
             "forwards": result.forwards,
             "block_evaluations": result.block_evaluations,
             "shown": found.motion,
@@ -123,7 +120,7 @@ def measure_case(pipe, defaults, index: int, seed: int, methods: list[Method]) -
             "bloom_error": round(found.bloom_error, 4),
             "decided": round(found.decided, 4),
             "psnr": round(psnr(frames, full), 3),
-            "shared_with_prior": round(shared, 4),
+            "ssim": round(ssim(frames, full), 5),
             "shared_with_full": round(world.agreement(found, full_found), 4),
             "denoise_seconds": round(result.seconds.get("denoise", float("nan")), 3),
         }
@@ -164,26 +161,34 @@ def start_worker(threads: int) -> None:
     _worker = (pipe, model_defaults("tiny"))
 
 
-def work(job: tuple[int, int, str]) -> list[dict]:
-    """All lines of one case: index, seed, name of the set of methods."""
-    index, seed, name = job
-    return list(measure_case(*_worker, index, seed, list(SETS[name]())))
+def work(job: Job) -> list[dict]:
+    """All lines of one case."""
+    index, seed, cfg_scale, name = job
+    return list(measure_case(*_worker, index, seed, cfg_scale, list(SETS[name]())))
+
+
+def ssim(frames: np.ndarray, full: np.ndarray) -> float:
+    """Structural similarity, mean over the frames. uint8 [T, H, W, 3], both"""
+    from skimage.metrics import structural_similarity
+
+    pairs = zip(frames, full, strict=True)
+    return float(np.mean([structural_similarity(a, b, channel_axis=2) for a, b in pairs]))
 
 
 def run_cases(
-    jobs: list[tuple[int, int, str]],
+    jobs: list[Job],
     path: Path,
     *,
     workers: int,
-    work: Callable[[tuple[int, int, str]], list[dict]] = work,
+    work: Callable[[Job], list[dict]] = work,
     columns: Sequence[str] = COLUMNS,
 ) -> None:
     """Do the cases clips.csv doesn't hold yet."""
     from tqdm import tqdm
 
     rows = list(csv.DictReader(path.open())) if path.exists() else []
-    done = {(int(row["index"]), int(row["seed"])) for row in rows}
-    jobs = [job for job in jobs if job[:2] not in done]
+    done = {(int(row["index"]), int(row["seed"]), float(row["cfg_scale"])) for row in rows}
+    jobs = [job for job in jobs if job[:3] not in done]
     if not jobs:
         return
     os.environ["TQDM_DISABLE"] = "1"  # in the workers: only the bar over the cases is of interest
@@ -221,6 +226,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
     parser.add_argument("--identities", type=int, default=100, help="unseen identities (default: 100)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="noises per identity (default: 0)")
+    parser.add_argument("--guidance", type=float, nargs="+", default=[2, 5], help="cfg_scale (default: 2 5)")
     parser.add_argument("--methods", choices=SETS, default="all", help="which to compare (default: all)")
     parser.add_argument("--output", type=Path, default=HERE / "out" / "promise")
     parser.add_argument("--workers", type=int, default=2, help="processes (default: 2)")
@@ -240,9 +246,10 @@ def main(argv: list[str] | None = None) -> None:
         check_same_setup(args.output / "setup.json", list(SETS[args.methods]()))
         # the seed goes with the identity, so that no two cases share their noise
         jobs = [
-            (index, 1000 * seed + index, args.methods)
+            (index, 1000 * seed + index, cfg_scale, args.methods)
             for seed in args.seeds
             for index in range(args.identities)
+            for cfg_scale in args.guidance
         ]
         run_cases(jobs, clips, workers=args.workers)
     report = cheaper_report if args.methods == "cheaper" else promise_report

@@ -19,7 +19,7 @@ NUMBERS = (
     "bloom_error",
     "decided",
     "psnr",
-    "shared_with_prior",
+    "ssim",
     "shared_with_full",
     "denoise_seconds",
 )

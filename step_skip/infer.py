@@ -37,7 +37,7 @@ from step_skip.plan import (
     velocity_files,
 )
 from step_skip.prior import IDENTITY_FILES, Prior, check_fingerprint, save_context
-from step_skip.steps import guidance_decay
+from step_skip.steps import FORMATION_KEY, guidance_decay
 from step_skip.sweep import (
     Group,
     Inputs,
@@ -333,16 +333,25 @@ def run_plan(
             run_from, start_step=plan.start_step, latents=latents[0], known_nega=known_nega
         )
     else:
+        velocities = [tensors[name] for name in velocity_files(plan)]
         path = Trajectory(
-            plan.steps_to_run,
-            latents,
-            [tensors[name] for name in velocity_files(plan)],
-            noise_pred_nega=negas or None,
-            cfg_scale=prior.metadata["cfg_scale"],
-            guidance_decay=guidance_decay(prior, plan.steps_to_run),
+            plan.steps_to_run, latents, velocities, **guidance_of(prior, plan.steps_to_run, negas)
         )
         run = functools.partial(run_differential, trajectory=path, known_nega=known_nega)
     return run(pipe, settings, conditioning=conditioning, on_step=on_step, progress=progress)
+
+
+def guidance_of(prior: Prior, steps: Sequence[int], negas: Sequence[torch.Tensor]) -> dict[str, Any]:
+    """What a Trajectory says of the prior's guidance, as far as it is recorded."""
+    distances = prior.metadata.get(FORMATION_KEY, {}).get("branch_distances")
+    if not negas or distances is None:
+        return {}
+    decay = guidance_decay(distances, steps, sigmas=prior.metadata["scheduler_sigmas"])
+    return {
+        "noise_pred_nega": negas,
+        "cfg_scale": prior.metadata["cfg_scale"],
+        "guidance_decay": decay,
+    }
 
 
 def between(begin: torch.Tensor, end: torch.Tensor, part: float) -> torch.Tensor:

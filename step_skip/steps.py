@@ -218,20 +218,21 @@ def read_text_moves(prior: Prior) -> list[float]:
     return moves
 
 
-def guidance_decay(prior: Prior, steps: Sequence[int]) -> list[float] | None:
+def guidance_decay(
+    branch_distances: Sequence[float], steps: Sequence[int], *, sigmas: Sequence[float]
+) -> list[float]:
     """How guidance fades over each chosen step: the mean of the fine steps' branch distances over the first.
 
     A chosen step reaches to the next one, the last to the end; the mean is weighted by how far sigma goes.
-    None: the prior recorded no distances.
+
+    Args:
+        branch_distances: of every fine step, the norm of noise_pred_posi - noise_pred_nega.
+        sigmas: of every fine step, without the closing 0.
     """
-    distances = prior.metadata.get(FORMATION_KEY, {}).get("branch_distances")
-    if distances is None:
-        return None
-    sigmas = [*prior.metadata["scheduler_sigmas"], 0.0]
-    decays = []
-    for step, end in itertools.pairwise([*steps, len(sigmas) - 1]):
-        mean = sum((sigmas[i] - sigmas[i + 1]) * distances[i] for i in range(step, end))
-        first = (sigmas[step] - sigmas[end]) * distances[step]
+    ends, decays = [*sigmas, 0.0], []
+    for step, end in itertools.pairwise([*steps, len(sigmas)]):
+        mean = sum((ends[i] - ends[i + 1]) * branch_distances[i] for i in range(step, end))
+        first = (ends[step] - ends[end]) * branch_distances[step]
         decays.append(mean / first if first else 1.0)
     return decays
 

@@ -28,10 +28,10 @@ def plan_of(prior, *flags):
 @pytest.mark.parametrize(
     ("flags", "expected"),
     [
-        ((), ("differential", None, [0, 5, 8], PROMPT, 5.0)),
+        ((), ("differential", None, [0, 6, 9], PROMPT, 5.0)),
         (("--start_step", 9, "--cfg_scale", 1), ("resume", 9, [], PROMPT, 1.0)),
         (("--steps", 0, 9, "--prompt", OTHER_PROMPT), ("differential", None, [0, 9], OTHER_PROMPT, 5.0)),
-        (("--num_steps", 2, "--prompt", ""), ("differential", None, [1, 7], "", 5.0)),
+        (("--num_steps", 2, "--prompt", ""), ("differential", None, [0, 8], "", 5.0)),
     ],
 )
 def test_a_plan_is_what_the_flags_say_and_else_the_prior(prior, model_dir, flags, expected):

@@ -315,7 +315,7 @@ def test_a_draft_holds_the_first_steps_of_the_full_run(draft, prior):
     preview = files.pop("denoised_0003.mp4")
     assert files.items() < full.items()
     assert {name for name in full if name not in files} == {"output_full.mp4", "formation.png"} | {
-        name for step in range(4, 10) for name in step_files(step)
+        name for step in range(4, 10) for name in step_files(step, nega=True)
     }
     assert preview == read_json(draft / "run_metadata.json")["files"]["denoised_0003.mp4"]
     metadata = read_json(draft / "run_metadata.json")

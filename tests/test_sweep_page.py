@@ -114,8 +114,8 @@ def test_what_the_page_says(page, results, prior):
     for words in (
         read_json(prior / "run_metadata.json")["run_id"],
         f"prior: {PROMPT}",
-        f"after step 6late for a new motion6 forwards, {seconds:.1f} scfg_scale 5.0",
-        "steps 0 74 forwards, ",
+        f"after step 6late for a new motion5 forwards, {seconds:.1f} scfg_scale 5.0",
+        "steps 0 73 forwards, ",
         "cfg_scale 7.5",
         "negative_prompt Still.",
         "num_inference_steps 10",
