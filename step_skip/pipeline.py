@@ -32,6 +32,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from step_skip.cheaper import LEFT_TO_MODEL_FN, BlockCounter, GuidanceByStep, TellTeaCache, skip_cache
+from step_skip.conditioning import check_conditioning
 from step_skip.files import RunError
 from step_skip.prior import RunSettings
 from step_skip.schedule import (
@@ -294,11 +295,10 @@ def run_from(
         return RunResult(frames, latents, [], 0, seconds=clock.seconds)
     if conditioning is None:
         raise ValueError(f"steps after {start_step} are left to run, and they need a conditioning")
-    scheduler = ResumableScheduler(start_step=start_step, stop_after=stop_after)
     return run_scheduler(
         pipe,
         settings,
-        scheduler=scheduler,
+        scheduler=ResumableScheduler(start_step=start_step, stop_after=stop_after),
         latents=latents,
         conditioning=conditioning,
         on_step=on_step,
@@ -320,12 +320,11 @@ def run_differential(
     Raises:
         RunError: latents became NaN or infinite; names the step.
     """
-    latents, scheduler = trajectory.latents[0], DifferentialScheduler(trajectory)
     return run_scheduler(
         pipe,
         settings,
-        scheduler=scheduler,
-        latents=latents,
+        scheduler=DifferentialScheduler(trajectory),
+        latents=trajectory.latents[0],
         conditioning=conditioning,
         on_step=on_step,
         progress=progress,
@@ -347,11 +346,10 @@ def run_on_sigmas(
     Raises:
         RunError: latents became NaN or infinite; names the step.
     """
-    scheduler = SigmasScheduler(sigmas)
     return run_scheduler(
         pipe,
         settings,
-        scheduler=scheduler,
+        scheduler=SigmasScheduler(sigmas),
         latents=latents,
         conditioning=conditioning,
         on_step=on_step,
@@ -372,8 +370,10 @@ def run_scheduler(
     """Run the steps the scheduler keeps, from these latents, without any unit that would load an encoder.
 
     Raises:
+        InputError: a conditioning that doesn't fit the latents or the weights.
         RunError: latents became NaN or infinite; names the step.
     """
+    check_conditioning(vars(conditioning), dit=pipe.dit, latents=latents)
     units = [unit for unit in pipe.units if not unit.onload_model_names]
     units.append(ReplaceStart(latents, conditioning))
     return _call(pipe, settings, Clock(), scheduler, units, on_step, progress)
