@@ -29,16 +29,16 @@ from step_skip import cli
 from step_skip.files import InputError, RunError, check_folder, locked
 from step_skip.generate import (
     Left,
-    check_resumable,
     check_same_machine,
     plan_prior,
     read_own_image,
+    read_resumable,
     run_what_is_left,
     what_is_left,
 )
 from step_skip.loading import load_components, pick_device
 from step_skip.media import fetch_example, read_image, read_video, video_bytes
-from step_skip.metadata import PriorWriter, read_run
+from step_skip.metadata import PriorWriter
 from step_skip.models import (
     COMPONENTS,
     ROOT,
@@ -330,10 +330,9 @@ def resume(args: argparse.Namespace) -> Path:
     Raises:
         InputError: it can't be finished as the run that was begun would have.
     """
-    read_run(args.resume)  # says what is wrong with the folder before it is locked
+    read_resumable(args.resume)  # says what is wrong with the folder before it is locked
     with locked(args.resume):
-        prior = read_run(args.resume)
-        check_resumable(prior)
+        prior = read_resumable(args.resume)
         left = what_is_left(prior)
         if prior.is_complete:
             check_files(prior, [IMAGE_FILE])  # the one that can't be made again

@@ -46,7 +46,7 @@ import generate_prior
 import infer_from_prior
 from step_skip.cli import run_script
 from step_skip.files import TEMPORARY_PREFIX, InputError, sha256_file, write_json
-from step_skip.generate import check_resumable, check_same_machine, what_is_left
+from step_skip.generate import check_same_machine, read_resumable, what_is_left
 from step_skip.loading import installed_versions
 from step_skip.metadata import SEAL, read_run, sealed
 from step_skip.prior import METADATA_FILE, check_fingerprint, damaged_files, step_file
@@ -363,8 +363,7 @@ def used(prior: Path, ground: Ground, flags: list[str]) -> tuple[object, dict[st
 def try_resuming(prior: Path) -> None:
     """What generate_prior.py --resume reads before it loads a model; refusals are fine."""
     with contextlib.suppress(InputError), contextlib.redirect_stderr(io.StringIO()):
-        found = read_run(prior)
-        check_resumable(found)
+        found = read_resumable(prior)
         what_is_left(found)
         check_same_machine(found, "cpu")
 

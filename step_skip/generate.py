@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from step_skip.files import InputError, locked, sha256_tensor
 from step_skip.loading import Model, describe_machine, differences_since, installed_versions, model_of
 from step_skip.media import fit_image, read_image, write_video
-from step_skip.metadata import PriorWriter, check_distinct, check_progress
+from step_skip.metadata import PriorWriter, check_distinct, check_progress, read_run
 from step_skip.models import (
     COMPONENTS,
     MODEL_NAMES,
@@ -30,7 +30,7 @@ from step_skip.models import (
     describe_loras,
     model_defaults,
 )
-from step_skip.plan import PriorChoices, check_prior_choices, choose_cheaper
+from step_skip.plan import CHEAPER_NAMES, PriorChoices, check_prior_choices, choose_cheaper
 from step_skip.prior import (
     IMAGE_FILE,
     INITIAL_LATENTS_FILE,
@@ -156,8 +156,7 @@ def plan_prior(options: LoadOptions, choices: PriorChoices) -> dict[str, Any]:
     if sizes != wanted:
         size = f"{sizes['width']} x {sizes['height']} pixels, {sizes['num_frames']} frames"
         log.info(f"size rounded up to {size}, as the model needs")
-    cheaper_names = ("skip_cache", "tea_cache_l1_thresh", "tea_cache_model_id")
-    cheaper = choose_cheaper(options.model, **{name: chosen[name] for name in cheaper_names})
+    cheaper = choose_cheaper(options.model, **{name: chosen[name] for name in CHEAPER_NAMES})
     schedule = {name: chosen[name] for name in SCHEDULE_FLAGS}
     timesteps, sigmas = compute_schedule(**schedule)
     check_distinct(timesteps)
@@ -261,20 +260,22 @@ def what_is_left(prior: Prior) -> Left:
 # --- whether it can go on here ------------------------------------------------------------------------------
 
 
-def check_resumable(prior: Prior) -> None:
-    """Refuse a prior that doesn't record all that an undisturbed run depends on.
+def read_resumable(directory: Path) -> Prior:
+    """Read a prior that is to be finished.
 
     Raises:
-        InputError: an older format.
+        InputError: it lacks what an undisturbed run depends on, or says something impossible.
     """
     try:
+        prior = read_run(directory)
         check_progress(prior)
+        model = prior.metadata["model"]
+        if model not in MODEL_NAMES:
+            raise InputError(f"it was begun with the model {model!r}, which this version doesn't know")
+        choose_cheaper(model, **{name: prior.metadata[name] for name in CHEAPER_NAMES})
     except InputError as error:
-        raise InputError(f"{prior.directory} cannot be resumed: {error}") from error
-    if prior.metadata["model"] not in MODEL_NAMES:
-        raise InputError(
-            f"the prior was begun with the model {prior.metadata['model']!r}, which this version doesn't know"
-        )
+        raise InputError(f"{directory} cannot be resumed: {error}") from error
+    return prior
 
 
 def check_same_machine(prior: Prior, device: str) -> None:

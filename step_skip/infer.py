@@ -343,10 +343,11 @@ def run_plan(
 
 def guidance_of(prior: Prior, steps: Sequence[int], negas: Sequence[torch.Tensor]) -> dict[str, Any]:
     """What a Trajectory says of the prior's guidance, as far as it is recorded."""
-    distances = prior.metadata.get(FORMATION_KEY, {}).get("branch_distances")
-    if not negas or distances is None:
+    sigmas = prior.metadata["scheduler_sigmas"]
+    distances = prior.metadata.get(FORMATION_KEY, {}).get("branch_distances") or []
+    if not negas or len(distances) != len(sigmas):
         return {}
-    decay = guidance_decay(distances, steps, sigmas=prior.metadata["scheduler_sigmas"])
+    decay = guidance_decay(distances, steps, sigmas=sigmas)
     return {
         "noise_pred_nega": negas,
         "cfg_scale": prior.metadata["cfg_scale"],

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from step_skip.files import InputError, RunError, replacing
-from step_skip.metadata import LIMITS
 from step_skip.prior import RunSettings
+from step_skip.schema import LIMITS
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -1,7 +1,7 @@
 """run_metadata.json: read it, which anybody may have written, and refuse what can't be; write it last of all.
 
-What decides later whether a run may go on is checked here, too: the schedule, value by value, and the record
-of the steps so far. No tensor is read and torch isn't imported.
+Its entries are checked once, against schema.py; here, whether a run may go on: the schedule, value by value,
+and the record of the steps so far. No tensor is read and torch isn't imported.
 
 No crash, full disk or second writer leaves a prior that looks whole and is not: a file is named by the
 metadata only after it is whole and on the disk (`files.replacing`), a step only when its latents and its
@@ -19,70 +19,33 @@ import hashlib
 import io
 import json
 import math
-import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from step_skip.files import DTYPES, InputError, RunError, replacing, sha256_file, write_json
+from step_skip.files import InputError, RunError, replacing, sha256_file, write_json
 from step_skip.prior import METADATA_FILE, Prior, round_sizes, step_files
+from step_skip.schema import Metadata, Schedule, check_entries, short
 
 if TYPE_CHECKING:
     import torch
 
 FORMAT_VERSION = 1
 SEAL = "metadata_sha256"  # the entry that vouches for all others
-REQUIRED_KEYS = {
-    "run_id": str,
-    "num_inference_steps": int,
-    "scheduler_timesteps": list,
-    "scheduler_sigmas": list,
-    "denoising_strength": (int, float),
-    "sigma_shift": (int, float),
-    "height": int,
-    "width": int,
-    "num_frames": int,
-}
-# What a version 1 prior records besides; a prior of the pull request's scripts lacks it, and goes unchecked.
-VERSION_1_KEYS = {
-    "status": str,
-    "metadata_sha256": str,
-    "files": dict,
-    "shapes": dict,
-    "model": str,
-    "model_fingerprint": dict,
-    "prompt": str,
-    "negative_prompt": str,
-    "cfg_scale": (int, float),
-    "start_step": int,
-    "fps": (int, float),
-    "dtype": str,
-    "tiled": bool,
-    "seed": int,
-    "versions": dict,
-}
-PROGRESS_KEYS = {
-    "stop_after": (int, type(None)),
-    "save_decoded_videos": bool,
-    "device": str,
-    "seconds_per_step": list,
-    "forwards_per_step": list,
-    "skip_cache": (int, type(None)),
-    "tea_cache_l1_thresh": (int, float, type(None)),
-    "tea_cache_model_id": str,
-    "lora": list,
-}
+# what a run that goes on needs of the one before, and the earliest priors of version 1 lack
+PROGRESS_KEYS = (
+    "stop_after",
+    "save_decoded_videos",
+    "device",
+    "seconds_per_step",
+    "forwards_per_step",
+    "skip_cache",
+    "tea_cache_l1_thresh",
+    "tea_cache_model_id",
+    "lora",
+)
 MAX_METADATA_BYTES = 16 * 2**20
 MAX_METADATA_DEPTH = 10  # objects in objects; so nothing that walks through them can overflow
-MAX_STEPS = 10_000
-LIMITS = {  # what can be made and read; far beyond what any machine holds
-    "height": (1, 16384),
-    "width": (1, 16384),
-    "num_frames": (1, 4097),
-    "fps": (0.1, 1000),
-    "seed": (0, 2**63 - 1),
-}
-STATUSES = ("running", "stopped", "complete")
 
 
 def read_prior(directory: Path) -> Prior:
@@ -104,23 +67,25 @@ def read_prior(directory: Path) -> Prior:
 def read_run(directory: Path) -> Prior:
     """Like `read_prior`, for whoever goes on with an unfinished one, too."""
     metadata = _read_metadata(directory / METADATA_FILE)
-    _check_keys(metadata, REQUIRED_KEYS)
+    version: type[Schedule]
     if "format_version" not in metadata and SEAL not in metadata:
-        metadata = {key: metadata[key] for key in REQUIRED_KEYS}
+        version = Schedule
+        metadata = {key: value for key, value in metadata.items() if key in Schedule.model_fields}
     elif metadata.get("format_version") == FORMAT_VERSION:
-        _check_keys(metadata, VERSION_1_KEYS)
+        version = Metadata
         _check_seal(directory, metadata)
     else:
         raise InputError(
-            f"{directory} has format_version {_short(metadata.get('format_version'))}, "
+            f"{directory} has format_version {short(metadata.get('format_version'))}, "
             f"expected {FORMAT_VERSION}; use the version of the program that wrote it"
         )
-    _check_sizes(metadata)
+    check_entries(metadata, version)
     sizes = {key: metadata[key] for key in ("height", "width", "num_frames")}
     metadata |= round_sizes(**sizes)  # other writers may record what was asked for
-    if "format_version" in metadata:
-        _check_version_1(metadata)
-    return Prior(directory, metadata)
+    prior = Prior(directory, metadata)
+    if not prior.is_legacy:
+        _check_whole_steps(prior)
+    return prior
 
 
 def _read_metadata(path: Path) -> dict[str, Any]:
@@ -172,121 +137,21 @@ def sealed(metadata: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _check_seal(directory: Path, metadata: Mapping[str, Any]) -> None:
-    if metadata[SEAL] != sealed(metadata)[SEAL]:
+    if metadata.get(SEAL) != sealed(metadata)[SEAL]:
         raise InputError(
             f"{directory / METADATA_FILE} was edited or damaged: its entries are not those it was written "
             "with; copy the prior again or make it again"
         )
 
 
-# --- one entry at a time ------------------------------------------------------------------------------------
-
-
-def _check_keys(metadata: Mapping[str, Any], keys: Mapping[str, Any]) -> None:
-    for key, kind in keys.items():
-        if key not in metadata:
-            raise InputError(
-                f"{METADATA_FILE} lacks {key!r}; it was not written by generate_prior.py, or was edited"
-            )
-        value = metadata[key]
-        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-            raise InputError(f"{METADATA_FILE} has {key} = {_short(value)}, expected {_kind_name(kind)}")
-        if isinstance(value, str) and not is_utf8(value):
-            raise InputError(f"{METADATA_FILE} has {key} = {_short(value)}, expected text that is UTF-8")
-
-
-def _kind_name(kind: type | tuple[type, ...]) -> str:
-    return "a number" if isinstance(kind, tuple) else f"a value of type {kind.__name__}"
-
-
-def _short(value: object) -> str:
-    try:
-        text = repr(value)
-    except ValueError:  # an integer of thousands of digits
-        text = f"a {type(value).__name__} too long to show"
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
-def is_utf8(text: str) -> bool:
-    """Whether the text can be written as UTF-8: a shell or an escape in JSON may give half a character."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def is_number(value: object) -> bool:
-    """Whether a value from JSON is a finite number."""
-    if not isinstance(value, int | float) or isinstance(value, bool):
-        return False
-    return abs(value) < 1e30  # false for NaN and infinity, too
-
-
-def _check_sizes(metadata: Mapping[str, Any]) -> None:
-    steps = metadata["num_inference_steps"]
-    if not 1 <= steps <= MAX_STEPS:
-        raise InputError(
-            f"{METADATA_FILE} has num_inference_steps = {_short(steps)}, expected 1 to {MAX_STEPS}"
-        )
-    for key in ("scheduler_timesteps", "scheduler_sigmas"):
-        values = metadata[key]
-        if len(values) != steps or not all(is_number(value) for value in values):
-            numbers = sum(map(is_number, values))
-            raise InputError(
-                f"{METADATA_FILE} has {numbers} finite numbers among {len(values)} entries in {key}, "
-                f"expected {steps}; make the prior again"
-            )
-    for key in ("denoising_strength", "sigma_shift", "cfg_scale", "fps"):
-        if key in metadata and not (is_number(metadata[key]) and metadata[key] > 0):
-            raise InputError(
-                f"{METADATA_FILE} has {key} = {_short(metadata[key])}, expected a number above 0"
-            )
-    if metadata["denoising_strength"] > 1:
-        raise InputError(
-            f"{METADATA_FILE} has denoising_strength = {metadata['denoising_strength']}, expected at most 1"
-        )
-    for key, (least, most) in LIMITS.items():
-        if key in metadata and not least <= metadata[key] <= most:
-            raise InputError(
-                f"{METADATA_FILE} has {key} = {_short(metadata[key])}, expected {least} to {most}"
-            )
-
-
-def _check_version_1(metadata: Mapping[str, Any]) -> None:
-    if metadata["status"] not in STATUSES:
-        raise InputError(
-            f"{METADATA_FILE} has status = {_short(metadata['status'])}, expected {' or '.join(STATUSES)}"
-        )
-    if metadata["dtype"] not in DTYPES:
-        raise InputError(
-            f"{METADATA_FILE} has dtype = {metadata['dtype']!r}, expected one of {', '.join(DTYPES)}"
-        )
-    if not 0 <= metadata["start_step"] < metadata["num_inference_steps"]:
-        raise InputError(f"{METADATA_FILE} has start_step = {metadata['start_step']}, beyond its own steps")
-    for name, digest in metadata["files"].items():
-        if Path(name).name != name or name in (".", "..") or "\\" in name:
-            raise InputError(
-                f"{METADATA_FILE} names the file {_short(name)}, which is not inside the prior; don't use it"
-            )
-        if not (isinstance(digest, str) and re.fullmatch(r"[0-9a-f]{64}", digest)):
-            raise InputError(
-                f"{METADATA_FILE} has {_short(digest)} as the SHA-256 of {name}; make the prior again"
-            )
-        shape = metadata["shapes"].get(name)
-        if name.endswith(".pt") and not _is_shape(shape):
-            raise InputError(
-                f"{METADATA_FILE} has {_short(shape)} as the shape of {name}; make the prior again"
-            )
-    needed = {"complete": metadata["num_inference_steps"], "stopped": 1, "running": 0}
-    for step in range(needed[metadata["status"]]):
+def _check_whole_steps(prior: Prior) -> None:
+    """Refuse a prior whose status promises more steps than it lists files of."""
+    m = prior.metadata
+    needed = {"complete": m["num_inference_steps"], "stopped": 1, "running": 0}
+    for step in range(needed[m["status"]]):
         for name in step_files(step):
-            if name not in metadata["files"]:
+            if name not in m["files"]:
                 raise InputError(f"{METADATA_FILE} lists no {name}; the prior is incomplete: make it again")
-
-
-def _is_shape(value: object) -> bool:
-    return isinstance(value, list) and all(type(size) is int and 0 < size < 2**31 for size in value)
 
 
 # --- whether a run can go on --------------------------------------------------------------------------------
@@ -301,20 +166,14 @@ def check_progress(prior: Prior) -> None:
     if prior.is_legacy:
         raise InputError("its format is an older one, which records no settings; make it again")
     m = prior.metadata
-    _check_keys(m, PROGRESS_KEYS)
-    last = m["stop_after"]
-    if last is not None and not (type(last) is int and 0 <= last < prior.num_inference_steps):
-        raise InputError(f"{METADATA_FILE} has stop_after = {_short(last)}, expected a step; make it again")
-    formation = m.get("formation", {})
-    if not isinstance(formation, dict):
-        raise InputError(f"{METADATA_FILE} has formation = {_short(formation)}; make it again")
+    for key in PROGRESS_KEYS:
+        if key not in m:
+            raise InputError(f"{METADATA_FILE} lacks {key!r}; it is older, or was edited: make it again")
     lists = {key: m[key] for key in ("seconds_per_step", "forwards_per_step")}
-    if formation.get("branch_distances") is not None:
-        lists["branch_distances"] = formation["branch_distances"]
+    if (distances := m.get("formation", {}).get("branch_distances")) is not None:
+        lists["branch_distances"] = distances
     for key, values in lists.items():
-        if not (
-            isinstance(values, list) and len(values) >= prior.whole_steps and all(map(is_number, values))
-        ):
+        if len(values) < prior.whole_steps:
             raise InputError(f"{METADATA_FILE} has no number for each step in {key}; make it again")
 
 

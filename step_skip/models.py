@@ -303,51 +303,31 @@ def describe_loras(loras: Iterable[Lora]) -> list[dict[str, Any]]:
     ]
 
 
-def parse_recorded_loras(described: object) -> tuple[Lora, ...]:
-    """The LoRAs of what `describe_loras` made, as metadata has it.
-
-    Raises:
-        InputError: the metadata says something else.
-    """
-    return tuple(lora for lora, _ in _recorded_loras(described))
+def parse_recorded_loras(described: Iterable[Mapping[str, Any]]) -> tuple[Lora, ...]:
+    """The LoRAs of what `describe_loras` made, as metadata has it."""
+    return tuple(Lora(Path(each["path"]), each["alpha"]) for each in described)
 
 
-def _recorded_loras(described: object) -> list[tuple[Lora, str]]:
-    """Each with the SHA-256 of its file; see `parse_recorded_loras`."""
-    loras = []
-    for each in described if isinstance(described, list) else [described]:
-        match each:
-            case {"path": str(path), "alpha": int() | float() as alpha, "sha256": str(sha256)}:
-                loras.append((Lora(Path(path), alpha), sha256))
-            case _:
-                raise InputError(
-                    f"run_metadata.json has {str(each)[:60]!r} as a LoRA, expected path, alpha and sha256; "
-                    "make the prior again"
-                )
-    return loras
-
-
-def summarize_loras(described: object) -> str:
+def summarize_loras(described: Iterable[Mapping[str, Any]]) -> str:
     """What a person is told of the LoRAs that `describe_loras` described: the same for the same ones."""
-    loras = _recorded_loras(described)
-    told = [f"{lora.path.name}:{lora.alpha:g} ({sha256[:12]})" for lora, sha256 in loras]
+    told = [f"{Path(each['path']).name}:{each['alpha']:g} ({each['sha256'][:12]})" for each in described]
     return ", ".join(told) or "no LoRA"
 
 
-def find_recorded_loras(described: object) -> tuple[Lora, ...]:
+def find_recorded_loras(described: Sequence[Mapping[str, Any]]) -> tuple[Lora, ...]:
     """The LoRAs that a prior's metadata describes; their files must still be there, and the same.
 
     Raises:
-        InputError: they are not, or the metadata says something else.
+        InputError: they are not.
     """
-    loras = _recorded_loras(described)
+    loras = parse_recorded_loras(described)
     hint = "name it with --lora, or give --lora without a file to run without"
-    for lora, sha256 in loras:
+    for lora, each in zip(loras, described, strict=True):
         if not lora.path.is_file():
             raise InputError(f"the prior was made with the LoRA {lora.path}, which is not there; {hint}")
-        if _lora_sha256(lora.path) != sha256:
+        if _lora_sha256(lora.path) != each["sha256"]:
             raise InputError(f"the prior was made with another {lora.path} than is there now; {hint}")
-    return tuple(lora for lora, _ in loras)
+    return loras
 
 
 def _lora_sha256(path: Path) -> str:

@@ -21,8 +21,9 @@ from urllib.parse import quote
 
 from step_skip.files import InputError, replacing
 from step_skip.media import THUMB_HEIGHT, read_thumbs
-from step_skip.metadata import MAX_METADATA_BYTES, is_number, read_prior
+from step_skip.metadata import MAX_METADATA_BYTES, read_prior
 from step_skip.prior import METADATA_FILE, OUTPUT_FILE, check_files
+from step_skip.schema import is_number
 from step_skip.steps import is_late
 
 if TYPE_CHECKING:

@@ -32,6 +32,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from step_skip.cheaper import LEFT_TO_MODEL_FN, BlockCounter, GuidanceByStep, TellTeaCache, skip_cache
+from step_skip.conditioning import check_conditioning
 from step_skip.differential import DifferentialScheduler, Trajectory
 from step_skip.files import RunError
 from step_skip.prior import RunSettings
@@ -310,11 +311,10 @@ def run_from(
         return RunResult(frames, latents, [], 0, seconds=clock.seconds)
     if conditioning is None:
         raise ValueError(f"steps after {start_step} are left to run, and they need a conditioning")
-    scheduler = ResumableScheduler(start_step=start_step, stop_after=stop_after)
     return run_scheduler(
         pipe,
         settings,
-        scheduler=scheduler,
+        scheduler=ResumableScheduler(start_step=start_step, stop_after=stop_after),
         latents=latents,
         conditioning=conditioning,
         known_nega=known_nega,
@@ -338,12 +338,11 @@ def run_differential(
     Raises:
         RunError: latents became NaN or infinite; names the step.
     """
-    latents, scheduler = trajectory.latents[0], DifferentialScheduler(trajectory, settings.cfg_scale)
     return run_scheduler(
         pipe,
         settings,
-        scheduler=scheduler,
-        latents=latents,
+        scheduler=DifferentialScheduler(trajectory, settings.cfg_scale),
+        latents=trajectory.latents[0],
         conditioning=conditioning,
         known_nega=known_nega,
         on_step=on_step,
@@ -366,11 +365,10 @@ def run_on_sigmas(
     Raises:
         RunError: latents became NaN or infinite; names the step.
     """
-    scheduler = SigmasScheduler(sigmas)
     return run_scheduler(
         pipe,
         settings,
-        scheduler=scheduler,
+        scheduler=SigmasScheduler(sigmas),
         latents=latents,
         conditioning=conditioning,
         on_step=on_step,
@@ -392,8 +390,10 @@ def run_scheduler(
     """Run the steps the scheduler keeps, from these latents, without any unit that would load an encoder.
 
     Raises:
+        InputError: a conditioning that doesn't fit the latents or the weights.
         RunError: latents became NaN or infinite; names the step.
     """
+    check_conditioning(vars(conditioning), dit=pipe.dit, latents=latents)
     units = [unit for unit in pipe.units if not unit.onload_model_names]
     units.append(ReplaceStart(latents, conditioning))
     return _call(pipe, settings, Clock(), scheduler, units, on_step, progress, known_nega=known_nega)

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 from step_skip.files import InputError
-from step_skip.metadata import LIMITS, MAX_STEPS, is_number
 from step_skip.models import (
     Lora,
     cache_components,
@@ -35,6 +34,7 @@ from step_skip.prior import (
     noise_pred_nega_file,
     step_file,
 )
+from step_skip.schema import LIMITS, MAX_PIXELS, MAX_STEPS, is_number
 from step_skip.steps import (
     DEFAULT_TEXT_SHARE,
     SAME_SIGMA,
@@ -50,6 +50,7 @@ from step_skip.steps import (
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+CHEAPER_NAMES = ("skip_cache", "tea_cache_l1_thresh", "tea_cache_model_id")
 AUTO: Final = "auto"  # a --start_step that each prior decides for itself
 
 
@@ -306,7 +307,7 @@ def remaining_steps(start_step: int, prior: Prior, *, num_steps: int | None) -> 
     if not steps:
         raise InputError(f"--num_steps_after {num_steps}: step {start_step} is the prior's last")
     m = prior.metadata
-    begin = m["scheduler_sigmas"][start_step + 1]
+    begin = min(m["scheduler_sigmas"][start_step + 1], 1.0)  # not compared with the scheduler's yet
     return {
         "method": "sigmas",
         "start_step": start_step,
@@ -468,3 +469,5 @@ def check_prior_choices(choices: PriorChoices) -> None:
         value = getattr(choices, name)
         if value is not None and not least <= value <= most:
             raise InputError(f"--{name} {value} is not in the range {least} to {most}")
+    if math.prod(getattr(choices, name) or 1 for name in ("height", "width", "num_frames")) > MAX_PIXELS:
+        raise InputError(f"--height x --width x --num_frames is above {MAX_PIXELS} pixels; make it smaller")

@@ -42,11 +42,11 @@ from step_skip.files import (
     sha256_file,
     sha256_tensor,
 )
+from step_skip.schema import METADATA_FILE
 
 if TYPE_CHECKING:
     import torch
 
-METADATA_FILE = "run_metadata.json"
 INITIAL_LATENTS_FILE = "initial_latents.pt"
 IMAGE_FILE = "input_image.png"
 OUTPUT_FILE = "output_full.mp4"

@@ -26,7 +26,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from step_skip.files import InputError
-from step_skip.metadata import is_number
 from step_skip.prior import Prior, load_denoised, load_latents, step_file
 
 if TYPE_CHECKING:
@@ -145,7 +144,7 @@ class AutoStep:
 
 def text_left(moves: Sequence[float]) -> list[float]:
     """The share of the text's say that is left after each step: what it still moves over all it moves."""
-    total = sum(moves)
+    total = sum(moves) or 1.0  # too small for a float
     return [sum(moves[step + 1 :]) / total for step in range(len(moves))]
 
 
@@ -203,14 +202,9 @@ def read_text_moves(prior: Prior) -> list[float]:
             f"--start_step auto: {prior.directory} was made with --cfg_scale 1, where the text's say is not "
             f"measured; {instead} with guidance"
         )
-    record = prior.metadata[FORMATION_KEY]
-    moves = record.get("text_moves") if isinstance(record, dict) else None
+    moves = prior.metadata[FORMATION_KEY].get("text_moves") or []
     steps = prior.num_inference_steps
-    if (
-        not isinstance(moves, list)
-        or len(moves) != steps
-        or not all(is_number(move) and move >= 0 for move in moves)
-    ):
+    if len(moves) != steps:
         raise InputError(
             f"--start_step auto: {prior.directory} lacks the {steps} text_moves of its "
             f"{FORMATION_KEY}; {instead}"

@@ -383,13 +383,11 @@ def is_made(job: Job, group: Group) -> bool:
 def expected_seconds(job: Job) -> float | None:
     """Denoising and decoding, from what the prior's own run took; None: it recorded nothing to go by."""
     recorded = job.prior.metadata
-    try:
-        per_step = statistics.median(recorded["seconds_per_step"])
-        decode = recorded["seconds"].get("decode", 0.0)
-        per_forward = per_step / (1 if recorded["cfg_scale"] == 1 else 2)
-        return per_forward * job.plan.forwards + decode
-    except (KeyError, TypeError, AttributeError, ValueError):
+    if not recorded.get("seconds_per_step"):
         return None
+    per_step = statistics.median(recorded["seconds_per_step"])
+    per_forward = per_step / (1 if recorded["cfg_scale"] == 1 else 2)
+    return per_forward * job.plan.forwards + recorded.get("seconds", {}).get("decode", 0.0)
 
 
 def expected_seconds_of_each(jobs: Collection[Job]) -> list[float] | None:

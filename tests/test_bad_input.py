@@ -363,12 +363,87 @@ def test_metadata_far_too_large(prior_copy, infer, refused):
         ({"shapes": {"initial_latents.pt": [1, -16, 3]}}, ["[1, -16, 3] as the shape of initial_latents.pt"]),
         ({"shapes": {"initial_latents.pt": [True]}}, ["[True] as the shape of initial_latents.pt"]),
         ({"model_fingerprint": "x"}, ["model_fingerprint = 'x'", "dict"]),
+        ({"model_fingerprint": {"dit": 7}}, ["model_fingerprint['dit'] = 7", "string"]),
+        ({"parameter_fingerprint": "x"}, ["parameter_fingerprint = 'x'", "dict"]),
+        ({"run_id": "x" * 1001}, ["run_id = 'xxx", "at most 1000 characters"]),
+        ({"height": 16384, "width": 16384, "num_frames": 4097}, ["4097 frames", "pixels together"]),
+        (
+            {"files": {f"step_{i:04d}.pt": "" for i in range(100_001)}},
+            ["files = {", "at most 100000 entries"],
+        ),
+        ({"files": {"a\x1b[2J.pt": "0" * 64}}, ["'a\\x1b[2J.pt'", "as no prior's is called"]),
+        ({"files": {".lock": "0" * 64}}, ["'.lock'", "as no prior's is called"]),
+        ({"seconds_per_step": [0.1] * 9 + [10**400]}, ["seconds_per_step[9]", "a number from 0 on"]),
+        ({"seconds_per_step": [0.1] * 9 + [float("nan")]}, ["seconds_per_step[9] = nan"]),
+        ({"seconds_per_step": [-5.0] * 10}, ["seconds_per_step[0] = -5.0"]),
+        ({"seconds_per_step": [1e10] * 10}, ["seconds_per_step[0] = 10000000000.0", "0 to 1000000000.0"]),
+        ({"seconds_per_step": "x" * 10}, ["seconds_per_step = 'xxxxxxxxxx'", "list"]),
+        ({"seconds": {"decode": 10**400}}, ["seconds['decode'] = 1000", "a number from 0 on"]),
+        ({"seconds": {"decode": float("nan")}}, ["seconds['decode'] = nan"]),
+        ({"seconds": {"load": "x"}}, ["seconds['load'] = 'x'"]),
+        ({"seconds": [1]}, ["seconds = [1]", "dict"]),
+        ({"lora": {}}, ["{} as a LoRA", "list"]),
+        ({"lora": [7]}, ["7 as a LoRA", "a JSON object"]),
+        ({"lora": [{"path": 3, "alpha": 1.0, "sha256": "0" * 64}]}, ["3 as a LoRA", "string"]),
+        ({"lora": [{"path": "a", "alpha": 10**400, "sha256": "0" * 64}]}, ["as a LoRA", "a number"]),
+        ({"lora": [{"path": "a", "alpha": 1.0}]}, ["as a LoRA", "one with sha256"]),
+        ({"lora": [{}] * 101}, ["as a LoRA", "at most 100 entries"]),
+        ({"prior_kind": ["prompted"]}, ["prior_kind = ['prompted']", "string"]),
+        ({"formation": {"branch_distances": {}}}, ["formation['branch_distances'] = {}", "list"]),
+        ({"forwards_per_step": [2.5] * 10}, ["forwards_per_step[0] = 2.5", "integer"]),
+        ({"skip_cache": 1}, ["skip_cache = 1", "2 to"]),
+        ({"device_name": {}}, ["device_name = {}", "string"]),
+        ({"versions": {"torch": [2]}}, ["versions['torch'] = [2]", "string"]),
         ({"versions": []}, ["versions = []", "dict"]),
     ],
 )
 def test_metadata_that_says_something_impossible(prior_copy, infer, refused, changes, words):
     edit_metadata(prior_copy, **changes)
     refused(lambda: infer(prior_copy), *words)
+
+
+def test_entries_that_a_later_version_added_are_left_alone(prior_copy, infer):
+    """Nothing that is unknown may stop a prior of this format from loading."""
+    later = {"boundary": 0.875, "vram": "low", "attention": {"name": "sage"}, "lists": [[1]], "none": None}
+    edit_metadata(prior_copy, **later)
+    sha256 = read_json(prior_copy / "run_metadata.json")["latents_sha256"]
+    assert infer(prior_copy).report["latents_sha256"] == sha256
+
+
+def test_entries_that_the_first_priors_lack(prior_copy, infer):
+    """Only what version 1 began with is asked for."""
+    later = ["lora", "formation", "stop_after", "save_decoded_videos", "device", "device_name", "num_threads"]
+    later += ["seconds", "seconds_per_step", "forwards", "forwards_per_step", "latents_sha256", "prior_kind"]
+    later += ["skip_cache", "tea_cache_l1_thresh", "tea_cache_model_id", "parameter_fingerprint", "created"]
+    edit_metadata(prior_copy, **dict.fromkeys(later, ...))
+    outcome = infer(prior_copy, "--dry_run")
+    assert outcome.code == 0 and '"expected_seconds": null' in outcome.out
+    assert infer(prior_copy).code == 0
+
+
+@pytest.mark.parametrize("name", ["y.pt", "clip_feature.pt", "context"])
+@pytest.mark.parametrize("change", ["wide", "batch", "flat", "long", "scalar"])
+def test_conditioning_of_another_shape_whose_sums_agree(prior_copy, infer, name, change):
+    """Only the weights can tell: so they are loaded, and no step is run."""
+    path = prior_copy / needed_name(prior_copy, name)
+    tensor = torch.load(path, weights_only=True)
+    tensor = {
+        "wide": lambda: torch.cat([tensor, tensor], 1 if tensor.ndim == 5 else 2),
+        "batch": lambda: torch.cat([tensor, tensor]),
+        "flat": lambda: tensor[0].clone(),
+        "long": lambda: (
+            torch.zeros(1, 5000, tensor.shape[2]) if tensor.ndim == 3 else tensor[:, :, :-1].clone()
+        ),
+        "scalar": lambda: torch.zeros(1)[0].clone(),
+    }[change]()
+    torch.save(tensor, path)
+    shapes = read_json(prior_copy / "run_metadata.json")["shapes"]
+    edit_metadata(prior_copy, shapes=shapes | {path.name: list(tensor.shape)})
+    record_checksum(prior_copy, path.name)
+    outcome = infer(prior_copy)
+    assert outcome.code == 2
+    assert f"has shape {list(tensor.shape)}, expected [1, " in outcome.error
+    assert not (prior_copy / "outputs").exists()
 
 
 @pytest.mark.parametrize("key", ["scheduler_sigmas", "scheduler_timesteps"])

@@ -243,9 +243,6 @@ def test_two_prompts_alike_leave_what_the_schedule_does():
     [
         (None, "lacks the 3 text_moves"),
         ([1.0, 2.0], "lacks the 3 text_moves"),
-        ([1.0, 2.0, float("nan")], "lacks the 3 text_moves"),
-        ([1.0, -2.0, 3.0], "lacks the 3 text_moves"),
-        ([1.0, "2", 3.0], "lacks the 3 text_moves"),
         ([8.0, 1.0, 1.0], "--text_share 0.3: 0.20 of the text's say is left after step 0"),
     ],
 )
@@ -307,9 +304,15 @@ def test_auto_refuses_a_prior_that_says_nothing(prior_copy, older_prior, infer, 
     words = ("records no formation, it is older", "name a step instead of auto, or make the prior again")
     refused(lambda: infer(prior_copy, *flags), *words)
     refused(lambda: infer(older_prior, *flags, "--model", "tiny", "--image", image), *words)
-    for record in ({}, [], "x", None, {"text_moves": [1]}):
+    for record in ({}, {"text_moves": None}, {"text_moves": [1]}):
         edit_metadata(prior_copy, formation=record)
         refused(lambda: infer(prior_copy, *flags), "lacks the 10 text_moves of its formation")
+    for record in ([], "x", None):
+        edit_metadata(prior_copy, formation=record)
+        refused(lambda: infer(prior_copy, *flags), f"formation = {record!r}, expected a JSON object")
+    for move in (float("nan"), -2.0, "2", 10**400):
+        edit_metadata(prior_copy, formation={"text_moves": [1.0] * 9 + [move]})
+        refused(lambda: infer(prior_copy, *flags), "formation['text_moves'][9] = ", "a number from 0 on")
 
 
 def test_auto_refuses_a_prior_without_guidance(make_prior, infer, refused, loads):

@@ -143,5 +143,3 @@ def test_what_a_run_records_is_found_again_or_refused(make_lora):
     path.unlink()
     with pytest.raises(InputError, match="not there"):
         recorded(described)
-    with pytest.raises(InputError, match="as a LoRA"):
-        recorded([{"path": 3}])

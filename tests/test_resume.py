@@ -150,6 +150,16 @@ def test_the_command_that_is_printed_goes_on(prior, generate, run, image, tmp_pa
         ({"forwards_per_step": ["2"] * 4}, ["forwards_per_step", "cannot be resumed"]),
         ({"formation": {"branch_distances": [1.0]}}, ["branch_distances", "cannot be resumed"]),
         ({"formation": 7}, ["formation = 7", "cannot be resumed"]),
+        ({"formation": {"branch_distances": 7}}, ["branch_distances'] = 7", "cannot be resumed"]),
+        ({"seconds": [1]}, ["seconds = [1]", "cannot be resumed"]),
+        ({"seconds": {"load": "x"}}, ["seconds['load'] = 'x'", "cannot be resumed"]),
+        ({"lora": {}}, ["{} as a LoRA", "cannot be resumed"]),
+        ({"device": None}, ["device = None", "cannot be resumed"]),
+        (
+            {"tea_cache_l1_thresh": 0.1, "tea_cache_model_id": "none"},
+            ["no coefficients for none", "cannot be resumed"],
+        ),
+        ({"tea_cache_l1_thresh": 0.1, "skip_cache": 2}, ["save the same work", "cannot be resumed"]),
         ({"cfg_scale": float("nan")}, ["cfg_scale = nan"]),
     ],
 )
