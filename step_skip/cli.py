@@ -26,8 +26,9 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from tqdm import tqdm
 
 from step_skip.files import DTYPES, DiskError, InputError, RunError
+from step_skip.lora import Lora, parse_lora
 from step_skip.metadata import LIMITS, MAX_STEPS, is_utf8
-from step_skip.models import MODEL_NAMES, LoadOptions, Lora, parse_lora
+from step_skip.models import MODEL_NAMES, LoadOptions
 from step_skip.plan import AUTO, Choices
 
 if TYPE_CHECKING:
