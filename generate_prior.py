@@ -37,6 +37,7 @@ from step_skip.generate import (
     what_is_left,
 )
 from step_skip.loading import load_components, pick_device
+from step_skip.lora import distilled_hint, find_recorded_loras
 from step_skip.media import fetch_example, read_image, read_video, video_bytes
 from step_skip.metadata import PriorWriter
 from step_skip.models import (
@@ -44,7 +45,6 @@ from step_skip.models import (
     ROOT,
     LoadOptions,
     cache_components,
-    find_recorded_loras,
     model_defaults,
 )
 from step_skip.plan import PriorChoices, check_prior_choices
@@ -291,6 +291,8 @@ def make_priors(args: argparse.Namespace) -> list[Path]:
         args.image = [fetch_example(EXAMPLE_IMAGE, root=ROOT)]
     check_folder(args.output_dir, len(args.image) * bytes_needed(settings, videos=videos))
     wanted, input_video = read_wanted(args, settings), read_input_video(args, settings)
+    if settings.cfg_scale != 1 and (hint := distilled_hint(options.loras, sigmas=False)):
+        log.info(hint)
     model = load_components(options, [*COMPONENTS, *cache_components(settings.skip_cache)])
     made, failed = [], []
     for path, each in zip(args.image, wanted, strict=True):

@@ -26,8 +26,9 @@ from step_skip import cli
 from step_skip.files import InputError, RunError, check_folder
 from step_skip.infer import run_jobs, warn_of_what_differs
 from step_skip.loading import differences_since, pick_device
+from step_skip.lora import distilled_hint, parse_recorded_loras
 from step_skip.media import video_bytes
-from step_skip.models import LoadOptions, parse_recorded_loras
+from step_skip.models import LoadOptions
 from step_skip.page import write_page
 from step_skip.plan import AUTO, Plan, settings_of
 from step_skip.prior import Prior
@@ -351,6 +352,9 @@ def make_videos(
     check_folder(folder, sum(sizes) + 2**20)
     say_what_runs(groups, there=there)
     loras = parse_recorded_loras(jobs[0].plan.lora)
+    guided = args.lora and any(job.plan.cfg_scale != 1 for job in jobs)
+    if guided and (hint := distilled_hint(loras, sigmas=True)):
+        log.info(hint)
     options = LoadOptions(model, device, dtype, args.vram, args.model_dir, loras)
     with contextlib.nullcontext() if there is None else sweep_folder(folder):
         return run_jobs(groups, options=options)

@@ -26,7 +26,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from tqdm import tqdm
 
 from step_skip.files import DTYPES, DiskError, InputError, RunError
-from step_skip.models import MODEL_NAMES, LoadOptions, Lora, parse_lora
+from step_skip.lora import Lora, parse_lora
+from step_skip.models import MODEL_NAMES, LoadOptions
 from step_skip.plan import AUTO, Choices
 from step_skip.schema import LIMITS, MAX_STEPS, is_utf8
 

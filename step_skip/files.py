@@ -4,7 +4,7 @@ Writing: a file takes its name only when it is whole and on the disk; a folder h
 Reading: a .pt file that anybody may have made holds one tensor, of a known shape, and nothing else. Nothing
 in it is run, and no more memory is taken than the tensor needs. Checked on the archive before torch sees it:
 stored, not compressed, as large as can be, and a pickle that names only what torch.save names for a tensor.
-torch then reads it with weights_only=True.
+torch then reads it with weights_only=True. Of a safetensors file the header's size is looked at first.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ import stat
 import sys
 import tempfile
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,6 +39,7 @@ log = logging.getLogger(__name__)
 
 DTYPES = ("bfloat16", "float16", "float32")
 MAX_PICKLE_BYTES = 2**16
+MAX_HEADER_BYTES = 2**24  # of a safetensors file; those of a 14B model and of its LoRAs have some 100 KB
 # what a pickle of torch.save names for a tensor
 TENSOR_GLOBALS = re.compile(r"torch\._utils _rebuild_tensor_v2|collections OrderedDict|torch \w+Storage")
 TEMPORARY_PREFIX = ".tmp_"
@@ -337,3 +339,44 @@ def _check_pickle(content: bytes, path: Path) -> None:
             raise InputError(
                 f"{path} holds {str(argument)[:60]!r}, expected a tensor; nothing in it was run, don't use it"
             )
+
+
+# --- safetensors files --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a safetensors file says of its tensors, by key, and of itself."""
+
+    shapes: Mapping[str, Sequence[int]]
+    dtypes: Mapping[str, str]  # "BF16", for example
+    metadata: Mapping[str, str]
+
+
+def read_header(path: Path, *, what: str) -> Header:
+    """Read a safetensors file's header. safetensors checks that the tensors fill the file, without gaps.
+
+    Raises:
+        InputError: no such file; `what` says which was wanted.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    if not path.is_file():
+        raise InputError(f"{what} {path} is not a file; name a .safetensors file")
+    try:
+        with path.open("rb") as opened:
+            size = int.from_bytes(opened.read(8), "little")  # as the format begins
+        if size > MAX_HEADER_BYTES:
+            raise SafetensorError(f"a header of {size} bytes")
+        with safe_open(path, framework="numpy") as file:
+            slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
+            return Header(
+                {key: each.get_shape() for key, each in slices.items()},
+                {key: each.get_dtype() for key, each in slices.items()},
+                file.metadata() or {},
+            )
+    except (SafetensorError, OSError) as error:
+        raise InputError(
+            f"{what} {path} is not a safetensors file that can be read ({str(error)[:80]}); "
+            "fetch it again, or convert it"
+        ) from error

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from step_skip.files import InputError, locked, sha256_tensor
 from step_skip.loading import Model, describe_machine, differences_since, installed_versions, model_of
+from step_skip.lora import describe_loras
 from step_skip.media import fit_image, read_image, write_video
 from step_skip.metadata import PriorWriter, check_distinct, check_progress, read_run
 from step_skip.models import (
@@ -27,7 +28,6 @@ from step_skip.models import (
     MODEL_NAMES,
     LoadOptions,
     cache_components,
-    describe_loras,
     model_defaults,
 )
 from step_skip.plan import CHEAPER_NAMES, PriorChoices, check_prior_choices, choose_cheaper

@@ -22,9 +22,10 @@ from tqdm import tqdm
 
 from step_skip.files import InputError, sha256_file, sha256_tensor, write_json
 from step_skip.loading import ENCODERS, Model, describe_machine, installed_versions, load_components, model_of
+from step_skip.lora import summarize_loras
 from step_skip.media import write_video
 from step_skip.metadata import read_prior
-from step_skip.models import ALL_COMPONENTS, COMPONENTS, LoadOptions, summarize_loras
+from step_skip.models import ALL_COMPONENTS, COMPONENTS, LoadOptions
 from step_skip.plan import (
     Choices,
     Plan,

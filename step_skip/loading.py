@@ -19,6 +19,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from step_skip.files import InputError
+from step_skip.lora import check_loras, parse_lora
+from step_skip.lora_file import Lora, fuse_loras
 from step_skip.models import (
     ALL_COMPONENTS,
     COMPONENTS,
@@ -26,11 +28,8 @@ from step_skip.models import (
     REAL_MODELS,
     TINY_DIR,
     LoadOptions,
-    Lora,
-    check_loras,
     fingerprint_files,
     model_defaults,
-    parse_lora,
     read_tiny_config,
     tokenizer_folder,
     weight_files,
@@ -276,7 +275,7 @@ def load_pipeline(options: LoadOptions, files: Mapping[str, list[Path]]) -> WanV
     files = {name: paths for name, paths in files.items() if paths}
     pipe = load(options, files)
     if "dit" in files:
-        load_loras(pipe, options.loras)
+        fuse_loras(pipe.dit, options.loras, dtype=pipe.torch_dtype, device=pipe.device)
     return pipe
 
 
@@ -350,12 +349,6 @@ def _disk_offload(dtype: Any, device: str) -> Iterator[tuple[str, Any]]:
     }.items():
         yield f"{stage}_device", place
         yield f"{stage}_dtype", kind
-
-
-def load_loras(pipe: WanVideoPipeline, loras: Iterable[Lora]) -> None:
-    """Put LoRAs into the pipeline's DiT, one after the other."""
-    for lora in loras:
-        pipe.load_lora(pipe.dit, str(lora.path), alpha=lora.alpha)
 
 
 # --- the embedded model's classes ---------------------------------------------------------------------------

@@ -1,30 +1,22 @@
-"""The models by name, and their weights before any is loaded: found or fetched, fingerprinted, LoRAs checked.
+"""The models by name, and their weights before any is loaded: found or fetched, fingerprinted.
 
-    I2V-480P, I2V-720P   Wan2.1-I2V-14B, fetched from ModelScope by DiffSynth's own ModelConfig
-    tiny                 data/tiny_wan_i2v: the same classes, small and trained, for the CPU
-
-    PATH[:ALPHA]      a LoRA; ALPHA is 1 unless given; the DiT's weights become W + ALPHA * lora_B @ lora_A
-
-Checked against diffsynth 2.1.12, diffsynth/utils/lora/general.py: it takes keys that end in
-`.lora_A.weight` / `.lora_B.weight` or `.lora_down.weight` / `.lora_up.weight`, with or without `.default`
-and a leading `diffusion_model.`, and passes over layers that it doesn't find.
+I2V-480P, I2V-720P   Wan2.1-I2V-14B, fetched from ModelScope by DiffSynth's own ModelConfig
+tiny                 data/tiny_wan_i2v: the same classes, small and trained, for the CPU
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import functools
 import hashlib
 import json
-import math
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from step_skip.files import InputError, RunError, sha256_file
+from step_skip.files import MAX_HEADER_BYTES, InputError, RunError
+from step_skip.lora_file import Lora
 
 ROOT = Path(__file__).resolve().parents[1]
 # the embedded model: in the repository, or installed with the package
@@ -33,7 +25,6 @@ TINY_DIR = next((path for path in TINY_PLACES if path.is_dir()), TINY_PLACES[0])
 COMPONENTS = ("dit", "vae", "text_encoder", "image_encoder")
 SKIP_BRANCH = "skip_branch"  # what --skip_cache uses besides, of a model that has it (cheaper.Branch)
 ALL_COMPONENTS = (*COMPONENTS, SKIP_BRANCH)
-MAX_HEADER_BYTES = 2**24  # of a safetensors file; the 14B model's headers are some 100 KB
 CONVERTED = "DiffSynth-Studio/Wan-Series-Converted-Safetensors"  # where DiffSynth redirects the .pth files
 SHARED_FILES = {
     "vae": (CONVERTED, "Wan2.1_VAE.safetensors"),
@@ -47,7 +38,6 @@ WAN_NEGATIVE_PROMPT = (
     "JPEG压缩残留，丑陋的，残缺的，多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，"
     "手指融合，静止不动的画面，杂乱的背景，三条腿，背景人很多，倒着走"
 )
-Shapes = Mapping[str, Sequence[int]]
 
 
 @dataclass(frozen=True)
@@ -62,14 +52,6 @@ class Defaults:
     sigma_shift: float = 5.0
     negative_prompt: str = WAN_NEGATIVE_PROMPT
     dtype: str = "bfloat16"
-
-
-@dataclass(frozen=True)
-class Lora:
-    """A LoRA file and its strength."""
-
-    path: Path
-    alpha: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -269,160 +251,3 @@ def _fingerprint(paths: list[Path], *, pieces: int = 32, piece_bytes: int = 4096
                 file.seek(max(0, size - piece_bytes) * i // pieces)
                 digest.update(file.read(piece_bytes))
     return digest.hexdigest()
-
-
-# --- LoRAs --------------------------------------------------------------------------------------------------
-
-
-def parse_lora(text: str) -> Lora:
-    """PATH or PATH:ALPHA.
-
-    Raises:
-        ValueError: ALPHA is no strength.
-    """
-    path, colon, tail = text.rpartition(":")
-    alpha = None
-    with contextlib.suppress(ValueError):
-        alpha = float(tail)
-    if not colon or alpha is None:
-        return Lora(Path(text))
-    if not math.isfinite(alpha) or alpha == 0:
-        raise ValueError(f"alpha {tail} is not a number other than 0")
-    return Lora(Path(path), alpha)
-
-
-def describe_loras(loras: Iterable[Lora]) -> list[dict[str, Any]]:
-    """What a run's metadata says of its LoRAs.
-
-    Raises:
-        InputError: a file isn't there.
-    """
-    return [
-        {"path": str(lora.path.absolute()), "alpha": lora.alpha, "sha256": _lora_sha256(lora.path)}
-        for lora in loras
-    ]
-
-
-def parse_recorded_loras(described: Iterable[Mapping[str, Any]]) -> tuple[Lora, ...]:
-    """The LoRAs of what `describe_loras` made, as metadata has it."""
-    return tuple(Lora(Path(each["path"]), each["alpha"]) for each in described)
-
-
-def summarize_loras(described: Iterable[Mapping[str, Any]]) -> str:
-    """What a person is told of the LoRAs that `describe_loras` described: the same for the same ones."""
-    told = [f"{Path(each['path']).name}:{each['alpha']:g} ({each['sha256'][:12]})" for each in described]
-    return ", ".join(told) or "no LoRA"
-
-
-def find_recorded_loras(described: Sequence[Mapping[str, Any]]) -> tuple[Lora, ...]:
-    """The LoRAs that a prior's metadata describes; their files must still be there, and the same.
-
-    Raises:
-        InputError: they are not.
-    """
-    loras = parse_recorded_loras(described)
-    hint = "name it with --lora, or give --lora without a file to run without"
-    for lora, each in zip(loras, described, strict=True):
-        if not lora.path.is_file():
-            raise InputError(f"the prior was made with the LoRA {lora.path}, which is not there; {hint}")
-        if _lora_sha256(lora.path) != each["sha256"]:
-            raise InputError(f"the prior was made with another {lora.path} than is there now; {hint}")
-    return loras
-
-
-def _lora_sha256(path: Path) -> str:
-    if not path.is_file():
-        raise InputError(f"--lora {path} is not a file; name a .safetensors file")
-    stat = path.stat()
-    return _sha256_of_version(path, stat.st_size, stat.st_mtime_ns)
-
-
-@functools.lru_cache(maxsize=64)
-def _sha256_of_version(path: Path, size: int, mtime_ns: int) -> str:
-    """Once for all videos of a sweep: a LoRA of a 14B model has hundreds of MB."""
-    return sha256_file(path)
-
-
-def check_loras(loras: Iterable[Lora], weights: Iterable[Path]) -> list[str]:
-    """Compare LoRAs with the layers they are for, by the files' headers alone.
-
-    Args:
-        weights: the DiT's .safetensors files.
-
-    Returns:
-        A line on each LoRA of which something is not used.
-
-    Raises:
-        InputError: no safetensors file, no LoRA in it, no layer that it fits, or another shape.
-    """
-    loras = list(loras)
-    layers: dict[str, Sequence[int]] = {}
-    for path in weights if loras else ():
-        layers |= _layers(_read_shapes(path, what="the DiT's"))
-    return [note for lora in loras if (note := _check_lora(lora, layers)) is not None]
-
-
-def _layers(shapes: Shapes) -> dict[str, Sequence[int]]:
-    return {
-        key.removesuffix(".weight"): shape
-        for key, shape in shapes.items()
-        if key.endswith(".weight") and len(shape) == 2
-    }
-
-
-def _read_shapes(path: Path, *, what: str) -> dict[str, Sequence[int]]:
-    from safetensors import SafetensorError, safe_open
-
-    if not path.is_file():
-        raise InputError(f"{what} {path} is not a file; name a .safetensors file")
-    try:
-        with safe_open(path, framework="numpy") as file:
-            return {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise InputError(
-            f"{what} {path} is not a safetensors file that can be read ({str(error)[:80]}); "
-            "fetch it again, or convert it"
-        ) from error
-
-
-def _check_lora(lora: Lora, layers: Shapes) -> str | None:
-    """The line on what isn't used of a LoRA, or None."""
-    from diffsynth.utils.lora.general import GeneralLoRALoader
-
-    shapes = _read_shapes(lora.path, what="--lora")
-    try:
-        pairs = GeneralLoRALoader().get_name_dict(shapes)
-    except ValueError:  # its search for lora_B among the words of a key
-        pairs = {}
-    whole = {name: (up, down) for name, (up, down, _) in pairs.items() if down in shapes}
-    if not whole:
-        raise InputError(
-            f"--lora {lora.path} holds {len(shapes)} tensors and no lora_A and lora_B (or lora_down and "
-            "lora_up) of one layer; name a LoRA"
-        )
-    fitting = {name: pair for name, pair in whole.items() if name in layers}
-    if not fitting:
-        raise InputError(
-            f"--lora {lora.path} matches no layer of this model: it has {next(iter(whole))!r}, the model "
-            f"{next(iter(layers), 'none')!r}; use a LoRA of this model in DiffSynth's naming"
-        )
-    for name, (up, down) in fitting.items():
-        _check_lora_shapes(lora, name, shapes[up], shapes[down], layers[name])
-    unused = len(shapes) - sum(len({*pair, pairs[name][2]} - {None}) for name, pair in fitting.items())
-    if unused:
-        return (
-            f"{lora.path}: {len(fitting)} layers take part, {unused} of {len(shapes)} tensors are not used "
-            "(DiffSynth has no place for them)"
-        )
-    return None
-
-
-def _check_lora_shapes(
-    lora: Lora, name: str, up: Sequence[int], down: Sequence[int], layer: Sequence[int]
-) -> None:
-    """up: [out, rank], down: [rank, in], layer: [out, in]"""
-    if len(up) != 2 or len(down) != 2 or up[1] != down[0] or [up[0], down[1]] != list(layer):
-        raise InputError(
-            f"--lora {lora.path} has {list(up)} and {list(down)} for {name}, which is {list(layer)} in this "
-            "model; use a LoRA of this model"
-        )

@@ -15,11 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 from step_skip.files import InputError
+from step_skip.lora import Lora, describe_loras, find_recorded_loras
 from step_skip.models import (
-    Lora,
     cache_components,
-    describe_loras,
-    find_recorded_loras,
     model_defaults,
     published_name,
 )

@@ -13,8 +13,8 @@ from safetensors.torch import save_file
 import infer_from_prior
 from step_skip.cli import read_choices
 from step_skip.infer import between
+from step_skip.lora import Lora, describe_loras
 from step_skip.metadata import read_prior
-from step_skip.models import Lora, describe_loras
 from step_skip.plan import latents_files, part_of_step
 from step_skip.sweep import Group, Job, load_inputs, make_plans, read_inputs
 
@@ -281,7 +281,7 @@ def test_a_priors_lora_that_is_gone_or_another_is_refused(prior_copy, infer, lor
 def test_a_lora_that_fits_no_layer_is_an_error(prior, infer, refused, tmp_path):
     other = tmp_path / "other.safetensors"
     save_file({f"unet.q.lora_{half}.weight": torch.zeros(2, 2) for half in "AB"}, other)
-    refused(lambda: infer(prior, "--lora", other), "matches no layer", "unet.q")
+    refused(lambda: infer(prior, "--lora", other), "2 of them fit nowhere", "unet.q")
     refused(lambda: infer(prior, "--lora", tmp_path / "none.safetensors"), "is not a file")
     refused(lambda: infer(prior, "--lora", f"{other}:0"), "alpha 0")
 

@@ -11,7 +11,7 @@ from helpers import ROOT
 from safetensors.torch import load_file
 
 from step_skip.cheaper import Branch
-from step_skip.models import Lora, check_loras
+from step_skip.lora import Lora, check_loras
 
 sys.path.append(str(ROOT / "data" / "tiny_wan_i2v"))
 
