@@ -118,14 +118,15 @@ def add_method_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         metavar="N",
         help="differential resume: run only these steps, spent on what the new prompt changes "
-        "(default: 3 of 10, 0 5 8)",
+        "(default: 3 of 10, 0 6 9; 4 of 14 and more)",
     )
     method.add_argument(
         "--num_steps",
         type=cli.positive_int,
         metavar="N",
-        help="like --steps, so many, denser to the end where the noise falls fastest: of 10 steps 2 are 1 7, "
-        "3 are 0 5 8, 4 are 0 4 7 9; 4 come nearer to a full run, 2 are faster",
+        help="like --steps, so many, denser to the end where the noise falls fastest: of 10 steps 2 are 0 8, "
+        "3 are 0 6 9, 4 are 0 4 7 9; 1, 2, 3, 4 and 6 steps are 1, 3, 5, 7 and 11 forwards; 6 come near "
+        "to a full run, 1 is enough for a mouth",
     )
     method.add_argument(
         "--sigmas",

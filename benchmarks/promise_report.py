@@ -1,10 +1,10 @@
-"""From promise.py's clips.csv to a summary, a table and two plots."""
+"""From promise.py's clips.csv to tables and a plot: quality over cost, and what beats what, pair by pair."""
 
 from __future__ import annotations
 
 import csv
 import sys
-from collections.abc import Callable
+from collections.abc import Iterable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "data" / "tiny_wan_i2v"))
@@ -23,282 +23,170 @@ NUMBERS = (
     "shared_with_full",
     "denoise_seconds",
 )
-TABLE = ("obeyed", "old_kept", "identity_error", "sharpness", "decided", "psnr", "shared_with_prior")
-Row = dict[str, str]
-
-
-def group(rows: list[Row]) -> dict[tuple[str, str, str, str], list[Row]]:
-    """Lines by method, prior, steps run and forwards, in the order they were made."""
-    groups: dict[tuple[str, str, str, str], list[Row]] = {}
-    for row in rows:
-        groups.setdefault((row["method"], row["prior"], row["steps"], row["forwards"]), []).append(row)
-    return groups
-
-
-def summarise(rows: list[Row]) -> list[dict]:
-    """One line for every method at every cost: mean, low and high of every number."""
-    lines = []
-    for (method, prior, steps, forwards), members in group(rows).items():
-        line = {
-            "method": method,
-            "prior": prior,
-            "steps": steps,
-            "forwards": int(forwards),
-            "clips": len(members),
-        }
-        for name in NUMBERS:
-            values = bootstrap(float(row[name]) for row in members)
-            line |= {
-                f"{name}{end}": round(v, 4) for end, v in zip(("", "_low", "_high"), values, strict=True)
-            }
-        lines.append(line)
-    return lines
-
-
-def as_markdown(summary: list[dict]) -> str:
-    """The table: sorted by cost, mean with the half-width of its interval."""
-    head = ("method", "prior", "steps run", "forwards", *(name.replace("_", " ") for name in TABLE))
-    lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
-    for line in sorted(summary, key=lambda line: -line["forwards"]):
-        cells = [line["method"], line["prior"], line["steps"], str(line["forwards"])]
-        for name in TABLE:
-            half = (line[f"{name}_high"] - line[f"{name}_low"]) / 2
-            cells.append(
-                f"{line[name]:.2f} ± {half:.2f}" if line[name] < 10 else f"{line[name]:.1f} ± {half:.1f}"
-            )
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
-
-
-HEADLINE = (
-    ("full run, 10 steps", "full run", "none", "0 1 2 3 4 5 6 7 8 9"),
-    ("the original recipe: prior of another motion, resumed after 6", "resume", "motion", "7 8 9"),
-    ("the same with the old prompt as the negative one", "resume, old prompt as negative", "motion", "7 8 9"),
-    ("neutral prior, resumed after 6", "resume", "empty", "7 8 9"),
-    ("prior that stays still, resumed after 6", "resume", "still", "7 8 9"),
-    ("4 steps from noise", "fewer steps", "none", "0 1 2 3"),
-    ("4 steps from noise on sigmas 0, 4, 7, 9 of the 10", "fewer steps, chosen sigmas", "none", "0 4 7 9"),
-    ("**differential 0 4 7 9, prior that stays still**", "differential", "still", "0 4 7 9"),
-    ("3 steps from noise", "fewer steps", "none", "0 1 2"),
-    ("3 steps from noise on sigmas 0, 5, 8 of the 10", "fewer steps, chosen sigmas", "none", "0 5 8"),
-    ("video to video, strength 0.9, 3 steps", "video to video 0.9", "motion", "0 1 2"),
-    ("FlowEdit, 2 steps", "FlowEdit", "motion", "0 6"),
-    ("**differential 0 5 8, prior that stays still**", "differential", "still", "0 5 8"),
-    ("differential 0 5 8, neutral prior", "differential", "empty", "0 5 8"),
-    ("differential 0 5 8, prior of another motion", "differential", "motion", "0 5 8"),
-    ("2 steps from noise", "fewer steps", "none", "0 1"),
-    ("2 steps from noise on sigmas 0, 7 of the 10", "fewer steps, chosen sigmas", "none", "0 7"),
-    ("**differential 1 7, prior that stays still**", "differential", "still", "1 7"),
-    ("differential 1 7, prior of another motion", "differential", "motion", "1 7"),
-    ("1 step from noise", "fewer steps", "none", "0"),
-    ("differential 1, prior that stays still", "differential", "still", "1"),
-)
-
-
-def headline(summary: list[dict]) -> str:
-    """The README's table: the rows a user chooses between."""
-    names = ("obeyed", "old_kept", "identity_error", "sharpness", "decided", "psnr")
-    head = ("how the new prompt's clip is made", "forwards", "seconds", "obeyed", "old motion")
-    head += ("identity error", "sharpness", "details decided", "PSNR to full run")
-    lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
-    found = {(line["method"], line["prior"], line["steps"]): line for line in summary}
-    for label, *key in HEADLINE:
-        if (line := found.get(tuple(key))) is None:
-            continue
-        cells = [
-            f"{line[name]:.2f}" if name not in ("identity_error", "psnr") else f"{line[name]:.1f}"
-            for name in names
-        ]
-        cells[-1] = "" if line["psnr"] == 99 else cells[-1]
-        cost = f"{line['forwards']} | {line['denoise_seconds']:.2f}"
-        lines.append(f"| {label} | {cost} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
-
-
-FULL = ("full run", "none", "0 1 2 3 4 5 6 7 8 9")
-ON_SIGMAS, WHOLE_BEND = "fewer steps, chosen sigmas", "differential, whole bend"
-CLAIMS = (  # difference of the first to the second, pair by pair
-    (("differential", "still", "0 4 7 9"), FULL),
-    (("differential", "still", "0 4 7 9"), (ON_SIGMAS, "none", "0 4 7 9")),
-    (("differential", "still", "0 4 7 9"), ("differential", "still", "0 3 6 8")),
-    (("differential", "still", "0 5 8"), FULL),
-    (("differential", "still", "0 5 8"), ("fewer steps", "none", "0 1 2")),
-    (("differential", "still", "0 5 8"), (ON_SIGMAS, "none", "0 5 8")),
-    (("differential", "still", "0 5 8"), ("differential", "still", "0 6 9")),
-    (("differential", "still", "0 5 8"), ("differential, steps by its bends", "still", "3 steps")),
-    (("differential", "still", "0 5 8"), ("differential", "motion", "0 5 8")),
-    (("differential", "motion", "0 5 8"), FULL),
-    (("differential", "motion", "0 5 8"), (ON_SIGMAS, "none", "0 5 8")),
-    (("differential", "empty", "0 5 8"), (ON_SIGMAS, "none", "0 5 8")),
-    (("differential", "still", "0 5 8"), (WHOLE_BEND, "still", "0 5 8")),
-    (("differential", "motion", "0 5 8"), (WHOLE_BEND, "motion", "0 5 8")),
-    (("differential", "empty", "0 5 8"), (WHOLE_BEND, "empty", "0 5 8")),
-    ((WHOLE_BEND, "empty", "0 5 8"), ("differential, second order", "empty", "0 5 8")),
-    (("differential", "still", "1 7"), FULL),
-    (("differential", "still", "1 7"), (ON_SIGMAS, "none", "0 7")),
-    (("differential", "still", "1 7"), ("differential", "still", "2 7")),
-    (("differential", "still", "1"), FULL),
-    (("differential", "still", "1"), ("differential", "still", "0")),
-)
-
-
-def paired(rows: list[Row]) -> str:
-    """What beats what: mean differences over the same cases with their intervals."""
-    cases: dict[tuple, dict[tuple, Row]] = {}
-    for row in rows:
-        members = cases.setdefault((row["method"], row["prior"], row["steps"]), {})
-        members[row["index"], row["seed"]] = row
-    names = ("obeyed", "identity_error", "sharpness", "decided", "psnr")
-    head = ("difference of", "to", *(name.replace("_", " ") for name in names))
-    lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
-    for first, second in CLAIMS:
-        if first not in cases or second not in cases:
-            continue
-        shared = sorted(cases[first].keys() & cases[second].keys())
-        cells = [", ".join(first), ", ".join(second)]
-        for name in names:
-            pairs = ((float(cases[first][key][name]), float(cases[second][key][name])) for key in shared)
-            mean, low, high = bootstrap(a - b for a, b in pairs)
-            cells.append(f"{mean:+.3f} ({low:+.3f} to {high:+.3f})")
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
-
-
 SMALL = ("speak", "sleep")  # motions that leave the head and the body in their place
+CLASSES = {"all": lambda motion: True, "small motion": lambda motion: motion in SMALL}
+CLASSES |= {"whole body": lambda motion: motion not in (*SMALL, "still")}
+Row = dict[str, str]
+Key = tuple[str, str]  # method, prior
 
-
-def by_motion(rows: list[Row]) -> str:
-    """How near to the full run the cheap ways come, for small motions, for large ones and for both."""
-    head = ("how the new prompt's clip is made", "forwards", "new motion", "clips", "PSNR to full run")
-    head += ("pattern error", "identity error")
-    lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
-    for label, *key in HEADLINE:
-        for name, kinds in {"small": (True,), "large": (False,), "either": (True, False)}.items():
-            some = [
-                row
-                for row in rows
-                if [row["method"], row["prior"], row["steps"]] == key
-                and (row["new_motion"] in SMALL) in kinds
-                and row["new_motion"] != "still"  # a prior that stays still would be the answer itself
-            ]
-            if not some or key == list(FULL):
-                continue
-            cells = [label, some[0]["forwards"], name, str(len(some))]
-            for number in ("psnr", "bloom_error", "identity_error"):
-                mean, low, high = bootstrap(float(row[number]) for row in some)
-                digits = 2 if number == "bloom_error" else 1
-                cells.append(f"{mean:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})")
-            lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
-
-
-def plot_start_step(summary: list[dict], path: Path) -> None:
-    """What plain resume keeps and obeys over the start step, from a motion prior and from a neutral one."""
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, 3, figsize=(11, 3.4), constrained_layout=True)
-    for axis, name, label in zip(
-        axes,
-        ("obeyed", "old_kept", "identity_error"),
-        ("new motion obeyed", "old motion kept", "identity error (8-bit levels)"),
-        strict=True,
-    ):
-        for prior, colour in (("motion", "#c0392b"), ("empty", "#2471a3")):
-            lines = [ln for ln in summary if ln["method"] == "resume" and ln["prior"] == prior]
-            x = [int(ln["steps"].split()[0]) - 1 for ln in lines]
-            axis.plot(x, [ln[name] for ln in lines], "o-", color=colour, label=f"{prior} prior")
-            axis.fill_between(
-                x,
-                [ln[f"{name}_low"] for ln in lines],
-                [ln[f"{name}_high"] for ln in lines],
-                color=colour,
-                alpha=0.2,
-            )
-        full = next(ln for ln in summary if ln["method"] == "full run")
-        axis.axhline(full[name], color="grey", ls=":", label="full run")
-        axis.set(xlabel="start step", title=label)
-    axes[0].legend()
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
-
-
-FAMILIES: tuple[tuple[str, str, Callable[[dict], bool]], ...] = (
-    ("fewer steps from noise", "#7f8c8d", lambda ln: ln["method"] in ("fewer steps", "full run")),
-    ("fewer steps, chosen sigmas", "#bdc3c7", lambda ln: ln["method"] == "fewer steps, chosen sigmas"),
-    ("resume, motion prior", "#c0392b", lambda ln: (ln["method"], ln["prior"]) == ("resume", "motion")),
-    ("resume, neutral prior", "#2471a3", lambda ln: (ln["method"], ln["prior"]) == ("resume", "empty")),
-    (
-        "differential, prior that stays still",
-        "#117a65",
-        lambda ln: (ln["method"], ln["prior"]) == ("differential", "still"),
-    ),
-    (
-        "differential, motion prior",
-        "#e67e22",
-        lambda ln: (ln["method"], ln["prior"]) == ("differential", "motion"),
-    ),
-    (
-        "differential, neutral prior",
-        "#82c99b",
-        lambda ln: (ln["method"], ln["prior"]) == ("differential", "empty"),
-    ),
-    ("video to video", "#8e44ad", lambda ln: ln["method"].startswith("video to video")),
-    ("FlowEdit", "#d4ac0d", lambda ln: ln["method"] == "FlowEdit"),
+OURS = "differential, {} steps"
+RIVALS = (  # what somebody would do instead, at 3, 4 and 6 steps
+    ("DPM++ 2M, {} steps", "still"),
+    ("DPM++ 2M, {} steps on our sigmas", "still"),
+    ("UniPC, {} steps", "still"),
+    ("UniPC, {} steps on our sigmas", "still"),
 )
-
-
-QUALITY = {
-    "obeyed": "new motion obeyed",
-    "decided": "details decided (share of tiles)",
-    "psnr": "PSNR to the full run, same noise (dB)",
-    "identity_error": "identity error (8-bit levels, less is better)",
+FULL = ("Euler, 10 steps", "none")
+LINES = {  # of the plot: name with a {} for the number of steps, prior, colour
+    "differential, prior that holds still": (OURS, "still", "#117a65"),
+    "differential, prior of another motion": (OURS, "motion", "#e67e22"),
+    "DPM++ 2M on our sigmas": (RIVALS[1][0], "still", "#2471a3"),
+    "DPM++ 2M": (RIVALS[0][0], "still", "#85c1e9"),
+    "UniPC": (RIVALS[2][0], "still", "#8e44ad"),
+    "Euler, DiffSynth's own": ("Euler, {} steps", "none", "#7f8c8d"),
 }
 
 
-def best_by_cost(lines: list[dict]) -> list[dict]:
-    """At every cost the line that is nearest to the full run."""
-    best: dict[int, dict] = {}
-    for line in lines:
-        if line["forwards"] not in best or line["psnr"] > best[line["forwards"]]["psnr"]:
-            best[line["forwards"]] = line
-    return [best[forwards] for forwards in sorted(best)]
+def group(rows: Iterable[Row]) -> dict[Key, list[Row]]:
+    """Lines by method and prior, in the order they were made."""
+    groups: dict[Key, list[Row]] = {}
+    for row in rows:
+        groups.setdefault((row["method"], row["prior"]), []).append(row)
+    return groups
 
 
-def plot_quality(summary: list[dict], path: Path) -> None:
-    """Every family's best at each cost: obedience, detail, distance to the full run, identity."""
+def guidances(rows: Iterable[Row]) -> list[float]:
+    """The cfg_scales that were run."""
+    return sorted({float(row["cfg_scale"]) for row in rows})
+
+
+def guided_by(rows: Iterable[Row], cfg_scale: float) -> list[Row]:
+    """The lines of one cfg_scale."""
+    return [row for row in rows if float(row["cfg_scale"]) == cfg_scale]
+
+
+def moving(rows: Iterable[Row], kind: str) -> list[Row]:
+    """The lines whose new motion is of one of CLASSES."""
+    return [row for row in rows if CLASSES[kind](row["new_motion"])]
+
+
+def mean_of(rows: Iterable[Row], name: str, digits: int, *, interval: bool = False) -> str:
+    """A number as a table shows it, with the half-width of its 95% interval if asked for."""
+    mean, low, high = bootstrap(float(row[name]) for row in rows)
+    return f"{mean:.{digits}f}" + (f" ± {(high - low) / 2:.{digits}f}" if interval else "")
+
+
+def table(head: Iterable[str], lines: Iterable[Iterable[str]]) -> str:
+    """A markdown table."""
+    head = list(head)
+    rows = [head, ["---"] * len(head), *lines]
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows) + "\n"
+
+
+def summary_table(rows: list[Row]) -> str:
+    """Every method at one guidance, dearest first."""
+    head = ("how the new prompt's clip is made", "prior", "forwards", "seconds", "obeyed", "old motion")
+    head += ("identity error", "sharpness", "decided", "SSIM", *(f"PSNR, {kind}" for kind in CLASSES))
+    lines = []
+    for (method, prior), members in group(rows).items():
+        forwards = int(members[0]["forwards"])
+        cells = [method, prior, str(forwards), mean_of(members, "denoise_seconds", 2)]
+        cells += [mean_of(members, name, 2) for name in ("obeyed", "old_kept")]
+        cells += [mean_of(members, "identity_error", 1)]
+        cells += [mean_of(members, name, 2) for name in ("sharpness", "decided")]
+        cells += [mean_of(members, "ssim", 3)]
+        for kind in CLASSES:
+            some = moving(members, kind)
+            is_reference = all(float(row["psnr"]) == 99 for row in some)
+            cells.append("" if is_reference else mean_of(some, "psnr", 1, interval=True))
+        lines.append((forwards, cells))
+    return table(head, [cells for _, cells in sorted(lines, key=lambda line: -line[0])])
+
+
+def difference(rows: list[Row], first: Key, second: Key, name: str) -> str:
+    """Mean difference over the cases that both have, with its interval; empty where there are none."""
+    by_case: dict[Key, dict[tuple[str, str], float]] = {first: {}, second: {}}
+    for row in rows:
+        if (key := (row["method"], row["prior"])) in by_case:
+            by_case[key][row["index"], row["seed"]] = float(row[name])
+    shared = sorted(by_case[first].keys() & by_case[second].keys())
+    if not shared:
+        return ""
+    mean, low, high = bootstrap(by_case[first][case] - by_case[second][case] for case in shared)
+    return f"{mean:+.1f} ({low:+.1f} to {high:+.1f})"
+
+
+def paired_table(rows: list[Row]) -> str:
+    """PSNR of ours less that of what somebody would do instead, case by case, in every motion class."""
+    known = group(rows).keys()
+    pairs = []
+    for prior in ("still", "motion"):
+        for steps in (3, 4, 6):
+            ours = (OURS.format(steps), prior)
+            rivals = [(name.format(steps), kind) for name, kind in RIVALS]
+            pairs += [(ours, rival) for rival in (*rivals, FULL) if ours in known and rival in known]
+    pairs += [((OURS.format(2), "still"), FULL)]
+    variants = [key for key in known if key[0].startswith(f"{OURS.format(4)}, ")]
+    pairs += [((OURS.format(4), "still"), variant) for variant in variants]
+    pairs += [((OURS.format(steps), "still"), (OURS.format(steps), "still 10")) for steps in (3, 4)]
+    lines = [
+        [
+            ", ".join(first),
+            ", ".join(second),
+            *(difference(moving(rows, kind), first, second, "psnr") for kind in CLASSES),
+        ]
+        for first, second in pairs
+    ]
+    return table(("difference of", "to", *CLASSES), lines)
+
+
+def plot(rows: list[Row], path: Path) -> None:
+    """PSNR to the 50-step run over forwards: a panel for each guidance and class of motion."""
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(2, 2, figsize=(11, 8), constrained_layout=True)
-    for axis, (name, label) in zip(axes.flat, QUALITY.items(), strict=True):
-        for place, (family, colour, belongs) in enumerate(FAMILIES):
-            lines = best_by_cost([line for line in summary if belongs(line)])
-            lines = [line for line in lines if not (name == "psnr" and line["psnr"] == 99)]
-            low, high = ([abs(ln[f"{name}_{end}"] - ln[name]) for ln in lines] for end in ("low", "high"))
-            x = [line["forwards"] * 1.012 ** (place - len(FAMILIES) / 2) for line in lines]
-            style = {"marker": "o", "ms": 4, "lw": 1, "elinewidth": 0.7, "color": colour, "label": family}
-            axis.errorbar(x, [line[name] for line in lines], [low, high], **style)
-        axis.set(xscale="log", title=label)
-        axis.set_xticks((2, 4, 6, 8, 12, 20), ("2", "4", "6", "8", "12", "20"))
-        axis.minorticks_off()
-    for axis in axes[1]:
+    scales = guidances(rows)
+    figure, axes = plt.subplots(
+        len(scales),
+        len(CLASSES),
+        figsize=(12, 4 * len(scales)),
+        sharex=True,
+        layout="constrained",
+        squeeze=False,
+    )
+    for line, cfg_scale in zip(axes, scales, strict=True):
+        for axis, kind in zip(line, CLASSES, strict=True):
+            groups = group(moving(guided_by(rows, cfg_scale), kind))
+            for label, (name, prior, colour) in LINES.items():
+                found = [groups[key] for n in (1, 2, 3, 4, 6) if (key := (name.format(n), prior)) in groups]
+                values = [bootstrap(float(row["psnr"]) for row in members) for members in found]
+                x = [int(members[0]["forwards"]) for members in found]
+                error = [[m - low for m, low, _ in values], [high - m for m, _, high in values]]
+                style = {"fmt": "o-", "ms": 4, "lw": 1.2, "elinewidth": 0.7, "color": colour, "label": label}
+                axis.errorbar(x, [mean for mean, *_ in values], error, **style)
+            full = bootstrap(float(row["psnr"]) for row in groups.get(FULL, []))[0]
+            axis.axhline(full, color="grey", ls=":", label="10 steps, 20 forwards")
+            axis.set_title(f"guidance {cfg_scale:g}, {kind}", fontsize=10)
+            axis.grid(alpha=0.25)
+    for axis in axes[-1]:
         axis.set_xlabel("forwards (network evaluations)")
-    axes[0, 0].legend(fontsize=8)
+        axis.set_xticks((1, 3, 5, 7, 8, 11))
+    for line in axes:
+        line[0].set_ylabel("PSNR to the 50-step run (dB)")
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=4, frameon=False)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
 
 def write(clips: Path, output: Path) -> Path:
-    """Write summary.csv, summary.md and the plots; returns the table's path."""
-    rows = list(csv.DictReader(clips.open()))
-    summary = summarise(rows)
-    with (output / "summary.csv").open("w", newline="") as out:
-        writer = csv.DictWriter(out, summary[0])
-        writer.writeheader()
-        writer.writerows(summary)
-    (output / "summary.md").write_text(as_markdown(summary))
-    (output / "headline.md").write_text(headline(summary))
-    (output / "paired.md").write_text(paired(rows))
-    (output / "by_motion.md").write_text(by_motion(rows))
-    plot_start_step(summary, output / "start_step.png")
-    plot_quality(summary, output / "quality.png")
+    """Write summary.md, paired.md and quality.png; returns the first."""
+    with clips.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    for name, make in (("summary.md", summary_table), ("paired.md", paired_table)):
+        parts = []
+        for cfg_scale in guidances(rows):
+            some = guided_by(rows, cfg_scale)
+            cases = len({(row["index"], row["seed"]) for row in some})
+            parts.append(f"## Guidance {cfg_scale:g} ({cases} clips)\n\n{make(some)}")
+        (output / name).write_text("\n".join(parts))
+    plot(rows, output / "quality.png")
     return output / "summary.md"
