@@ -84,16 +84,16 @@ def test_a_cached_or_unguided_prior_saves_none(make_prior):
         assert read_json(prior / "run_metadata.json")["keeps_nega"] is False
 
 
-def test_a_damaged_branch_is_found_before_it_is_used(prior_copy, infer, refused, run):
+def test_a_damaged_branch_is_found_before_it_is_used(prior_copy, infer, refused):
     path = prior_copy / "noise_pred_nega_0007.pt"
     path.write_bytes(path.read_bytes()[:-1])
     refused(lambda: infer(prior_copy, "--start_step", 6, "--prompt", OTHER_PROMPT), path.name)
     assert infer(prior_copy, "--start_step", 7, "--prompt", OTHER_PROMPT).code == 0  # reads step 8's
 
 
-def test_resuming_a_prior_makes_a_lost_branch_again(prior_copy, generate):
+def test_resuming_a_prior_makes_a_lost_branch_again(prior_copy, run, model_dir):
     path = prior_copy / "noise_pred_nega_0008.pt"
     before = path.read_bytes()
     path.unlink()
-    generate("--resume", prior_copy)
+    assert run("generate_prior", "--resume", prior_copy, "--model_dir", model_dir).code == 0
     assert path.read_bytes() == before
