@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from step_skip.families import DEFAULT_FAMILY, FAMILIES, Family
 from step_skip.files import DTYPES, InputError, RunError, replacing, sha256_file, write_json
 from step_skip.prior import METADATA_FILE, Prior, round_sizes, step_files
 
@@ -117,10 +118,20 @@ def read_run(directory: Path) -> Prior:
         )
     _check_sizes(metadata)
     sizes = {key: metadata[key] for key in ("height", "width", "num_frames")}
-    metadata |= round_sizes(**sizes)  # other writers may record what was asked for
+    metadata |= round_sizes(**sizes, family=_read_family(metadata))  # other writers record what was asked for
     if "format_version" in metadata:
         _check_version_1(metadata)
     return Prior(directory, metadata)
+
+
+def _read_family(metadata: Mapping[str, Any]) -> Family:
+    name = metadata.get("family", DEFAULT_FAMILY)
+    if not isinstance(name, str) or name not in FAMILIES:
+        raise InputError(
+            f"{METADATA_FILE} has family = {_short(name)}, expected one of {', '.join(FAMILIES)}; use the "
+            "version of the program that wrote it"
+        )
+    return FAMILIES[name]
 
 
 def _read_metadata(path: Path) -> dict[str, Any]:

@@ -71,6 +71,9 @@ class ReportingScheduler(FlowMatchScheduler):
         keep: from the number of steps to the indices of those to run, in order.
         stop_after: the step whose report ends the run early; the steps after it stay in the schedule,
             because its latents are at the sigma of the next one.
+
+    first_frame_latents: [B, C, 1, H, W] of a model that fuses its first frame into the latents. The pipeline
+    puts it back after each step, when the step is reported already; so it doesn't move in a step, either.
     """
 
     timesteps: torch.Tensor
@@ -81,6 +84,7 @@ class ReportingScheduler(FlowMatchScheduler):
         self.keep = keep
         self.stop_after = stop_after
         self.on_step: StepCallback | None = None
+        self.first_frame_latents: torch.Tensor | None = None
 
     def set_timesteps(self, num_inference_steps: int = 100, **kwargs: Any) -> None:
         """Compute the full schedule, then keep the chosen steps of it."""
@@ -92,7 +96,12 @@ class ReportingScheduler(FlowMatchScheduler):
     def step(self, model_output: torch.Tensor, timestep: torch.Tensor, sample: torch.Tensor, **kwargs: Any):
         """Advance from this timestep and report the step."""
         place = int(torch.argmin((self.timesteps - timestep.cpu()).abs()))
+        first = self.first_frame_latents
+        if first is not None:
+            model_output = torch.cat([torch.zeros_like(model_output[:, :, :1]), model_output[:, :, 1:]], 2)
         latents = self.advance(place, model_output, timestep, sample)
+        if first is not None:
+            latents[:, :, :1] = first
         if self.on_step is not None:
             self.on_step(Step(self.steps[place], float(self.sigmas[place]), sample, model_output, latents))
         if self.steps[place] == self.stop_after:
