@@ -25,13 +25,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import step_skip
-from step_skip import cli
+from step_skip import cli, cli_prior
+from step_skip.families import FAMILIES
 from step_skip.files import InputError, RunError, check_folder, locked
 from step_skip.generate import (
     Left,
     check_same_machine,
-    plan_prior,
-    read_own_image,
+    read_own_images,
     read_resumable,
     run_what_is_left,
     what_is_left,
@@ -41,15 +41,13 @@ from step_skip.lora import distilled_hint, find_recorded_loras
 from step_skip.media import fetch_example, read_image, read_video, video_bytes
 from step_skip.metadata import PriorWriter
 from step_skip.models import (
-    COMPONENTS,
     ROOT,
     LoadOptions,
     cache_components,
+    family_name,
     model_defaults,
 )
-from step_skip.plan import PriorChoices, check_prior_choices
 from step_skip.prior import (
-    IMAGE_FILE,
     METADATA_FILE,
     Prior,
     RunSettings,
@@ -59,6 +57,8 @@ from step_skip.prior import (
     check_run_id,
     denoised_file,
 )
+from step_skip.prior_plan import PriorChoices, check_images, check_prior_choices, plan_prior
+from step_skip.results import Clock
 from step_skip.steps import recommended_num_steps
 
 if TYPE_CHECKING:
@@ -74,7 +74,9 @@ RESUME_FLAGS = {"--resume", "--model_dir", "--device", "--vram"}
 class Wanted:
     """One prior to make."""
 
-    image: Image  # of the video's size
+    name: str  # its image's, without one its prompt
+    image: Image | None  # of the video's size, as the next
+    end_image: Image | None
     prompt: str
     run_id: str | None
 
@@ -82,9 +84,9 @@ class Wanted:
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line and fill in the model's own defaults."""
     parser = cli.Parser(__doc__)
-    add_identity_arguments(parser)
-    add_run_arguments(parser)
-    add_output_arguments(parser)
+    cli_prior.add_identity_arguments(parser)
+    cli_prior.add_run_arguments(parser)
+    cli_prior.add_output_arguments(parser)
     cli.add_cheaper_arguments(parser, lora_help="resumed runs take the same unless told otherwise")
     cli.add_model_arguments(
         parser,
@@ -101,129 +103,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def add_identity_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add what says who is seen and what happens."""
-    group = parser.add_argument_group("identity")
-    source = group.add_mutually_exclusive_group(required=True)
-    source.add_argument(
-        "--image",
-        type=Path,
-        nargs="+",
-        metavar="FILE",
-        help="picture of the identity, the first frame of every video; of several, each becomes a prior",
-    )
-    source.add_argument(
-        "--download_example", action="store_true", help="fetch DiffSynth's example image and use it"
-    )
-    source.add_argument(
-        "--resume",
-        type=cli.utf8_path,
-        metavar="RUN_DIR",
-        help="finish this prior; its settings are recorded, so only --model_dir, --device and --vram go with "
-        "it",
-    )
-    group.add_argument(
-        "--prompt",
-        type=cli.utf8_text,
-        nargs="+",
-        default=[""],
-        metavar="TEXT",
-        help="what happens in the prior's own video; best is one that holds still, 'she stays still', or for "
-        "--start_step none at all, a neutral prior; one for all images or one for each",
-    )
-    group.add_argument(
-        "--negative_prompt",
-        type=cli.utf8_text,
-        metavar="TEXT",
-        help="what to steer away from (default: Wan's usual one; tiny: none)",
-    )
-    group.add_argument(
-        "--input_video",
-        type=Path,
-        metavar="FILE",
-        help="start from this video; needs --denoising_strength below 1",
-    )
-
-
-def add_run_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add what fixes schedule, noise and size."""
-    group = parser.add_argument_group("run")
-    group.add_argument(
-        "--num_inference_steps", type=cli.positive_int, default=10, metavar="N", help="steps of the full run"
-    )
-    group.add_argument(
-        "--sigma_shift",
-        type=cli.positive_float,
-        metavar="X",
-        help="how much of the schedule is spent at high noise (default: 5)",
-    )
-    group.add_argument(
-        "--denoising_strength",
-        type=cli.strength,
-        default=1.0,
-        metavar="X",
-        help="below 1: start from --input_video with less noise",
-    )
-    group.add_argument(
-        "--cfg_scale",
-        type=cli.positive_float,
-        metavar="X",
-        help="how strongly the prompt is followed; 1 switches guidance off and halves the cost "
-        "(default: 5; tiny: 2)",
-    )
-    group.add_argument(
-        "--stop_after",
-        type=cli.non_negative_int,
-        metavar="N",
-        help="stop after this step and decode what it points at: a draft, that infer_from_prior.py resumes "
-        "from this step or an earlier one, and --resume finishes",
-    )
-    group.add_argument(
-        "--seed", type=cli.limited("seed", int), default=0, metavar="N", help="of the initial noise"
-    )
-    sizes = parser.add_argument_group(
-        "video",
-        "sizes are rounded up as the model needs (default: 480 x 832, 81 frames; I2V-720P: 720 x 1280; "
-        "tiny: 96 x 96, 17)",
-    )
-    for name, unit in (("height", "pixels"), ("width", "pixels"), ("num_frames", "frames")):
-        sizes.add_argument(f"--{name}", type=cli.limited(name, int), metavar="N", help=unit)
-    sizes.add_argument(
-        "--fps",
-        type=cli.limited("fps", float),
-        metavar="X",
-        help="frames per second (default: 16; tiny: 8)",
-    )
-
-
-def add_output_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add where the prior goes and what else is kept."""
-    group = parser.add_argument_group("output")
-    group.add_argument(
-        "--output_dir",
-        type=cli.utf8_path,
-        default=Path("prior_output"),
-        metavar="DIR",
-        help="the prior is run_<id> in there",
-    )
-    group.add_argument(
-        "--run_id",
-        nargs="+",
-        metavar="ID",
-        help="letters, digits, . _ and -, one for each image (default: the date and time)",
-    )
-    group.add_argument(
-        "--start_step",
-        type=cli.non_negative_int,
-        metavar="N",
-        help="where infer_from_prior.py resumes this prior unless told otherwise; does not change this run "
-        "(default: it runs 3 of 10 steps differentially)",
-    )
-    group.add_argument(
-        "--save_decoded_videos", action="store_true", help="also a video of each step's denoised estimate"
-    )
-
-
 def read_prior_choices(args: argparse.Namespace) -> PriorChoices:
     """What the flags ask of the run, refused before anything heavy is imported if no run could use it.
 
@@ -234,6 +113,9 @@ def read_prior_choices(args: argparse.Namespace) -> PriorChoices:
         **{field.name: getattr(args, field.name) for field in dataclasses.fields(PriorChoices)}
     )
     check_prior_choices(choices)
+    family = FAMILIES[family_name(args.model, args.model_dir)]
+    has_image = args.image is not None or args.download_example
+    check_images(args.model, family, image=has_image, end_image=args.end_image is not None)
     if args.denoising_strength < 1 and args.input_video is None:
         raise InputError(
             f"--denoising_strength {args.denoising_strength} starts from a video: give --input_video"
@@ -254,17 +136,27 @@ def read_wanted(args: argparse.Namespace, settings: RunSettings) -> list[Wanted]
         InputError: an image that can't be used, a --run_id given twice, or as many prompts or ids as fit
             no reading.
     """
-    number = len(args.image)
+    paths = args.image or [None] * len(args.prompt)
+    number, what = len(paths), "image" if args.image else "prompt"
     prompts = args.prompt * number if len(args.prompt) == 1 else args.prompt
+    end_paths = args.end_image or [None]
+    end_paths = end_paths * number if len(end_paths) == 1 else end_paths
     run_ids = args.run_id or [None] * number
-    for flag, values in (("--prompt", prompts), ("--run_id", run_ids)):
+    for flag, values in (("--prompt", prompts), ("--end_image", end_paths), ("--run_id", run_ids)):
         if len(values) != number:
-            raise InputError(f"{flag}: {len(values)} for {number} images; give one for each image")
+            raise InputError(f"{flag}: {len(values)} for {number} {what}s; give one for each {what}")
     for run_id in run_ids:
         if run_id is not None and run_ids.count(run_id) > 1:
             raise InputError(f"--run_id {run_id}: given twice; every prior needs its own")
-    images = [read_image(path, width=settings.width, height=settings.height) for path in args.image]
-    return [Wanted(*each) for each in zip(images, prompts, run_ids, strict=True)]
+
+    def read(path: Path | None, label: str) -> Image | None:
+        size = (settings.width, settings.height)
+        return None if path is None else read_image(path, width=size[0], height=size[1], label=label)
+
+    images = [read(path, "--image") for path in paths]
+    ends = [read(path, "--end_image") for path in end_paths]
+    names = map(str, args.image or args.prompt)
+    return [Wanted(*each) for each in zip(names, images, ends, prompts, run_ids, strict=True)]
 
 
 def read_input_video(args: argparse.Namespace, settings: RunSettings) -> list[Image] | None:
@@ -280,22 +172,23 @@ def read_input_video(args: argparse.Namespace, settings: RunSettings) -> list[Im
 
 def make_priors(args: argparse.Namespace) -> list[Path]:
     """Make a prior of every image on one loaded pipeline, and return their folders."""
-    choices = read_prior_choices(args)
+    choices, family = read_prior_choices(args), family_name(args.model, args.model_dir)
     options = dataclasses.replace(cli.load_options(args), device=pick_device(args.model, args.device))
-    planned = Prior(args.output_dir, plan_prior(options, choices))
+    planned = Prior(args.output_dir, plan_prior(options, choices, family=family))
     settings = planned.settings
     rounded = {name: getattr(settings, name) for name in ("height", "width", "num_frames")}
     choices = dataclasses.replace(choices, **rounded)
     videos = 1 + (settings.num_inference_steps if args.save_decoded_videos else 0)
     if args.download_example:
         args.image = [fetch_example(EXAMPLE_IMAGE, root=ROOT)]
-    check_folder(args.output_dir, len(args.image) * bytes_needed(settings, videos=videos))
+    number = len(args.image or args.prompt)
+    check_folder(args.output_dir, number * bytes_needed(planned, videos=videos))
     wanted, input_video = read_wanted(args, settings), read_input_video(args, settings)
     if settings.cfg_scale != 1 and (hint := distilled_hint(options.loras, sigmas=False)):
         log.info(hint)
-    model = load_components(options, [*COMPONENTS, *cache_components(settings.skip_cache)])
+    model = load_components(options, [*planned.family.components, *cache_components(settings.skip_cache)])
     made, failed = [], []
-    for path, each in zip(args.image, wanted, strict=True):
+    for each in wanted:
         begun: list[Path] = []
         try:
             with saying_how_to_go_on(args, begun):
@@ -303,6 +196,7 @@ def make_priors(args: argparse.Namespace) -> list[Path]:
                     model,
                     each.image,
                     each.prompt,
+                    end_image=each.end_image,
                     output_dir=args.output_dir,
                     run_id=each.run_id,
                     input_video=input_video,
@@ -312,7 +206,7 @@ def make_priors(args: argparse.Namespace) -> list[Path]:
         except RunError as error:  # NaN, for example: the next image may do better
             if len(wanted) == 1:
                 raise
-            failed.append(f"{path}: {error}")
+            failed.append(f"{each.name}: {error}")
         else:
             say_what_was_made(args, prior, len(prior.metadata["seconds_per_step"]))
             made.append(prior.directory)
@@ -321,9 +215,9 @@ def make_priors(args: argparse.Namespace) -> list[Path]:
     return made
 
 
-def bytes_needed(settings: RunSettings, *, videos: int) -> int:
+def bytes_needed(prior: Prior, *, videos: int) -> int:
     """A safe upper bound of what a prior takes on disk."""
-    return bytes_of_prior(settings) + videos * video_bytes(settings)
+    return bytes_of_prior(prior) + videos * video_bytes(prior.settings)
 
 
 def resume(args: argparse.Namespace) -> Path:
@@ -337,7 +231,7 @@ def resume(args: argparse.Namespace) -> Path:
         prior = read_resumable(args.resume)
         left = what_is_left(prior)
         if prior.is_complete:
-            check_files(prior, [IMAGE_FILE])  # the one that can't be made again
+            check_files(prior, prior.image_files)  # what can't be made again
         if prior.is_complete and not left.damaged and not left.components:
             log.info(f"{prior.directory} is complete and undamaged: nothing to do")
             return prior.directory
@@ -348,15 +242,14 @@ def resume(args: argparse.Namespace) -> Path:
 
 def finish(args: argparse.Namespace, prior: Prior, left: Left) -> Prior:
     """Run what is left of a prior whose folder is locked."""
-    from step_skip.pipeline import Clock
     from step_skip.schedule import check_installed_schedule
 
     m = prior.metadata
     device = pick_device(m["model"], args.device or m["device"])
     check_same_machine(prior, device)
     check_installed_schedule(prior)
-    check_folder(prior.directory, bytes_needed(prior.settings, videos=len(left.videos)))
-    image = read_own_image(prior) if left.start_step is None else None
+    check_folder(prior.directory, bytes_needed(prior, videos=len(left.videos)))
+    start = read_own_images(prior) if left.start_step is None else None
     loras = find_recorded_loras(m.get("lora", []))
     options = LoadOptions(m["model"], device, m["dtype"], args.vram, args.model_dir, loras)
     log.info(f"{len(left.steps)} of {prior.num_inference_steps} steps are left to run")
@@ -369,7 +262,7 @@ def finish(args: argparse.Namespace, prior: Prior, left: Left) -> Prior:
     clock.add("load")
     with saying_how_to_go_on(args, [prior.directory]):
         writer = PriorWriter(prior.directory, dict(m))
-        run_what_is_left(writer, left, pipe=pipe, image=image, input_video=None, clock=clock)
+        run_what_is_left(writer, left, pipe=pipe, start=start, clock=clock)
     return writer.prior
 
 

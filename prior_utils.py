@@ -22,7 +22,6 @@ from step_skip.metadata import (
     sealed,
 )
 from step_skip.prior import (
-    IDENTITY_FILES,
     IMAGE_FILE,
     INITIAL_LATENTS_FILE,
     METADATA_FILE,
@@ -31,6 +30,7 @@ from step_skip.prior import (
     RunSettings,
     check_files,
     context_file,
+    identity_file,
     load_conditioning,
     load_denoised,
     load_latents,
@@ -133,7 +133,7 @@ def find_problems(prior: Prior) -> dict[str, str]:
 
 def usable(prior: Prior, problems: dict[str, str]) -> str:
     """What a prior can be used for without its damaged files."""
-    if not prior.is_legacy and problems.keys() & {*IDENTITY_FILES, *own_contexts(prior)}:
+    if not prior.is_legacy and problems.keys() & set(own_conditioning(prior)):
         return "it can't be resumed with its own prompts"
     steps = [
         step
@@ -143,9 +143,10 @@ def usable(prior: Prior, problems: dict[str, str]) -> str:
     return f"it can be resumed after steps {ranges(steps)}" if steps else "it can't be resumed"
 
 
-def own_contexts(prior: Prior) -> list[str]:
-    """The files of the prior's own encoded prompts."""
-    return [context_file(prior.metadata[key]) for key in ("prompt", "negative_prompt")]
+def own_conditioning(prior: Prior) -> list[str]:
+    """The files of the prior's own encoded images and prompts."""
+    prompts = [context_file(prior.metadata[key]) for key in ("prompt", "negative_prompt")]
+    return [*map(identity_file, prior.identity_names), *prompts]
 
 
 def ranges(steps: list[int]) -> str:

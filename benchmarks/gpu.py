@@ -113,8 +113,10 @@ def timing(
     shape = latents_shape(height=height, width=width, num_frames=num_frames)
     random = {"device": device, "dtype": torch.bfloat16}
     conditioning = Conditioning(
-        y=torch.randn(1, 20, *shape[2:], **random),
-        clip_feature=torch.randn(1, 257, 1280, **random),
+        identity={
+            "y": torch.randn(1, 20, *shape[2:], **random),
+            "clip_feature": torch.randn(1, 257, 1280, **random),
+        },
         context_posi=torch.randn(1, 512, sizes["text_dim"], **random),
         context_nega=torch.randn(1, 512, sizes["text_dim"], **random),
     )

@@ -26,11 +26,12 @@ os.environ["TQDM_DISABLE"] = "1"
 import generate_prior
 from step_skip.cli import load_options
 from step_skip.files import write_json
-from step_skip.generate import plan_prior, save_start, save_step
+from step_skip.generate import save_start, save_step
 from step_skip.loading import installed_versions, load_components, pick_device
 from step_skip.metadata import PriorWriter
-from step_skip.models import COMPONENTS
+from step_skip.models import family_name
 from step_skip.prior import Prior
+from step_skip.prior_plan import plan_prior
 
 
 def seconds(function, *args) -> float:
@@ -52,10 +53,11 @@ def main() -> None:
     args = generate_prior.parse_args(["--model", "tiny", "--image", str(own.image), *flags])
     args.device = pick_device(args.model, args.device)
     options = load_options(args)
-    metadata = plan_prior(options, generate_prior.read_prior_choices(args))
-    settings = Prior(own.output, metadata).settings
+    choices, family = generate_prior.read_prior_choices(args), family_name(args.model)
+    planned = Prior(own.output, plan_prior(options, choices, family=family))
+    metadata, settings = planned.metadata, planned.settings
     wanted = generate_prior.read_wanted(args, settings)[0]
-    pipe = load_components(options, COMPONENTS).pipe
+    pipe = load_components(options, planned.family.components).pipe
 
     from step_skip.pipeline import TILING, run_full
 

@@ -56,7 +56,8 @@ class Case:
         """The conditioning of one prompt against another."""
         from step_skip.pipeline import Conditioning
 
-        return Conditioning(**self.image, context_posi=self.contexts[posi], context_nega=self.contexts[nega])
+        contexts = {"context_posi": self.contexts[posi], "context_nega": self.contexts[nega]}
+        return Conditioning(identity=self.image, **contexts)
 
 
 @dataclass
@@ -264,7 +265,8 @@ def flow_edit(case: Case, prior: Prior, *, steps: tuple[int, ...]):
     """
     import torch
 
-    from step_skip.pipeline import RunResult, decode
+    from step_skip.pipeline import decode
+    from step_skip.results import RunResult
 
     sigmas = sigmas_of(case)
     chosen = [*(sigmas[step] for step in steps), 0.0]
@@ -293,7 +295,7 @@ def velocity(case: Case, latents, sigma: float, prompt: str, *, cfg_scale: float
     import torch
 
     conditioning = case.conditioning(prompt)
-    models = {"dit": case.pipe.dit, "y": conditioning.y, "clip_feature": conditioning.clip_feature}
+    models = {"dit": case.pipe.dit, **conditioning.identity}
     timestep = torch.tensor([1000 * sigma], dtype=case.pipe.torch_dtype)
     with torch.no_grad():
         posi, nega = (

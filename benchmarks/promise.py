@@ -36,7 +36,7 @@ from promise_methods import PRIORS, STEPS, Case, Method, as_array, make_prior, m
 from promise_report import NUMBERS
 
 from step_skip.loading import installed_versions, load_pipeline
-from step_skip.models import ALL_COMPONENTS, LoadOptions, fingerprint_files, model_defaults, weight_files
+from step_skip.models import LoadOptions, fingerprint_files, model_defaults, weight_files
 from step_skip.prior import RunSettings, latents_shape
 
 SETS = {"all": methods}
@@ -154,7 +154,7 @@ def start_worker(threads: int) -> None:
 
     torch.set_num_threads(threads)
     options = LoadOptions("tiny", "cpu", "float32")
-    pipe = load_pipeline(options, weight_files(options, ALL_COMPONENTS))
+    pipe = load_pipeline(options, weight_files(options))
     vae = pipe.vae
     del pipe.vae  # a module's place takes no other object
     pipe.vae = FastDecoder(vae)
@@ -208,7 +208,7 @@ def check_same_setup(path: Path, methods: list[Method]) -> None:
 
     options = LoadOptions("tiny", "cpu", "float32")
     setup = {
-        "weights": fingerprint_files(weight_files(options, ALL_COMPONENTS)),
+        "weights": fingerprint_files(weight_files(options)),
         "methods": [f"{method.name}, {method.prior}: {method.run.keywords}" for method in methods],
         "decoded_in": "bfloat16",
         "versions": installed_versions(),

@@ -22,7 +22,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "data" / "tiny_wan_i2v")]
 import distil
 
 from step_skip.loading import load_pipeline
-from step_skip.models import ALL_COMPONENTS, LoadOptions, model_defaults, weight_files
+from step_skip.models import LoadOptions, model_defaults, weight_files
 from step_skip.schedule import compute_schedule
 
 STEPS = 10
@@ -88,7 +88,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, default=HERE / "out" / "cheaper")
     args = parser.parse_args(argv)
     options = LoadOptions("tiny", "cpu", "float32", model_dir=args.model_dir)
-    pipe = load_pipeline(options, weight_files(options, ALL_COMPONENTS))
+    pipe = load_pipeline(options, weight_files(options))
     defaults = model_defaults("tiny", args.model_dir)
     errors = measure(pipe, defaults, identities=args.identities, clips=args.clips)
     args.output.mkdir(parents=True, exist_ok=True)

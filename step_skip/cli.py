@@ -25,9 +25,10 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from tqdm import tqdm
 
+from step_skip.families import MODEL_NAMES
 from step_skip.files import DTYPES, DiskError, InputError, RunError
 from step_skip.lora import Lora, parse_lora
-from step_skip.models import MODEL_NAMES, LoadOptions
+from step_skip.models import LoadOptions
 from step_skip.plan import AUTO, Choices
 from step_skip.schema import LIMITS, MAX_STEPS, is_utf8
 

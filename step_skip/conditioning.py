@@ -12,35 +12,29 @@ if TYPE_CHECKING:
 
 MAX_TOKENS = 4096  # of a prompt or an image; Wan2.1 has 512 and 257
 TOKENS = f"1 to {MAX_TOKENS}"
+Sizes = tuple[int | str, ...]  # TOKENS stands for any number of them
 
 
 def check_conditioning(
     conditioning: Mapping[str, torch.Tensor | None], *, dit: torch.nn.Module, latents: torch.Tensor
 ) -> None:
-    """Compare the shapes of y, clip_feature and the contexts with the latents and a WanModel's weights.
+    """Compare the shapes of what is kept of images and prompts with the latents and a WanModel's weights.
 
     Args:
-        conditioning: by the names of `pipeline.Conditioning`.
+        conditioning: by the pipeline's names for it, and context_posi and context_nega.
         dit: whose weights tell the widths; what it has no weight for is not compared.
         latents: [B, C, T, H, W]
 
     Raises:
-        InputError: the network could not take one.
+        InputError: the network could not take one, or can't do without one that isn't there.
     """
-    # "module": DiffSynth's wrapper around weights that are offloaded
-    sizes = {name.replace(".module.", "."): weight.shape for name, weight in dit.named_parameters()}
-    batch, channels, *places = latents.shape
-    known = {
-        "y": ("patch_embedding.weight", lambda size: (batch, size[1] - channels, *places)),
-        "clip_feature": ("img_emb.proj.0.weight", lambda size: (batch, TOKENS, size[0])),
-        "context_posi": ("text_embedding.0.weight", lambda size: (batch, TOKENS, size[1])),
-        "context_nega": ("text_embedding.0.weight", lambda size: (batch, TOKENS, size[1])),
-    }
-    for name, (weight, shape_for) in known.items():
+    for name, expected in _expected(dit, latents).items():
         tensor = conditioning.get(name)
-        if tensor is None or weight not in sizes:
+        if tensor is None:
+            if name == "clip_feature" or (name == "y" and expected[1] != 0):
+                raise InputError(f"the prior has no {name}, and these weights take one; make the prior again")
             continue
-        expected, found = shape_for(sizes[weight]), tuple(tensor.shape)
+        found = tuple(tensor.shape)
         fits = len(found) == len(expected) and all(
             0 < size <= MAX_TOKENS if wanted == TOKENS else size == wanted
             for size, wanted in zip(found, expected, strict=True)
@@ -50,3 +44,19 @@ def check_conditioning(
                 f"the prior's {name} has shape {list(found)}, expected [{', '.join(map(str, expected))}] for "
                 "these latents and weights; make the prior again"
             )
+
+
+def _expected(dit: torch.nn.Module, latents: torch.Tensor) -> dict[str, Sizes]:
+    """The shapes that a network takes, by name."""
+    # "module": DiffSynth's wrapper around weights that are offloaded
+    sizes = {name.replace(".module.", "."): weight.shape for name, weight in dit.named_parameters()}
+    batch, channels, frames, *places = latents.shape
+    expected: dict[str, Sizes] = {"first_frame_latents": (batch, channels, 1, *places)}
+    if (size := sizes.get("patch_embedding.weight")) is not None:
+        expected["y"] = (batch, size[1] - channels, frames, *places)
+    if (size := sizes.get("img_emb.proj.0.weight")) is not None:
+        both = sizes.get("img_emb.emb_pos")  # [1, tokens, width] where it takes two images
+        expected["clip_feature"] = (batch, TOKENS if both is None else both[1], size[0])
+    if (size := sizes.get("text_embedding.0.weight")) is not None:
+        expected |= dict.fromkeys(("context_posi", "context_nega"), (batch, TOKENS, size[1]))
+    return expected

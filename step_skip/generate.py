@@ -8,7 +8,6 @@ again, and has to come out the same.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import logging
 import sys
@@ -18,47 +17,45 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from step_skip.families import FAMILIES, MODEL_NAMES, Family
 from step_skip.files import InputError, locked, sha256_tensor
-from step_skip.loading import Model, describe_machine, differences_since, installed_versions, model_of
-from step_skip.lora import describe_loras
+from step_skip.loading import Model, differences_since, model_of
 from step_skip.media import fit_image, read_image, write_video
-from step_skip.metadata import PriorWriter, check_distinct, check_progress, read_run
+from step_skip.metadata import PriorWriter, check_progress, read_run
 from step_skip.models import (
-    COMPONENTS,
-    MODEL_NAMES,
-    LoadOptions,
     cache_components,
-    model_defaults,
 )
-from step_skip.plan import CHEAPER_NAMES, PriorChoices, check_prior_choices, choose_cheaper
+from step_skip.plan import CHEAPER_NAMES, choose_cheaper
 from step_skip.prior import (
+    END_IMAGE_FILE,
     IMAGE_FILE,
     INITIAL_LATENTS_FILE,
     OUTPUT_FILE,
-    SCHEDULE_FLAGS,
     Prior,
     check_files,
     context_file,
     create_run_dir,
     damaged_files,
     denoised_file,
+    identity_file,
     leading_steps,
     load_conditioning,
     load_denoised,
     load_latents,
     noise_pred_file,
     noise_pred_nega_file,
-    round_sizes,
     step_file,
 )
-from step_skip.steps import recommended_start_step, record_branch_distance, save_formation
+from step_skip.prior_plan import PriorChoices, check_images, plan_prior
+from step_skip.results import Clock, RunResult
+from step_skip.steps import record_branch_distance, save_formation
 
 if TYPE_CHECKING:
     import torch
     from diffsynth.pipelines.wan_video import WanVideoPipeline
     from PIL.Image import Image
 
-    from step_skip.pipeline import Clock, Conditioning, RunResult
+    from step_skip.pipeline import Conditioning
     from step_skip.schedule import ProgressCallback, Step
 
 log = logging.getLogger(__name__)
@@ -66,9 +63,10 @@ log = logging.getLogger(__name__)
 
 def generate_prior(
     pipe: WanVideoPipeline | Model,
-    image: str | Path | Image,
+    image: str | Path | Image | None = None,
     prompt: str = "",
     *,
+    end_image: str | Path | Image | None = None,
     output_dir: str | Path = "prior_output",
     run_id: str | None = None,
     input_video: list[Image] | None = None,
@@ -81,8 +79,9 @@ def generate_prior(
 
     Args:
         pipe: any WanVideoPipeline, or what `load` gives; it is left as it was found.
-        image: the identity, the first frame of every video.
+        image: the identity, the first frame of every video; None for a model that takes none.
         prompt: what happens in the prior's own video; best is one that holds still.
+        end_image: the last frame, for a model that takes one.
         run_id: None: the date and time.
         input_video: with a denoising_strength below 1, the frames to start from, of the video's size.
         callback_on_step_end: called after each step with (step, steps, denoised).
@@ -95,17 +94,18 @@ def generate_prior(
         RunError: latents became NaN or infinite.
         DiskError: whatever the disk refused.
     """
-    from step_skip.pipeline import Clock
-
     model = model_of(pipe)
     with contextlib.redirect_stdout(sys.stderr):
-        metadata = plan_prior(model.options, PriorChoices(**choices))
+        metadata = plan_prior(model.options, PriorChoices(**choices), family=model.family)
         if (input_video is None) != (metadata["denoising_strength"] == 1):
             raise InputError("denoising_strength is below 1 where there is an input_video, and only there")
+        family, given = FAMILIES[metadata["family"]], {IMAGE_FILE: image, END_IMAGE_FILE: end_image}
+        has_image, has_end = image is not None, end_image is not None
+        check_images(model.options.model, family, image=has_image, end_image=has_end)
         size = {"width": metadata["width"], "height": metadata["height"]}
-        source = Path(image) if isinstance(image, str) else image
-        fitted = read_image(source, **size) if isinstance(source, Path) else fit_image(source, **size)
-        model.require("image_encoder", "see the image")
+        images = {name: as_image(each, **size) for name, each in given.items() if each is not None}
+        for component in family.components:
+            model.require(component, "make a prior")
         clock = Clock()
         clock.include({"load": model.seconds})
         directory, run_id = create_run_dir(Path(output_dir), run_id)
@@ -121,7 +121,8 @@ def generate_prior(
         }
         with locked(directory):
             writer = PriorWriter(directory, begun | metadata)
-            writer.save(IMAGE_FILE, fitted.save)
+            for name, fitted in images.items():
+                writer.save(name, fitted.save)
             writer.write_metadata()  # from here on --resume can finish it
             if on_begin is not None:
                 on_begin(directory)
@@ -129,8 +130,7 @@ def generate_prior(
                 writer,
                 what_is_left(writer.prior),
                 pipe=model.pipe,
-                image=fitted,
-                input_video=input_video,
+                start={**pipeline_images(images), "input_video": input_video},
                 clock=clock,
                 callback=callback_on_step_end,
                 progress=progress,
@@ -138,47 +138,20 @@ def generate_prior(
         return writer.prior
 
 
-def plan_prior(options: LoadOptions, choices: PriorChoices) -> dict[str, Any]:
-    """The metadata that is known before a run, but for the prompt: settings, schedule, machine.
+def as_image(given: str | Path | Image, *, width: int, height: int) -> Image:
+    """An image, or the file of one, as the model will see it.
 
     Raises:
-        InputError: a choice that can't be used, or a schedule that can't be resumed.
+        InputError: it can't be used as one.
     """
-    from step_skip.pipeline import TILING
-    from step_skip.schedule import compute_schedule
+    if isinstance(given, str | Path):
+        return read_image(Path(given), width=width, height=height)
+    return fit_image(given, width=width, height=height)
 
-    check_prior_choices(choices)
-    defaults = dataclasses.asdict(model_defaults(options.model, options.model_dir))
-    given = {name: value for name, value in dataclasses.asdict(choices).items() if value is not None}
-    chosen = {**dataclasses.asdict(choices), **defaults, **given}
-    wanted = {name: chosen[name] for name in ("height", "width", "num_frames")}
-    sizes = round_sizes(**wanted)
-    if sizes != wanted:
-        size = f"{sizes['width']} x {sizes['height']} pixels, {sizes['num_frames']} frames"
-        log.info(f"size rounded up to {size}, as the model needs")
-    cheaper = choose_cheaper(options.model, **{name: chosen[name] for name in CHEAPER_NAMES})
-    schedule = {name: chosen[name] for name in SCHEDULE_FLAGS}
-    timesteps, sigmas = compute_schedule(**schedule)
-    check_distinct(timesteps)
-    names = ("cfg_scale", "seed", "negative_prompt", "fps", "stop_after", "save_decoded_videos")
-    return {
-        **schedule,
-        **sizes,
-        **{name: chosen[name] for name in names},
-        **cheaper,
-        "keeps_nega": chosen["cfg_scale"] != 1 and not any(cheaper.values()),
-        "scheduler_timesteps": timesteps,
-        "scheduler_sigmas": sigmas,
-        "start_step": given.get("start_step", recommended_start_step(len(sigmas))),
-        "start_step_chosen": "start_step" in given,
-        "model": options.model,
-        "lora": describe_loras(options.loras),
-        "dtype": options.dtype,
-        "tiled": True,
-        **TILING,
-        **describe_machine(options.device),
-        "versions": installed_versions(),
-    }
+
+def pipeline_images(images: Mapping[str, Image]) -> dict[str, Image]:
+    """The images of a prior, by file, under the names of the pipeline's arguments."""
+    return {Path(name).stem: image for name, image in images.items()}
 
 
 # --- what there is, what there should be --------------------------------------------------------------------
@@ -192,6 +165,7 @@ class Left:
     last_step: int  # the one to end with
     damaged: frozenset[str]
     videos: dict[str, int | None]  # and the step whose denoised estimate each shows; None: the clean latents
+    family: Family
     skip_cache: int | None  # as the steps run
 
     @property
@@ -204,22 +178,22 @@ class Left:
         """The parts of the model that are needed."""
         cache = cache_components(self.skip_cache)
         if self.start_step is None:
-            return [*COMPONENTS, *cache]
+            return [*self.family.components, *cache]
         if self.steps:
             return ["dit", "vae", *cache]
         return ["vae"] if self.videos else []
 
 
-def start_files(metadata: Mapping[str, Any]) -> dict[str, str]:
-    """The file of the initial latents and of each field of Conditioning."""
+def start_files(prior: Prior) -> dict[str, str]:
+    """The file of the initial latents and of each tensor of Conditioning."""
+    m = prior.metadata
     files = {
         "latents": INITIAL_LATENTS_FILE,
-        "y": "y.pt",
-        "clip_feature": "clip_feature.pt",
-        "context_posi": context_file(metadata["prompt"]),
+        **{name: identity_file(name) for name in prior.identity_names},
+        "context_posi": context_file(m["prompt"]),
     }
-    if metadata["cfg_scale"] != 1:
-        files["context_nega"] = context_file(metadata["negative_prompt"])
+    if m["cfg_scale"] != 1:
+        files["context_nega"] = context_file(m["negative_prompt"])
     return files
 
 
@@ -243,7 +217,7 @@ def what_is_left(prior: Prior) -> Left:
         last_step = m["stop_after"]
     videos = {name: step for name, step in video_files(m, last_step).items() if name not in whole}
     start_step = None
-    if whole.issuperset(start_files(m).values()):
+    if whole.issuperset(start_files(prior).values()):
         steps = leading_steps(whole, prior.num_inference_steps, nega=prior.keeps_nega)
         start_step = min(steps - 1, last_step)
         if start_step < last_step and (m.get("skip_cache") or m.get("tea_cache_l1_thresh")):
@@ -253,6 +227,7 @@ def what_is_left(prior: Prior) -> Left:
         last_step=last_step,
         damaged=frozenset(damaged),
         videos=videos,
+        family=prior.family,
         skip_cache=m.get("skip_cache"),
     )
 
@@ -292,19 +267,24 @@ def check_same_machine(prior: Prior, device: str) -> None:
         )
 
 
-def read_own_image(prior: Prior) -> Image:
-    """The input image as the model saw it, from the prior itself, to begin a run again.
+def read_own_images(prior: Prior) -> dict[str, Image]:
+    """The images as the model saw them, from the prior itself, to begin a run again; by the pipeline's names.
 
     Raises:
-        InputError: it is damaged, or the run began with a video, too, which the prior doesn't hold.
+        InputError: one is damaged, or the run began with a video, too, which the prior doesn't hold.
     """
-    check_files(prior, [IMAGE_FILE])
+    check_files(prior, prior.image_files)
     if prior.metadata["denoising_strength"] < 1:
         raise InputError(
             f"{prior.directory} was interrupted before the noised input video was saved: make it again"
         )
     sizes = {"width": prior.metadata["width"], "height": prior.metadata["height"]}
-    return read_image(prior.directory / IMAGE_FILE, **sizes, label="the prior's image", exact=True)
+    return pipeline_images(
+        {
+            name: read_image(prior.directory / name, **sizes, label="the prior's image", exact=True)
+            for name in prior.image_files
+        }
+    )
 
 
 # --- the run ------------------------------------------------------------------------------------------------
@@ -315,8 +295,7 @@ def run_what_is_left(
     left: Left,
     *,
     pipe: WanVideoPipeline | None,
-    image: Image | None,
-    input_video: list[Image] | None,
+    start: Mapping[str, Any] | None,
     clock: Clock,
     callback: ProgressCallback | None = None,
     progress: bool = True,
@@ -325,7 +304,8 @@ def run_what_is_left(
 
     Args:
         pipe: with the components that are left to use; None where none are.
-        image: of the video's size; needed where start_step is None, as is input_video where there is one.
+        start: what the pipeline begins with, images and input_video of the video's size; needed where
+            start_step is None.
     """
     m = writer.metadata
     frames = []
@@ -334,8 +314,7 @@ def run_what_is_left(
             writer,
             left,
             pipe=pipe,
-            image=image,
-            input_video=input_video,
+            start=start,
             callback=callback,
             progress=progress,
         )
@@ -357,8 +336,7 @@ def run_steps_left(
     left: Left,
     *,
     pipe: WanVideoPipeline,
-    image: Image | None,
-    input_video: list[Image] | None,
+    start: Mapping[str, Any] | None,
     callback: ProgressCallback | None,
     progress: bool,
 ) -> RunResult:
@@ -376,14 +354,13 @@ def run_steps_left(
 
     run: Callable[..., RunResult]
     if left.start_step is None:
-        if image is None:
-            raise ValueError("a run from its beginning needs the image")
+        if start is None:
+            raise ValueError("a run from its beginning needs what it begins with")
         run = functools.partial(
             run_full,
             prompt=m["prompt"],
             negative_prompt=m["negative_prompt"],
-            input_image=image,
-            input_video=input_video,
+            **start,
             on_start=functools.partial(save_start, writer),
         )
     else:
@@ -399,10 +376,9 @@ def run_steps_left(
 
 def save_start(writer: PriorWriter, latents: torch.Tensor, conditioning: Conditioning) -> None:
     """Save what a resumed run needs in place of image, image encoder and text encoder."""
-    tensors = {"latents": latents, **vars(conditioning)}
-    for field, name in start_files(writer.metadata).items():
-        if tensors[field] is not None:
-            writer.save_tensor(name, tensors[field])
+    tensors = {"latents": latents, **vars(conditioning), **conditioning.identity}
+    for name, file in start_files(writer.prior).items():
+        writer.save_tensor(file, tensors[name])
     writer.write_metadata()
 
 
@@ -410,11 +386,9 @@ def load_start(prior: Prior) -> tuple[torch.Tensor, Conditioning]:
     """The initial latents, [B, C, T, H, W], and the conditioning, as they were saved."""
     from step_skip.pipeline import Conditioning
 
-    files = start_files(prior.metadata)
-    tensors = {field: load_conditioning(prior, name) for field, name in files.items()}
+    tensors = {name: load_conditioning(prior, file) for name, file in start_files(prior).items()}
     return tensors["latents"], Conditioning(
-        y=tensors["y"],
-        clip_feature=tensors["clip_feature"],
+        identity={name: tensors[name] for name in prior.identity_names},
         context_posi=tensors["context_posi"],
         context_nega=tensors.get("context_nega"),
     )

@@ -20,12 +20,13 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from tqdm import tqdm
 
+from step_skip.contexts import save_context
 from step_skip.files import InputError, sha256_file, sha256_tensor, write_json
 from step_skip.loading import ENCODERS, Model, describe_machine, installed_versions, load_components, model_of
 from step_skip.lora import summarize_loras
 from step_skip.media import write_video
 from step_skip.metadata import read_prior
-from step_skip.models import ALL_COMPONENTS, COMPONENTS, LoadOptions
+from step_skip.models import COMPONENTS, SKIP_BRANCH, LoadOptions
 from step_skip.plan import (
     Choices,
     Plan,
@@ -37,11 +38,11 @@ from step_skip.plan import (
     settings_of,
     velocity_files,
 )
-from step_skip.prior import IDENTITY_FILES, Prior, check_fingerprint, save_context
+from step_skip.prior import Prior, check_fingerprint, identity_file
+from step_skip.results import Clock, RunResult
 from step_skip.steps import FORMATION_KEY, guidance_decay
 from step_skip.sweep import (
     Group,
-    Inputs,
     Job,
     all_jobs,
     describe_settings,
@@ -55,7 +56,7 @@ if TYPE_CHECKING:
     from diffsynth.pipelines.wan_video import WanVideoPipeline
     from PIL.Image import Image
 
-    from step_skip.pipeline import Conditioning, RunResult
+    from step_skip.pipeline import Conditioning
     from step_skip.schedule import ProgressCallback
 
 log = logging.getLogger(__name__)
@@ -203,7 +204,7 @@ def run_jobs(groups: Sequence[Group], *, options: LoadOptions) -> dict[Path, Exc
         InputError: weights that are missing, or are not those the priors were made with.
         RunError: weights that could not be fetched.
     """
-    from step_skip.pipeline import Clock, release
+    from step_skip.pipeline import release
 
     jobs, clock = all_jobs(groups), Clock()
     needed = {
@@ -217,7 +218,8 @@ def run_jobs(groups: Sequence[Group], *, options: LoadOptions) -> dict[Path, Exc
         for group in groups:
             check_fingerprint(group.prior, found)
 
-    model = load_components(options, [name for name in ALL_COMPONENTS if name in needed], check=check_all)
+    components = [name for name in (*COMPONENTS, SKIP_BRANCH) if name in needed]
+    model = load_components(options, components, check=check_all)
     clock.add("load")
     encode_new(groups, model)
     release(model.pipe, ENCODERS)
@@ -272,11 +274,12 @@ def encode_new(groups: Iterable[Group], model: Model) -> None:
                 own.contexts[text] = encoded[text]
                 keep_context(prior, text, encoded[text])
         runs = any(plan.steps_to_run for plan in group.plans)
-        lacks_identity = prior.is_legacy and not own.tensors.keys() & set(IDENTITY_FILES)
+        names = set(map(identity_file, prior.identity_names))
+        lacks_identity = prior.is_legacy and not own.tensors.keys() & names
         if runs and lacks_identity and own.image is not None:  # an older prior's plans name one
             model.require("image_encoder", "encode the image")
             identity = encode_image(model.pipe, own.image, num_frames=prior.metadata["num_frames"])
-            own.tensors.update((f"{name}.pt", tensor) for name, tensor in identity.items())
+            own.tensors.update((identity_file(name), tensor) for name, tensor in identity.items())
 
 
 def keep_context(prior: Prior, text: str, context: torch.Tensor) -> None:
@@ -322,7 +325,7 @@ def run_plan(
     settings = settings_of(plan, prior)
     latents = [tensors[name] for name in latents_files(plan, prior)]
     on_step = reporting_to(callback, plan.steps_to_run)
-    conditioning = conditioning_of(plan, group.inputs) if plan.steps_to_run else None
+    conditioning = conditioning_of(plan, group) if plan.steps_to_run else None
     negas = [tensors[name] for name in nega_files(plan, prior)]
     known_nega = negas[0] if plan.knows_nega else None
     run: Callable[..., RunResult]
@@ -361,14 +364,15 @@ def between(begin: torch.Tensor, end: torch.Tensor, part: float) -> torch.Tensor
     return begin if part == 0 else begin.float().lerp(end.float(), part).to(begin.dtype)
 
 
-def conditioning_of(plan: Plan, inputs: Inputs) -> Conditioning:
+def conditioning_of(plan: Plan, group: Group) -> Conditioning:
     """What the network sees besides latents: the prior's identity and the plan's prompts."""
     from step_skip.pipeline import Conditioning
 
+    tensors, contexts = group.inputs.tensors, group.inputs.contexts
     return Conditioning(
-        **{Path(name).stem: inputs.tensors[name] for name in IDENTITY_FILES},
-        context_posi=inputs.contexts[plan.prompt],
-        context_nega=None if plan.cfg_scale == 1 else inputs.contexts[plan.negative_prompt],
+        identity={name: tensors[identity_file(name)] for name in group.prior.identity_names},
+        context_posi=contexts[plan.prompt],
+        context_nega=None if plan.cfg_scale == 1 else contexts[plan.negative_prompt],
     )
 
 

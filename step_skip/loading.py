@@ -1,6 +1,4 @@
-"""Load a model: onto which device, by which means, and the embedded model's small classes.
-
-DiffSynth's own loader does it for the real ones.
+"""Load a model: onto which device, and by which means; DiffSynth's own loader does it for the real ones.
 
 Importing this module is cheap; torch and diffsynth are imported by the functions that need them.
 """
@@ -18,28 +16,26 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from step_skip.families import FAMILIES, MODEL_NAMES, MODELS
 from step_skip.files import InputError
 from step_skip.lora import check_loras, parse_lora
 from step_skip.lora_file import Lora, fuse_loras
 from step_skip.models import (
-    ALL_COMPONENTS,
     COMPONENTS,
-    MODEL_NAMES,
-    REAL_MODELS,
     TINY_DIR,
     LoadOptions,
+    all_components,
+    family_name,
     fingerprint_files,
     model_defaults,
-    read_tiny_config,
     tokenizer_folder,
     weight_files,
 )
 from step_skip.prior import Prior, check_fingerprint
+from step_skip.tiny import load_tiny_modules, load_tiny_tokenizer
 
 if TYPE_CHECKING:
     import torch
-    from diffsynth.models.wan_video_text_encoder import HuggingfaceTokenizer
-    from diffsynth.models.wan_video_vae import WanVideoVAE
     from diffsynth.pipelines.wan_video import WanVideoPipeline
 
 log = logging.getLogger(__name__)
@@ -69,7 +65,7 @@ def pick_device(model: str, device: str | None) -> str:
         kind = None
     if kind not in ("cpu", "cuda"):
         raise InputError(f"--device {device} is no device this runs on; use cpu, cuda or cuda:1")
-    if model in REAL_MODELS and kind == "cpu":
+    if model in MODELS and kind == "cpu":
         raise InputError(
             f"{model} has 14 billion parameters and needs a CUDA GPU, and the device here is the CPU; "
             "use --model tiny to run the same code on a CPU"
@@ -90,7 +86,7 @@ def pick_vram(options: LoadOptions) -> str:
 
     if options.vram != "auto":
         return options.vram
-    if options.model not in REAL_MODELS:
+    if options.model not in MODELS:
         return "plain"
     free = torch.cuda.mem_get_info(options.device)[0] / 2**30
     return "plain" if free >= PLAIN_VRAM_GIB else "low"
@@ -143,9 +139,16 @@ class Model:
     seconds: float = 0.0  # loading took
 
     @property
+    def family(self) -> str:
+        """Its family's name: by the model's, of somebody's own pipeline by what its network takes."""
+        if self.options.model == OWN_PIPELINE:
+            return family_of_pipe(self.pipe)
+        return family_name(self.options.model, self.options.model_dir)
+
+    @property
     def parameters(self) -> dict[str, str]:
         """A fingerprint of the values of each component that is loaded; see `fingerprint_parameters`."""
-        modules = {name: getattr(self.pipe, name, None) for name in (*COMPONENTS, "dit2")}
+        modules = {name: getattr(self.pipe, name, None) for name in COMPONENTS}
         return {
             name: fingerprint_parameters(module) for name, module in modules.items() if module is not None
         }
@@ -212,7 +215,7 @@ def load(
     dtype = dtype or model_defaults(model, folder).dtype
     options = LoadOptions(model, device, dtype, vram, folder, loras)
     with contextlib.redirect_stdout(sys.stderr):
-        return load_components(options, ALL_COMPONENTS)
+        return load_components(options, all_components(model, folder))
 
 
 def load_components(
@@ -248,6 +251,33 @@ def model_of(pipe: WanVideoPipeline | Model) -> Model:
     return Model(pipe, LoadOptions(OWN_PIPELINE, str(pipe.device), dtype, vram="own"))
 
 
+def family_of_pipe(pipe: WanVideoPipeline) -> str:
+    """The family whose latents, conditioning and experts are those of a pipeline.
+
+    Raises:
+        InputError: there is none.
+    """
+    experts = [name for name in ("dit", "dit2") if getattr(pipe, name) is not None]
+    if not experts or pipe.vae is None:
+        raise InputError("the pipeline has no dit or no vae, and a prior needs both; load it with them")
+    dit, latent_channels = getattr(pipe, experts[0]), pipe.vae.z_dim
+    takes = {
+        "y": dit.require_vae_embedding and dit.in_dim > latent_channels,
+        "clip_feature": dit.require_clip_embedding and dit.has_image_input,
+        "first_frame_latents": dit.fuse_vae_embedding_in_latents,
+    }
+    names = [name for name, is_taken in takes.items() if is_taken]
+    for name, family in FAMILIES.items():
+        alike = (list(family.conditioning), family.latent_channels, len(family.experts))
+        needs_end = family.end_image == "required"
+        if alike == (names, latent_channels, len(experts)) and needs_end == dit.has_image_pos_emb:
+            return name
+    raise InputError(
+        f"the pipeline has {len(experts)} networks that take {', '.join(names) or 'no image'} and "
+        f"{latent_channels} latent channels, as none of {', '.join(FAMILIES)} does: priors of it aren't known"
+    )
+
+
 def fingerprint_parameters(module: torch.nn.Module, *, samples: int = 16) -> str:
     """A fingerprint of a module's values, in hex: so many of each parameter, evenly spread, by name.
 
@@ -271,7 +301,7 @@ def fingerprint_parameters(module: torch.nn.Module, *, samples: int = 16) -> str
 
 def load_pipeline(options: LoadOptions, files: Mapping[str, list[Path]]) -> WanVideoPipeline:
     """Load the components named in `files` (see `weight_files`), and no others, into a WanVideoPipeline."""
-    load = _load_real if options.model in REAL_MODELS else _load_tiny
+    load = _load_real if options.model in MODELS else _load_tiny
     files = {name: paths for name, paths in files.items() if paths}
     pipe = load(options, files)
     if "dit" in files:
@@ -299,23 +329,6 @@ def _load_tiny(options: LoadOptions, files: Mapping[str, list[Path]]) -> WanVide
     if "text_encoder" in files:
         pipe.tokenizer = load_tiny_tokenizer(tokenizer_folder(options).parent)
     return pipe
-
-
-def load_tiny_tokenizer(folder: Path = TINY_DIR) -> HuggingfaceTokenizer:
-    """The word-level tokenizer in `folder/tokenizer`.
-
-    Raises:
-        InputError: it is damaged.
-    """
-    from diffsynth.models.wan_video_text_encoder import HuggingfaceTokenizer
-
-    seq_len = read_tiny_config(folder)["tokenizer"]["seq_len"]
-    try:
-        return HuggingfaceTokenizer(name=str(folder / "tokenizer"), seq_len=seq_len, clean="whitespace")
-    except Exception as error:  # tokenizers raises bare Exceptions for a damaged file
-        raise InputError(
-            f"the tokenizer in {folder} is damaged ({type(error).__name__}); copy the model's folder again"
-        ) from error
 
 
 def _load_real(options: LoadOptions, files: Mapping[str, list[Path]]) -> WanVideoPipeline:
@@ -349,95 +362,3 @@ def _disk_offload(dtype: Any, device: str) -> Iterator[tuple[str, Any]]:
     }.items():
         yield f"{stage}_device", place
         yield f"{stage}_dtype", kind
-
-
-# --- the embedded model's classes ---------------------------------------------------------------------------
-
-
-def build_tiny(
-    config: dict, *, seed: int = 0, only: Collection[str] = COMPONENTS
-) -> dict[str, torch.nn.Module]:
-    """The modules at the config's sizes in float32, seeded and untrained."""
-    import torch
-
-    builders = {
-        "dit": _build_dit,
-        "text_encoder": _build_text_encoder,
-        "image_encoder": _build_image_encoder,
-        "vae": _build_vae,
-    }
-    modules = {}
-    with torch.random.fork_rng(devices=[]):
-        for name in only:
-            torch.manual_seed(seed)
-            modules[name] = builders[name](config).eval().requires_grad_(False)
-    return modules
-
-
-def load_tiny_modules(
-    folder: Path = TINY_DIR, *, only: Collection[str] = COMPONENTS
-) -> dict[str, torch.nn.Module]:
-    """The trained modules in float32, whatever the dtype of the files; a skip_branch is put into the DiT."""
-    from safetensors.torch import load_file
-
-    from step_skip.cheaper import Branch
-
-    modules = build_tiny(read_tiny_config(folder), only=[name for name in COMPONENTS if name in only])
-    for name, module in modules.items():
-        stored = load_file(Path(folder) / f"{name}.safetensors")
-        weights = {key: value.float() for key, value in stored.items()}
-        if name == "vae":
-            set_latent_statistics(module, weights.pop("mean"), weights.pop("std"))
-        module.load_state_dict(weights)
-    if "skip_branch" in only:
-        modules["dit"].skip_branch = Branch(**load_file(Path(folder) / "skip_branch.safetensors"))
-    return modules
-
-
-def set_latent_statistics(vae: WanVideoVAE, mean: torch.Tensor, std: torch.Tensor) -> None:
-    """Per-channel mean and std of the latents, plain attributes of WanVideoVAE. mean, std: [z_dim]"""
-    vae.mean, vae.std = mean, std
-    vae.scale = [mean, 1.0 / std]
-
-
-def _build_dit(config: dict) -> torch.nn.Module:
-    from diffsynth.models.wan_video_dit import MLP, WanModel
-
-    sizes = dict(config["dit"])
-    sizes["patch_size"] = tuple(sizes["patch_size"])
-    dit = WanModel(**sizes)
-    # WanModel's own takes 1280 channels
-    dit.img_emb = MLP(config["image_encoder"]["vision_dim"], sizes["dim"])
-    return dit
-
-
-def _build_text_encoder(config: dict) -> torch.nn.Module:
-    from diffsynth.models.wan_video_text_encoder import WanTextEncoder
-
-    return WanTextEncoder(**config["text_encoder"])
-
-
-def _build_image_encoder(config: dict) -> torch.nn.Module:
-    """WanImageEncoder around a small CLIP; its own constructor would allocate ViT-H."""
-    import torch
-    from diffsynth.models.wan_video_image_encoder import WanImageEncoder, clip_xlm_roberta_vit_h_14
-
-    encoder = WanImageEncoder.__new__(WanImageEncoder)
-    torch.nn.Module.__init__(encoder)
-    encoder.model, encoder.transforms = clip_xlm_roberta_vit_h_14(
-        return_transforms=True, device="cpu", **config["image_encoder"]
-    )
-    return encoder
-
-
-def _build_vae(config: dict) -> torch.nn.Module:
-    """WanVideoVAE around a small VideoVAE_; its own full-size one is only laid out on the meta device."""
-    import torch
-    from diffsynth.models.wan_video_vae import VideoVAE_, WanVideoVAE
-
-    sizes = config["vae"]
-    with torch.device("meta"):
-        vae = WanVideoVAE(z_dim=sizes["z_dim"])
-    vae.model = VideoVAE_(**sizes)
-    set_latent_statistics(vae, torch.zeros(sizes["z_dim"]), torch.ones(sizes["z_dim"]))
-    return vae

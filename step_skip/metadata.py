@@ -81,8 +81,8 @@ def read_run(directory: Path) -> Prior:
         )
     check_entries(metadata, version)
     sizes = {key: metadata[key] for key in ("height", "width", "num_frames")}
-    metadata |= round_sizes(**sizes)  # other writers may record what was asked for
     prior = Prior(directory, metadata)
+    metadata |= round_sizes(**sizes, family=prior.family)  # other writers may record what was asked for
     if not prior.is_legacy:
         _check_whole_steps(prior)
     return prior

@@ -1,7 +1,7 @@
-"""The models by name, and their weights before any is loaded: found or fetched, fingerprinted.
+"""The weights of a model by its name, before any is loaded: found or fetched, fingerprinted.
 
-I2V-480P, I2V-720P   Wan2.1-I2V-14B, fetched from ModelScope by DiffSynth's own ModelConfig
-tiny                 data/tiny_wan_i2v: the same classes, small and trained, for the CPU
+those of families.py   fetched from ModelScope by DiffSynth's own ModelConfig
+tiny                   data/tiny_wan_i2v: the same classes, small and trained, for the CPU
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from step_skip.families import DEFAULT_FAMILY, FAMILIES, MODELS, TOKENIZER, Defaults
 from step_skip.files import MAX_HEADER_BYTES, InputError, RunError
 from step_skip.lora_file import Lora
 
@@ -22,36 +23,8 @@ ROOT = Path(__file__).resolve().parents[1]
 # the embedded model: in the repository, or installed with the package
 TINY_PLACES = (ROOT / "data" / "tiny_wan_i2v", Path(__file__).with_name("tiny_wan_i2v"))
 TINY_DIR = next((path for path in TINY_PLACES if path.is_dir()), TINY_PLACES[0])
-COMPONENTS = ("dit", "vae", "text_encoder", "image_encoder")
+COMPONENTS = ("dit", "dit2", "vae", "text_encoder", "image_encoder")  # of all families, as they are loaded
 SKIP_BRANCH = "skip_branch"  # what --skip_cache uses besides, of a model that has it (cheaper.Branch)
-ALL_COMPONENTS = (*COMPONENTS, SKIP_BRANCH)
-CONVERTED = "DiffSynth-Studio/Wan-Series-Converted-Safetensors"  # where DiffSynth redirects the .pth files
-SHARED_FILES = {
-    "vae": (CONVERTED, "Wan2.1_VAE.safetensors"),
-    "text_encoder": (CONVERTED, "models_t5_umt5-xxl-enc-bf16.safetensors"),
-    "image_encoder": (CONVERTED, "models_clip_open-clip-xlm-roberta-large-vit-huge-14.safetensors"),
-}
-TOKENIZER = ("Wan-AI/Wan2.1-T2V-1.3B", "google/umt5-xxl/")
-# Wan's usual negative prompt, from the examples of Wan2.1 and DiffSynth-Studio.
-WAN_NEGATIVE_PROMPT = (
-    "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，"
-    "JPEG压缩残留，丑陋的，残缺的，多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，"
-    "手指融合，静止不动的画面，杂乱的背景，三条腿，背景人很多，倒着走"
-)
-
-
-@dataclass(frozen=True)
-class Defaults:
-    """What a model runs with unless told otherwise; the names are WanVideoPipeline's."""
-
-    height: int = 480
-    width: int = 832
-    num_frames: int = 81
-    fps: float = 16
-    cfg_scale: float = 5.0
-    sigma_shift: float = 5.0
-    negative_prompt: str = WAN_NEGATIVE_PROMPT
-    dtype: str = "bfloat16"
 
 
 @dataclass(frozen=True)
@@ -66,22 +39,15 @@ class LoadOptions:
     loras: tuple[Lora, ...] = ()
 
 
-REAL_MODELS = {
-    "I2V-480P": ("Wan-AI/Wan2.1-I2V-14B-480P", Defaults()),
-    "I2V-720P": ("Wan-AI/Wan2.1-I2V-14B-720P", Defaults(height=720, width=1280)),
-}
-MODEL_NAMES = (*REAL_MODELS, "tiny")
-
-
 def published_name(name: str) -> str:
     """A model's name where it was published, Wan2.1-I2V-14B-480P for example; tiny has no other."""
-    return REAL_MODELS[name][0].split("/")[-1] if name in REAL_MODELS else name
+    return MODELS[name].model_id.split("/")[-1] if name in MODELS else name
 
 
 def model_defaults(name: str, model_dir: Path | None = None) -> Defaults:
     """The defaults of a model; an embedded one keeps its own in its config.json."""
     if name != "tiny":  # a pipeline of somebody's own has Wan's
-        return REAL_MODELS[name][1] if name in REAL_MODELS else Defaults()
+        return MODELS[name].defaults if name in MODELS else Defaults()
     folder = model_dir or TINY_DIR
     try:
         own = dict(read_tiny_config(folder)["defaults"])
@@ -89,6 +55,28 @@ def model_defaults(name: str, model_dir: Path | None = None) -> Defaults:
         raise _no_config(folder, error) from error
     known = {f.name for f in dataclasses.fields(Defaults)}
     return Defaults(**{"dtype": "float32", **{key: own[key] for key in own.keys() & known}})
+
+
+def family_name(model: str, model_dir: Path | None = None) -> str:
+    """The family of a model, in families.py; an embedded one may name another than I2V in its config.json.
+
+    Raises:
+        InputError: it names one that isn't there.
+    """
+    if model in MODELS:
+        return MODELS[model].family
+    folder = model_dir or TINY_DIR
+    name = read_tiny_config(folder).get("family", DEFAULT_FAMILY)
+    if name not in FAMILIES:
+        raise InputError(
+            f"{folder / 'config.json'} has family = {name!r}, expected one of {', '.join(FAMILIES)}"
+        )
+    return name
+
+
+def all_components(model: str, model_dir: Path | None = None) -> tuple[str, ...]:
+    """All parts of a model, in the order in which they are loaded, and the skip_branch it may have."""
+    return (*FAMILIES[family_name(model, model_dir)].components, SKIP_BRANCH)
 
 
 def read_tiny_config(folder: Path = TINY_DIR) -> dict[str, Any]:
@@ -118,7 +106,7 @@ def cache_components(skip_cache: int | None) -> list[str]:
 # --- where the weights are ----------------------------------------------------------------------------------
 
 
-def weight_files(options: LoadOptions, components: Collection[str] = COMPONENTS) -> dict[str, list[Path]]:
+def weight_files(options: LoadOptions, components: Collection[str] | None = None) -> dict[str, list[Path]]:
     """The weight files of each component, fetched first where they are not there yet.
 
     A model without a skip_branch has no file of it, which is no error.
@@ -127,6 +115,8 @@ def weight_files(options: LoadOptions, components: Collection[str] = COMPONENTS)
         RunError: they could not be fetched.
         InputError: --model_dir lacks some.
     """
+    if components is None:
+        components = all_components(options.model, options.model_dir)
     if "text_encoder" in components:
         tokenizer_folder(options)
     return {
@@ -136,24 +126,18 @@ def weight_files(options: LoadOptions, components: Collection[str] = COMPONENTS)
 
 
 def _component_files(options: LoadOptions, name: str) -> list[Path]:
-    if options.model not in REAL_MODELS:
+    if options.model not in MODELS:
         return _existing(options.model_dir or TINY_DIR, [f"{name}.safetensors"], name)
     if options.model_dir is not None:
         return _in_folder(options.model_dir, options.model, name)
-    return _fetch(*_published(options.model, name))
+    weights = MODELS[options.model].weights[name]
+    return _fetch(weights.model_id, weights.pattern)
 
 
 def _skip_branch(options: LoadOptions) -> list[Path]:
     """No branch was published for a real model."""
     path = (options.model_dir or TINY_DIR) / f"{SKIP_BRANCH}.safetensors"
-    return [path] if options.model not in REAL_MODELS and path.is_file() else []
-
-
-def _published(model: str, component: str) -> tuple[str, str]:
-    """ModelScope model id and file pattern of a component."""
-    if component == "dit":
-        return REAL_MODELS[model][0], "diffusion_pytorch_model*.safetensors"
-    return SHARED_FILES[component]
+    return [path] if options.model not in MODELS and path.is_file() else []
 
 
 def _fetch(model_id: str, pattern: str) -> list[Path]:
@@ -179,8 +163,9 @@ def _fetch(model_id: str, pattern: str) -> list[Path]:
 
 def _in_folder(folder: Path, model: str, component: str) -> list[Path]:
     """The files of a component in --model_dir, laid out flat or as ModelScope lays them out."""
-    model_id, pattern = _published(model, component)
-    own_id, original = REAL_MODELS[model][0], pattern.replace(".safetensors", ".pth")
+    weights, own_id = MODELS[model].weights[component], MODELS[model].model_id
+    model_id, pattern = weights.model_id, weights.pattern
+    original = pattern.replace(".safetensors", ".pth")
     candidates = [pattern, f"{model_id}/{pattern}", original, f"{own_id}/{original}", f"{own_id}/{pattern}"]
     return _complete_shards(_existing(folder, candidates, component))
 
@@ -213,13 +198,13 @@ def _complete_shards(paths: list[Path]) -> list[Path]:
 def tokenizer_folder(options: LoadOptions) -> Path:
     """The tokenizer's folder, fetched first where it is not there yet."""
     model_id, folder = TOKENIZER
-    if options.model not in REAL_MODELS:
+    if options.model not in MODELS:
         where, candidates = options.model_dir or TINY_DIR, ["tokenizer/"]
     elif options.model_dir is None:
         return _fetch(model_id, folder)[0]
     else:
         where = options.model_dir
-        candidates = [folder, f"{model_id}/{folder}", f"{REAL_MODELS[options.model][0]}/{folder}"]
+        candidates = [folder, f"{model_id}/{folder}", f"{MODELS[options.model].model_id}/{folder}"]
     for candidate in candidates:
         if (where / candidate / "tokenizer.json").is_file():
             return where / candidate

@@ -15,9 +15,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -34,8 +33,10 @@ from tqdm import tqdm
 from step_skip.cheaper import LEFT_TO_MODEL_FN, BlockCounter, GuidanceByStep, TellTeaCache, skip_cache
 from step_skip.conditioning import check_conditioning
 from step_skip.differential import DifferentialScheduler, Trajectory
+from step_skip.families import FAMILIES
 from step_skip.files import RunError
 from step_skip.prior import RunSettings
+from step_skip.results import Clock, RunResult
 from step_skip.schedule import (
     ReportingScheduler,
     ResumableScheduler,
@@ -45,6 +46,8 @@ from step_skip.schedule import (
     Stopped,
 )
 
+IDENTITY_NAMES = sorted({name for family in FAMILIES.values() for name in family.conditioning})
+FUSED = "first_frame_latents"  # of those, the one that is a part of the latents
 TILING = {"tile_size": (30, 52), "tile_stride": (15, 26)}  # latents; WanVideoPipeline's own defaults
 
 
@@ -52,53 +55,21 @@ TILING = {"tile_size": (30, 52), "tile_stride": (15, 26)}  # latents; WanVideoPi
 class Conditioning:
     """What the network sees besides latents and timestep, in the pipeline's dtype.
 
-    Shapes for Wan2.1-I2V: y [1, 20, T, H, W] (mask and encoded image), clip_feature [1, 257, 1280],
-    context_posi and context_nega [1, 512, 4096]. context_nega is None where cfg_scale is 1.
+    identity: what it sees of the images, by the pipeline's names; families.py has their shapes.
+    context_posi and context_nega: [1, 512, 4096] for Wan. context_nega is None where cfg_scale is 1.
     """
 
-    y: torch.Tensor | None
-    clip_feature: torch.Tensor | None
+    identity: Mapping[str, torch.Tensor]
     context_posi: torch.Tensor
     context_nega: torch.Tensor | None
 
     def to(self, device: str | torch.device) -> Conditioning:
         """The same tensors on `device`."""
-        held = {name: tensor for name, tensor in vars(self).items() if tensor is not None}
-        return replace(self, **{name: tensor.to(device) for name, tensor in held.items()})
-
-
-@dataclass
-class RunResult:
-    """What a run made and what it cost."""
-
-    frames: list[Image.Image]  # none where the run was stopped early
-    latents: torch.Tensor  # after its last step, [B, C, T, H, W]
-    steps: list[int]  # indices of the steps that ran
-    forwards: int  # network evaluations
-    block_evaluations: int = 0  # of transformer blocks; a full forward runs all of them
-    seconds: dict[str, float] = field(default_factory=dict)  # by phase: encode, denoise, ...
-    seconds_per_step: list[float] = field(default_factory=list)
-
-
-class Clock:
-    """Adds up the seconds of a run by phase."""
-
-    def __init__(self):
-        self.seconds = dict.fromkeys(("load", "encode", "denoise", "decode", "save"), 0.0)
-        self.mark = time.perf_counter()
-
-    def add(self, phase: str) -> float:
-        """Count the time since the last call as `phase`, and return it."""
-        now = time.perf_counter()
-        elapsed, self.mark = now - self.mark, now
-        self.seconds[phase] = self.seconds.get(phase, 0.0) + elapsed
-        return elapsed
-
-    def include(self, seconds: Mapping[str, float]) -> None:
-        """Take over what another clock counted since the last call."""
-        for phase, elapsed in seconds.items():
-            self.seconds[phase] = self.seconds.get(phase, 0.0) + elapsed
-        self.mark = time.perf_counter()
+        return Conditioning(
+            identity={name: tensor.to(device) for name, tensor in self.identity.items()},
+            context_posi=self.context_posi.to(device),
+            context_nega=None if self.context_nega is None else self.context_nega.to(device),
+        )
 
 
 StartCallback = Callable[[torch.Tensor, Conditioning], None]
@@ -134,9 +105,12 @@ class ForwardCounter:
         return self.noise_pred_nega
 
     def evaluate(self, **kwargs: Any) -> torch.Tensor:
-        """One network evaluation."""
+        """One network evaluation; a first frame that is fused into the latents doesn't move."""
         self.forwards += 1
-        return self.model_fn(**kwargs)
+        noise_pred = self.model_fn(**kwargs)
+        if not kwargs.get("fuse_vae_embedding_in_latents"):
+            return noise_pred
+        return torch.cat([torch.zeros_like(noise_pred[:, :, :1]), noise_pred[:, :, 1:]], 2)
 
     @property
     def branch_distance(self) -> float | None:
@@ -155,14 +129,15 @@ class ReportStart(PipelineUnit):
 
     def process(self, pipe: WanVideoPipeline, inputs_shared: dict, inputs_posi: dict, inputs_nega: dict):
         """Report; the inputs go on unchanged."""
-        guided = inputs_shared["cfg_scale"] != 1
+        guided, latents = inputs_shared["cfg_scale"] != 1, inputs_shared["latents"]
+        made = {name: inputs_shared.get(name) for name in IDENTITY_NAMES}
         conditioning = Conditioning(
-            y=inputs_shared.get("y"),
-            clip_feature=inputs_shared.get("clip_feature"),
+            identity={name: tensor.to(latents.dtype) for name, tensor in made.items() if tensor is not None},
             context_posi=inputs_posi["context"],
             context_nega=inputs_nega["context"] if guided else None,
         )
-        self.on_start(inputs_shared["latents"], conditioning)
+        pipe.scheduler.first_frame_latents = conditioning.identity.get(FUSED)
+        self.on_start(latents, conditioning)
         return inputs_shared, inputs_posi, inputs_nega
 
 
@@ -178,9 +153,10 @@ class ReplaceStart(PipelineUnit):
         """Replace; tensors move to the pipeline's device, their dtype stays."""
         conditioning = self.conditioning.to(pipe.device)
         inputs_shared["latents"] = self.latents.to(pipe.device)
-        for name in ("y", "clip_feature"):
-            if getattr(conditioning, name) is not None:
-                inputs_shared[name] = getattr(conditioning, name)
+        inputs_shared.update(conditioning.identity)
+        if FUSED in conditioning.identity:
+            inputs_shared["fuse_vae_embedding_in_latents"] = True
+        pipe.scheduler.first_frame_latents = conditioning.identity.get(FUSED)
         inputs_posi["context"] = conditioning.context_posi
         if conditioning.context_nega is not None:
             inputs_nega["context"] = conditioning.context_nega
@@ -211,11 +187,11 @@ def encode_prompt(pipe: WanVideoPipeline, text: str) -> torch.Tensor:
 
 @torch.no_grad()
 def encode_image(pipe: WanVideoPipeline, image: Image.Image, *, num_frames: int) -> dict[str, torch.Tensor]:
-    """Encode the input image, already of the video's size, as the pipeline would: y and clip_feature."""
+    """Encode the input image, already of the video's size, as the pipeline would: y, clip_feature."""
     size = {"input_image": image, "end_image": None, "height": image.height, "width": image.width}
     clip = WanVideoUnit_ImageEmbedderCLIP().process(pipe, **size)
     vae = WanVideoUnit_ImageEmbedderVAE().process(pipe, **size, num_frames=num_frames, tiled=True, **TILING)
-    return {"y": vae.get("y"), "clip_feature": clip.get("clip_feature")}
+    return {**vae, **clip}
 
 
 def release(pipe: WanVideoPipeline, names: Iterable[str]) -> None:
@@ -245,7 +221,8 @@ def run_full(
     *,
     prompt: str,
     negative_prompt: str,
-    input_image: Image.Image,
+    input_image: Image.Image | None = None,
+    end_image: Image.Image | None = None,
     input_video: list[Image.Image] | None = None,
     stop_after: int | None = None,
     on_start: StartCallback | None = None,
@@ -278,6 +255,7 @@ def run_full(
         prompt=prompt,
         negative_prompt=negative_prompt,
         input_image=input_image,
+        end_image=end_image,
         input_video=input_video,
     )
 
@@ -393,7 +371,7 @@ def run_scheduler(
         InputError: a conditioning that doesn't fit the latents or the weights.
         RunError: latents became NaN or infinite; names the step.
     """
-    check_conditioning(vars(conditioning), dit=pipe.dit, latents=latents)
+    check_conditioning({**vars(conditioning), **conditioning.identity}, dit=pipe.dit, latents=latents)
     units = [unit for unit in pipe.units if not unit.onload_model_names]
     units.append(ReplaceStart(latents, conditioning))
     return _call(pipe, settings, Clock(), scheduler, units, on_step, progress, known_nega=known_nega)

@@ -22,17 +22,16 @@ from step_skip.models import (
     published_name,
 )
 from step_skip.prior import (
-    IDENTITY_FILES,
     SCHEDULE_FLAGS,
     Prior,
     RunSettings,
     context_file,
+    identity_file,
     latents_before_file,
     noise_pred_file,
     noise_pred_nega_file,
     step_file,
 )
-from step_skip.schema import LIMITS, MAX_PIXELS, MAX_STEPS, is_number
 from step_skip.steps import (
     DEFAULT_TEXT_SHARE,
     SAME_SIGMA,
@@ -182,6 +181,8 @@ def check_choices(choices: Choices, prior: Prior) -> None:
                 f"--{name} {given}: the prior has {prior.metadata[name]}; "
                 "leave the flag out or make a prior with it"
             )
+    if choices.image is not None and not prior.is_legacy and not prior.image_files:
+        raise InputError(f"--image: {prior.directory} was made without an image; leave the flag out")
     for name in ("image", "prompt") if prior.is_legacy else ():
         if getattr(choices, name) is None:
             raise InputError(f"{prior.directory} records no {name} (an older format): give --{name}")
@@ -392,7 +393,7 @@ def conditioning_files(plan: Plan, prior: Prior) -> list[str]:
     if prior.is_legacy or not plan.steps_to_run:
         return []
     names = dict.fromkeys(map(context_file, plan.texts))
-    return [*IDENTITY_FILES, *filter(prior.has, names)]
+    return [*map(identity_file, prior.identity_names), *filter(prior.has, names)]
 
 
 def input_files(plan: Plan, prior: Prior) -> list[str]:
@@ -415,57 +416,3 @@ def needed_components(plan: Plan, prior: Prior, *, known: Set[str]) -> list[str]
     if prior.is_legacy:
         components.append("image_encoder")
     return components
-
-
-# --- a prior ------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, kw_only=True)
-class PriorChoices:
-    """What somebody asks of a prior's run; None: the model's own default. The names are the flags'."""
-
-    negative_prompt: str | None = None
-    num_inference_steps: int = 10
-    sigma_shift: float | None = None
-    denoising_strength: float = 1.0
-    cfg_scale: float | None = None
-    seed: int = 0
-    height: int | None = None
-    width: int | None = None
-    num_frames: int | None = None
-    fps: float | None = None
-    start_step: int | None = None
-    stop_after: int | None = None
-    save_decoded_videos: bool = False
-    skip_cache: int | None = None
-    tea_cache_l1_thresh: float | None = None
-    tea_cache_model_id: str | None = None
-
-
-def check_prior_choices(choices: PriorChoices) -> None:
-    """Refuse what no run could use, before anything heavy is imported.
-
-    Raises:
-        InputError: with the flag that is wrong.
-    """
-    steps = choices.num_inference_steps
-    if not 1 <= steps <= MAX_STEPS:
-        raise InputError(f"--num_inference_steps {steps}: expected 1, at most {MAX_STEPS}")
-    if choices.start_step is not None and not 0 <= choices.start_step < steps:
-        raise InputError(f"--start_step {choices.start_step}: this schedule has steps 0 to {steps - 1}")
-    if choices.stop_after is not None and not 0 <= choices.stop_after < steps - 1:
-        raise InputError(
-            f"--stop_after {choices.stop_after}: expected 0 to {steps - 2}; leave it out to run all steps"
-        )
-    for name in ("denoising_strength", "sigma_shift", "cfg_scale"):
-        value = getattr(choices, name)
-        if value is not None and not (is_number(value) and value > 0):
-            raise InputError(f"--{name} {value}: expected a number above 0")
-    if choices.denoising_strength > 1:
-        raise InputError(f"--denoising_strength {choices.denoising_strength} is above 1")
-    for name, (least, most) in LIMITS.items():
-        value = getattr(choices, name)
-        if value is not None and not least <= value <= most:
-            raise InputError(f"--{name} {value} is not in the range {least} to {most}")
-    if math.prod(getattr(choices, name) or 1 for name in ("height", "width", "num_frames")) > MAX_PIXELS:
-        raise InputError(f"--height x --width x --num_frames is above {MAX_PIXELS} pixels; make it smaller")

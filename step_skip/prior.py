@@ -7,9 +7,10 @@ A prior is a folder `run_<id>/`:
     step_0000.pt ...         latents *after* step i, that is, at sigmas[i + 1]; the last ones are clean
     noise_pred_0000.pt ...   the velocity of step i after guidance (DiffSynth calls it noise_pred)
     noise_pred_nega_0000.pt  that of its negative branch, where there is guidance and no cache
-    y.pt, clip_feature.pt    what the model sees of the input image
+    y.pt, clip_feature.pt    what the model sees of the input image, by the names of families.py
     context_<hash>.pt        one encoded prompt each, named after the text
-    input_image.png          the input image as the model saw it
+    input_image.png          the input image as the model saw it, if there was one
+    end_image.png            likewise, of a model that takes a last frame, too
     output_full.mp4          the prior's own video
     formation.png            how it took shape, step by step (steps.py)
     denoised_0000.mp4 ...    with --save_decoded_videos or --stop_after: what step i points at, decoded
@@ -24,7 +25,6 @@ metadata.py reads and checks run_metadata.json. Neither knows a pipeline.
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import re
 import time
@@ -33,14 +33,11 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from step_skip.families import DEFAULT_FAMILY, FAMILIES, MODELS, Family
 from step_skip.files import (
     InputError,
-    dtype_name,
-    folder_inside,
     load_tensor,
-    replacing,
     sha256_file,
-    sha256_tensor,
 )
 from step_skip.schema import METADATA_FILE
 
@@ -49,14 +46,9 @@ if TYPE_CHECKING:
 
 INITIAL_LATENTS_FILE = "initial_latents.pt"
 IMAGE_FILE = "input_image.png"
+END_IMAGE_FILE = "end_image.png"
 OUTPUT_FILE = "output_full.mp4"
-LATENT_CHANNELS = 16  # z_dim of the Wan2.1 VAE
-SPATIAL_FACTOR = 8  # pixels per latent, height and width
-TEMPORAL_FACTOR = 4  # frames per latent, after the first
-IDENTITY_FILES = ("y.pt", "clip_feature.pt")
 SCHEDULE_FLAGS = ("num_inference_steps", "denoising_strength", "sigma_shift")  # what fixes it
-MAX_CONTEXT_BYTES = 2**26  # a Wan2.1 context has 8 MiB
-CONTEXTS_FOLDER = "contexts"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,10 +118,27 @@ class Prior:
         return RunSettings(**{name: value for name, value in self.metadata.items() if name in names})
 
     @property
+    def family(self) -> Family:
+        """What its network takes; an older prior names none."""
+        return FAMILIES[self.metadata.get("family", DEFAULT_FAMILY)]
+
+    @property
     def latents_shape(self) -> tuple[int, ...]:
         """[B, C, T, H, W] of the latents."""
         m = self.metadata
-        return latents_shape(height=m["height"], width=m["width"], num_frames=m["num_frames"])
+        sizes = {name: m[name] for name in ("height", "width", "num_frames")}
+        return latents_shape(**sizes, family=self.family)
+
+    @property
+    def image_files(self) -> list[str]:
+        """The images it was made from, as the model saw them."""
+        return [name for name in (IMAGE_FILE, END_IMAGE_FILE) if self.has(name)]
+
+    @property
+    def identity_names(self) -> list[str]:
+        """What it keeps of its images, by the pipeline's names; nothing where there is none."""
+        lacks_image = self.family.image == "optional" and not self.has(IMAGE_FILE)
+        return [] if lacks_image else list(self.family.conditioning)
 
     def has(self, name: str) -> bool:
         """Whether the prior records a file of this name."""
@@ -181,27 +190,36 @@ def context_file(text: str) -> str:
     return f"context_{hashlib.sha256(text.encode()).hexdigest()[:16]}.pt"
 
 
-def latents_shape(*, height: int, width: int, num_frames: int) -> tuple[int, ...]:
-    """[B, C, T, H, W] of the Wan2.1 latents of a video of this size (pixels, frames)."""
-    frames = (num_frames - 1) // TEMPORAL_FACTOR + 1
-    return (1, LATENT_CHANNELS, frames, height // SPATIAL_FACTOR, width // SPATIAL_FACTOR)
+def latents_shape(
+    *, height: int, width: int, num_frames: int, family: Family = FAMILIES[DEFAULT_FAMILY]
+) -> tuple[int, ...]:
+    """[B, C, T, H, W] of the latents of a video of this size (pixels, frames)."""
+    frames = (num_frames - 1) // family.temporal_factor + 1
+    factor = family.spatial_factor
+    return (1, family.latent_channels, frames, height // factor, width // factor)
 
 
-def bytes_of_prior(settings: RunSettings) -> int:
+def bytes_of_prior(prior: Prior) -> int:
     """A safe upper bound of what a prior takes on disk, without its videos."""
-    shape = latents_shape(height=settings.height, width=settings.width, num_frames=settings.num_frames)
-    saved = 3 * settings.num_inference_steps + 4  # latents and velocities of each step, the noise, y
-    return saved * math.prod(shape) * 4 + 32 * 2**20
+    saved = 3 * prior.num_inference_steps + 4  # latents and velocities of each step, the noise, y
+    return saved * math.prod(prior.latents_shape) * 4 + 32 * 2**20
 
 
-def round_sizes(*, height: int, width: int, num_frames: int) -> dict[str, int]:
+def round_sizes(
+    *, height: int, width: int, num_frames: int, family: Family = FAMILIES[DEFAULT_FAMILY]
+) -> dict[str, int]:
     """The sizes WanVideoPipeline rounds these to, up and silently (`check_resize_height_width`)."""
-    pixels = 2 * SPATIAL_FACTOR  # the DiT's patches are 2 x 2 latents
+    pixels, frames = 2 * family.spatial_factor, family.temporal_factor  # the DiT's patches are 2 x 2 latents
     return {
         "height": math.ceil(height / pixels) * pixels,
         "width": math.ceil(width / pixels) * pixels,
-        "num_frames": math.ceil((num_frames - 1) / TEMPORAL_FACTOR) * TEMPORAL_FACTOR + 1,
+        "num_frames": math.ceil((num_frames - 1) / frames) * frames + 1,
     }
+
+
+def identity_file(name: str) -> str:
+    """Name of the file of what the network sees of the images, by the pipeline's name for it."""
+    return f"{name}.pt"
 
 
 def check_run_id(output_dir: Path, run_id: str | None) -> None:
@@ -346,101 +364,28 @@ def load_denoised(prior: Prior, step: int, *, dtype: torch.dtype | None = None) 
 
 
 def load_conditioning(prior: Prior, name: str) -> torch.Tensor:
-    """Load y, clip_feature or a context, in the prior's dtype and recorded shape, on the CPU.
+    """Load what is kept of an image, or a context, in the prior's dtype and recorded shape, on the CPU.
 
     Raises:
-        InputError: see `load_latents`.
+        InputError: see `load_latents`; or what is kept of an image can't be what this model takes.
     """
-    m = prior.metadata
-    return load_tensor(prior.directory / name, shape=tuple(m["shapes"][name]), dtype=m["dtype"])
+    m, shape = prior.metadata, tuple(prior.metadata["shapes"][name])
+    expected = _identity_shapes(prior).get(name, shape)
+    if shape != expected:
+        raise InputError(
+            f"{METADATA_FILE} has {list(shape)} as the shape of {name}, expected {list(expected)}; make the "
+            "prior again"
+        )
+    return load_tensor(prior.directory / name, shape=shape, dtype=m["dtype"])
 
 
-# --- prompts that were encoded later ------------------------------------------------------------------------
-
-
-def kept_context_path(prior: Prior, text: str) -> Path:
-    """Where the context of a text is kept; one name per text, text encoder and dtype."""
-    content = "\0".join([str(text_encoder_of(prior)), str(prior.metadata.get("dtype")), text])
-    return (
-        prior.directory / CONTEXTS_FOLDER / f"{hashlib.sha256(content.encode()).hexdigest()[:16]}.safetensors"
-    )
-
-
-def text_encoder_of(prior: Prior) -> str | None:
-    """The fingerprint of the text encoder that a prior's contexts come from; an older prior records none."""
-    return prior.metadata.get("model_fingerprint", {}).get("text_encoder")
-
-
-def is_context_known(prior: Prior, text: str) -> bool:
-    """Whether a prior has a context of this text, its own or a kept one; its content isn't looked at."""
-    return prior.has(context_file(text)) or is_context_kept(prior, text)
-
-
-def is_context_kept(prior: Prior, text: str) -> bool:
-    """Whether a file of this text's context is in the prior; neither it nor its folder may be a link."""
-    file = kept_context_path(prior, text)
-    return not file.parent.is_symlink() and not file.is_symlink() and file.is_file()
-
-
-def load_context(prior: Prior, text: str) -> torch.Tensor | None:
-    """The kept context of a text, as the text encoder gave it, on the CPU; None: it has to be encoded.
-
-    Anybody may have put it there. So it is a file of a context's size, and it has the shape and dtype of the
-    prior's own prompt, before its values are read.
-    """
-    import torch
-    from safetensors import SafetensorError, safe_open
-
-    if text_encoder_of(prior) is None or not is_context_kept(prior, text):
-        return None
-    path, shape = kept_context_path(prior, text), _own_context_shape(prior)
-    try:
-        if path.stat().st_size > MAX_CONTEXT_BYTES:
-            return None
-        with safe_open(path, framework="pt") as file:
-            if list(file.get_slice("context").get_shape()) != shape:
-                return None
-            header, context = file.metadata(), file.get_tensor("context")
-    except (SafetensorError, OSError):
-        return None
-    alike = dtype_name(context) == prior.metadata["dtype"] and bool(torch.isfinite(context).all())
-    return context if alike and header == _context_header(prior, text, context) else None
-
-
-def _own_context_shape(prior: Prior) -> list[int] | None:
-    """The shape of the prior's own prompt's context; every text's is padded to the same."""
-    return prior.metadata["shapes"].get(context_file(prior.metadata["prompt"]))
-
-
-def save_context(prior: Prior, text: str, context: torch.Tensor) -> None:
-    """Keep a context in its prior, whole or not at all; two processes may do so at once.
-
-    Not kept: NaN or infinite values, and what nothing could tell the text encoder of later.
-
-    Raises:
-        InputError: the folder is a link.
-        OSError: it can't be written.
-    """
-    import safetensors.torch
-    import torch
-
-    if text_encoder_of(prior) is None or not torch.isfinite(context).all():
-        return
-    target = folder_inside(prior.directory, CONTEXTS_FOLDER) / kept_context_path(prior, text).name
-    context = context.cpu().contiguous()
-    content = safetensors.torch.save({"context": context}, _context_header(prior, text, context))
-    target.parent.mkdir(exist_ok=True)
-    with replacing(target) as temporary:
-        temporary.write_bytes(content)
-
-
-def _context_header(prior: Prior, text: str, context: torch.Tensor) -> dict[str, str]:
-    """One entry, because safetensors writes several in any order, and the same context is the same file."""
-    entries = {
-        "text": text,
-        "text_encoder": text_encoder_of(prior),
-        "dtype": dtype_name(context),
-        "shape": list(context.shape),
-        "sha256": sha256_tensor(context),
+def _identity_shapes(prior: Prior) -> dict[str, tuple[int, ...]]:
+    """The shapes of what is kept of the images, by file, where the model is a published one."""
+    if prior.metadata["model"] not in MODELS:
+        return {}
+    _, _, *sizes = prior.latents_shape
+    places = dict(zip("THW", sizes, strict=True))
+    return {
+        identity_file(name): tuple(size if isinstance(size, int) else places[size] for size in shape)
+        for name, shape in prior.family.conditioning.items()
     }
-    return {"context": json.dumps(entries, ensure_ascii=False)}

@@ -62,6 +62,9 @@ class ReportingScheduler(FlowMatchScheduler):
         keep: from the number of steps to the indices of those to run, in order.
         stop_after: the step whose report ends the run early; the steps after it stay in the schedule,
             because its latents are at the sigma of the next one.
+
+    first_frame_latents: [B, C, 1, H, W] of a model that fuses its first frame into the latents. The pipeline
+    puts it back after each step, when the step is reported already; so each step keeps it, too.
     """
 
     timesteps: torch.Tensor
@@ -73,6 +76,7 @@ class ReportingScheduler(FlowMatchScheduler):
         self.stop_after = stop_after
         self.on_step: StepCallback | None = None
         self.noise_pred_nega: Callable[[], torch.Tensor | None] = lambda: None  # of the step that runs
+        self.first_frame_latents: torch.Tensor | None = None
 
     def set_timesteps(self, num_inference_steps: int = 100, **kwargs: Any) -> None:
         """Compute the full schedule, then keep the chosen steps of it."""
@@ -85,6 +89,8 @@ class ReportingScheduler(FlowMatchScheduler):
         """Advance from this timestep and report the step."""
         place = int(torch.argmin((self.timesteps - timestep.cpu()).abs()))
         latents = self.advance(place, model_output, timestep, sample)
+        if self.first_frame_latents is not None:
+            latents[:, :, :1] = self.first_frame_latents
         if self.on_step is not None:
             step, sigma, nega = self.steps[place], float(self.sigmas[place]), self.noise_pred_nega()
             self.on_step(Step(step, sigma, sample, model_output, latents, noise_pred_nega=nega))

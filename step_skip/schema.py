@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, ValidationError, model_validator
 
+from step_skip.families import DEFAULT_FAMILY, FAMILIES
 from step_skip.files import InputError
 
 METADATA_FILE = "run_metadata.json"
@@ -101,6 +102,9 @@ Count = Annotated[int, _between(0, 2**63 - 1)]
 Sha256 = Annotated[
     str, AfterValidator(_must("64 hex digits", lambda text: re.fullmatch("[0-9a-f]{64}", text)))
 ]
+KnownFamily = Annotated[
+    str, AfterValidator(_must(f"one of {', '.join(FAMILIES)}", lambda name: name in FAMILIES))
+]
 Shape = Annotated[list, AfterValidator(_must("sizes above 0", _is_shape))]
 
 T = TypeVar("T")
@@ -168,6 +172,7 @@ class Metadata(Schedule):
     files: PerFile[Sha256]
     shapes: PerFile[Shape]
     model: Name
+    family: KnownFamily = DEFAULT_FAMILY
     model_fingerprint: Few[dict[str, Name]]
     prompt: Text
     negative_prompt: Text

@@ -17,10 +17,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from step_skip.contexts import is_context_known, load_context
+from step_skip.families import MODEL_NAMES
 from step_skip.files import InputError, dtype_name, folder_inside, locked, sha256_file
 from step_skip.media import fit_image, read_image
 from step_skip.metadata import read_prior
-from step_skip.models import COMPONENTS, MODEL_NAMES
+from step_skip.models import COMPONENTS
 from step_skip.plan import (
     Choices,
     Plan,
@@ -40,9 +42,7 @@ from step_skip.prior import (
     Prior,
     check_files,
     context_file,
-    is_context_known,
     load_conditioning,
-    load_context,
     load_latents,
 )
 

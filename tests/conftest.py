@@ -21,8 +21,8 @@ os.environ["OMP_NUM_THREADS"] = "1"  # the model is so small that threads only c
 from helpers import FRAMES, PROMPT, PUBLISHED_KEYS, SIZE, Outcome, listing, run_in_process
 
 from step_skip import loading
-from step_skip.loading import build_tiny
 from step_skip.models import LoadOptions
+from step_skip.tiny import build_tiny
 
 MODEL_CONFIG = {
     "dit": {

@@ -349,6 +349,8 @@ def test_metadata_far_too_large(prior_copy, infer, refused):
         ({"dtype": "int8"}, ["dtype = 'int8'", "bfloat16"]),
         ({"dtype": "bfloat16"}, ["step_0006.pt", "dtype float32", "expected bfloat16"]),
         ({"model": "I2V-14B"}, ["'I2V-14B'", "doesn't know"]),
+        ({"family": 7}, ["family = 7", "string"]),
+        ({"family": "TI2V"}, ["first_frame_latents.pt", "is missing"]),
         ({"start_step": 10}, ["start_step = 10"]),
         ({"start_step": -1}, ["start_step = -1"]),
         ({"files": []}, ["files = []", "dict"]),
@@ -415,6 +417,7 @@ def test_entries_that_the_first_priors_lack(prior_copy, infer):
     later = ["lora", "formation", "stop_after", "save_decoded_videos", "device", "device_name", "num_threads"]
     later += ["seconds", "seconds_per_step", "forwards", "forwards_per_step", "latents_sha256", "prior_kind"]
     later += ["skip_cache", "tea_cache_l1_thresh", "tea_cache_model_id", "parameter_fingerprint", "created"]
+    later += ["family"]
     edit_metadata(prior_copy, **dict.fromkeys(later, ...))
     outcome = infer(prior_copy, "--dry_run")
     assert outcome.code == 0 and '"expected_seconds": null' in outcome.out
@@ -567,6 +570,14 @@ def test_files_that_hold_something_else(prior_copy, infer, refused, tmp_path, ki
     record_checksum(prior_copy, path.name)
     refused(lambda: infer(prior_copy), path.name, words)
     assert not (tmp_path / "code_was_run").exists()
+
+
+def test_a_family_whose_network_sees_no_image(prior_copy, infer):
+    """Likewise: by the metadata there is no y, and the weights take one."""
+    edit_metadata(prior_copy, family="T2V")
+    outcome = infer(prior_copy)
+    assert outcome.code == 2
+    assert "the prior has no y, and these weights take one" in outcome.error
 
 
 def test_the_pickles_with_code_do_run_where_they_are_trusted(tmp_path):

@@ -17,7 +17,7 @@ sys.path.append(str(ROOT / "data" / "tiny_wan_i2v"))
 
 import distil
 
-from step_skip.loading import load_tiny_modules
+from step_skip.tiny import load_tiny_modules
 
 FEW = ("--identities", "2", "--clips", "2", "--threads", "1")
 

@@ -21,9 +21,10 @@ import torch
 from helpers import OTHER_PROMPT, PROMPT, ROOT, edit_metadata, listing, read_json, record_checksum
 from PIL import Image
 
+from step_skip.contexts import kept_context_path
 from step_skip.files import InputError, load_tensor, locked, replacing, write_json
 from step_skip.metadata import read_prior, read_run
-from step_skip.prior import IMAGE_FILE, damaged_files, kept_context_path
+from step_skip.prior import IMAGE_FILE, damaged_files
 
 sys.path.append(str(ROOT / "benchmarks"))  # behind the root: it has a sweep.py, too
 SHAPE = (1, 16, 3, 4, 4)  # latents of 9 frames of 32 x 32 pixels
@@ -449,7 +450,7 @@ def forge_context(path: Path, header: dict, tensor) -> None:
     ids=["int8", "float64", "width", "empty", "scalar", "nan"],
 )
 def test_a_kept_context_that_cannot_be_is_encoded_again(prior, prior_copy, infer, tmp_path, tensor):
-    from step_skip.prior import _context_header, kept_context_path
+    from step_skip.contexts import _context_header, kept_context_path
 
     expected = infer(prior, "--prompt", OTHER_PROMPT, "--output", tmp_path / "a.mp4").report["latents_sha256"]
     recorded = read_prior(prior_copy)
@@ -462,7 +463,7 @@ def test_a_kept_context_that_cannot_be_is_encoded_again(prior, prior_copy, infer
 
 @pytest.mark.parametrize("kind", ["fifo", "sparse", "folder"])
 def test_a_kept_context_that_is_no_file_of_its_size(prior_copy, infer, tmp_path, kind):
-    from step_skip.prior import kept_context_path
+    from step_skip.contexts import kept_context_path
 
     path = kept_context_path(read_prior(prior_copy), OTHER_PROMPT)
     path.parent.mkdir()

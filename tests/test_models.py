@@ -15,7 +15,6 @@ from step_skip import loading
 from step_skip.files import InputError, RunError
 from step_skip.loading import load_pipeline, pick_vram
 from step_skip.models import (
-    ALL_COMPONENTS,
     ROOT,
     LoadOptions,
     fingerprint_files,
@@ -140,7 +139,7 @@ def test_diffsynth_gets_the_files_that_were_found(gpu, asked, tmp_path, monkeypa
     for free, vram in ((80, "auto"), (24, "auto"), (80, "low"), (8, "plain")):
         gpu.free = free
         chosen = options(vram=vram, model_dir=tmp_path)
-        load_pipeline(chosen, weight_files(chosen, ALL_COMPONENTS))
+        load_pipeline(chosen, weight_files(chosen))
     assert not asked
     for call in calls:
         paths = [config.path for config in call["model_configs"]]
@@ -284,7 +283,7 @@ def test_a_folder_of_weights_may_be_laid_out_either_way(tmp_path, layout, suffix
     touch(tmp_path, f"{own}google/umt5-xxl/tokenizer.json")
     files = weight_files(options("I2V-720P", model_dir=tmp_path))
     assert [path.name for path in files["dit"]] == SHARDS
-    assert {name: paths[0].name for name, paths in files.items() if name != "dit"} == {
+    assert {name: files[name][0].name for name in OTHERS} == {
         name: stem + suffix for name, stem in OTHERS.items()
     }
 

@@ -46,7 +46,9 @@ def conditioning(prior, load) -> Conditioning:
     texts = [read_json(prior / "run_metadata.json")[name] for name in ("prompt", "negative_prompt")]
     posi, nega = (load(context_file(text)) for text in texts)
     return Conditioning(
-        y=load("y.pt"), clip_feature=load("clip_feature.pt"), context_posi=posi, context_nega=nega
+        identity={name: load(f"{name}.pt") for name in ("y", "clip_feature")},
+        context_posi=posi,
+        context_nega=nega,
     )
 
 

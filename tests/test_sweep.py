@@ -17,9 +17,10 @@ from conftest import build_model
 from helpers import OTHER_PROMPT, PROMPT, edit_metadata, listing, read_json
 
 from step_skip import pipeline
+from step_skip.contexts import kept_context_path, load_context, save_context
 from step_skip.files import sha256_file
 from step_skip.metadata import read_prior
-from step_skip.prior import context_file, kept_context_path, load_conditioning, load_context, save_context
+from step_skip.prior import context_file, load_conditioning
 from step_skip.sweep import sweep_folder
 
 THIRD_PROMPT = "The portrait nods."

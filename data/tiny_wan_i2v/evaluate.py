@@ -20,8 +20,8 @@ import numpy as np
 import world
 from figures import MEASURES, NUMBERS, STEPS
 
-from step_skip.loading import load_tiny_modules, load_tiny_tokenizer
 from step_skip.models import read_tiny_config
+from step_skip.tiny import load_tiny_modules, load_tiny_tokenizer
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))

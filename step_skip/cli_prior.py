@@ -1,0 +1,140 @@
+"""The flags of generate_prior.py alone; cli.py has those of both scripts, and their types."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from step_skip import cli
+
+
+def add_identity_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what says who is seen and what happens."""
+    group = parser.add_argument_group("identity")
+    source = group.add_mutually_exclusive_group()
+    source.add_argument(
+        "--image",
+        type=Path,
+        nargs="+",
+        metavar="FILE",
+        help="picture of the identity, the first frame of every video; of several, each becomes a prior; for "
+        "a model that takes one: T2V models make a prior of each --prompt instead, TI2V-5B can do either",
+    )
+    source.add_argument(
+        "--download_example", action="store_true", help="fetch DiffSynth's example image and use it"
+    )
+    source.add_argument(
+        "--resume",
+        type=cli.utf8_path,
+        metavar="RUN_DIR",
+        help="finish this prior; its settings are recorded, so only --model_dir, --device and --vram go with "
+        "it",
+    )
+    group.add_argument(
+        "--end_image",
+        type=Path,
+        nargs="+",
+        metavar="FILE",
+        help="the last frame of every video, for FLF2V-14B and, if wished, Fun-1.3B-InP; one for all images "
+        "or one for each",
+    )
+    group.add_argument(
+        "--prompt",
+        type=cli.utf8_text,
+        nargs="+",
+        default=[""],
+        metavar="TEXT",
+        help="what happens in the prior's own video; best is one that holds still, 'she stays still', or for "
+        "--start_step none at all, a neutral prior; one for all images or one for each",
+    )
+    group.add_argument(
+        "--negative_prompt",
+        type=cli.utf8_text,
+        metavar="TEXT",
+        help="what to steer away from (default: Wan's usual one; tiny: none)",
+    )
+    group.add_argument(
+        "--input_video",
+        type=Path,
+        metavar="FILE",
+        help="start from this video; needs --denoising_strength below 1",
+    )
+
+
+def add_run_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what fixes schedule, noise and size."""
+    group = parser.add_argument_group("run")
+    group.add_argument(
+        "--num_inference_steps", type=cli.positive_int, default=10, metavar="N", help="steps of the full run"
+    )
+    group.add_argument(
+        "--sigma_shift",
+        type=cli.positive_float,
+        metavar="X",
+        help="how much of the schedule is spent at high noise (default: 5)",
+    )
+    group.add_argument(
+        "--denoising_strength",
+        type=cli.strength,
+        default=1.0,
+        metavar="X",
+        help="below 1: start from --input_video with less noise",
+    )
+    group.add_argument(
+        "--cfg_scale",
+        type=cli.positive_float,
+        metavar="X",
+        help="how strongly the prompt is followed; 1 switches guidance off and halves the cost "
+        "(default: 5; tiny: 2)",
+    )
+    group.add_argument(
+        "--stop_after",
+        type=cli.non_negative_int,
+        metavar="N",
+        help="stop after this step and decode what it points at: a draft, that infer_from_prior.py resumes "
+        "from this step or an earlier one, and --resume finishes",
+    )
+    group.add_argument(
+        "--seed", type=cli.limited("seed", int), default=0, metavar="N", help="of the initial noise"
+    )
+    sizes = parser.add_argument_group(
+        "video",
+        "sizes are rounded up as the model needs (default: 480 x 832, 81 frames; I2V-720P: 720 x 1280; "
+        "tiny: 96 x 96, 17)",
+    )
+    for name, unit in (("height", "pixels"), ("width", "pixels"), ("num_frames", "frames")):
+        sizes.add_argument(f"--{name}", type=cli.limited(name, int), metavar="N", help=unit)
+    sizes.add_argument(
+        "--fps",
+        type=cli.limited("fps", float),
+        metavar="X",
+        help="frames per second (default: 16; tiny: 8)",
+    )
+
+
+def add_output_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add where the prior goes and what else is kept."""
+    group = parser.add_argument_group("output")
+    group.add_argument(
+        "--output_dir",
+        type=cli.utf8_path,
+        default=Path("prior_output"),
+        metavar="DIR",
+        help="the prior is run_<id> in there",
+    )
+    group.add_argument(
+        "--run_id",
+        nargs="+",
+        metavar="ID",
+        help="letters, digits, . _ and -, one for each image (default: the date and time)",
+    )
+    group.add_argument(
+        "--start_step",
+        type=cli.non_negative_int,
+        metavar="N",
+        help="where infer_from_prior.py resumes this prior unless told otherwise; does not change this run "
+        "(default: it runs 3 of 10 steps differentially)",
+    )
+    group.add_argument(
+        "--save_decoded_videos", action="store_true", help="also a video of each step's denoised estimate"
+    )

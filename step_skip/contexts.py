@@ -1,0 +1,108 @@
+"""Prompts that were encoded after a prior was made: kept in its folder's `contexts/`, no part of it.
+
+Anybody may have put a file there. So it is looked at as a stranger's before its values are read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from step_skip.files import dtype_name, folder_inside, replacing, sha256_tensor
+from step_skip.prior import Prior, context_file
+
+if TYPE_CHECKING:
+    import torch
+
+CONTEXTS_FOLDER = "contexts"
+MAX_CONTEXT_BYTES = 2**26  # a Wan2.1 context has 8 MiB
+
+
+def kept_context_path(prior: Prior, text: str) -> Path:
+    """Where the context of a text is kept; one name per text, text encoder and dtype."""
+    content = "\0".join([str(text_encoder_of(prior)), str(prior.metadata.get("dtype")), text])
+    return (
+        prior.directory / CONTEXTS_FOLDER / f"{hashlib.sha256(content.encode()).hexdigest()[:16]}.safetensors"
+    )
+
+
+def text_encoder_of(prior: Prior) -> str | None:
+    """The fingerprint of the text encoder that a prior's contexts come from; an older prior records none."""
+    return prior.metadata.get("model_fingerprint", {}).get("text_encoder")
+
+
+def is_context_known(prior: Prior, text: str) -> bool:
+    """Whether a prior has a context of this text, its own or a kept one; its content isn't looked at."""
+    return prior.has(context_file(text)) or is_context_kept(prior, text)
+
+
+def is_context_kept(prior: Prior, text: str) -> bool:
+    """Whether a file of this text's context is in the prior; neither it nor its folder may be a link."""
+    file = kept_context_path(prior, text)
+    return not file.parent.is_symlink() and not file.is_symlink() and file.is_file()
+
+
+def load_context(prior: Prior, text: str) -> torch.Tensor | None:
+    """The kept context of a text, as the text encoder gave it, on the CPU; None: it has to be encoded.
+
+    Anybody may have put it there. So it is a file of a context's size, and it has the shape and dtype of the
+    prior's own prompt, before its values are read.
+    """
+    import torch
+    from safetensors import SafetensorError, safe_open
+
+    if text_encoder_of(prior) is None or not is_context_kept(prior, text):
+        return None
+    path, shape = kept_context_path(prior, text), _own_context_shape(prior)
+    try:
+        if path.stat().st_size > MAX_CONTEXT_BYTES:
+            return None
+        with safe_open(path, framework="pt") as file:
+            if list(file.get_slice("context").get_shape()) != shape:
+                return None
+            header, context = file.metadata(), file.get_tensor("context")
+    except (SafetensorError, OSError):
+        return None
+    alike = dtype_name(context) == prior.metadata["dtype"] and bool(torch.isfinite(context).all())
+    return context if alike and header == _context_header(prior, text, context) else None
+
+
+def _own_context_shape(prior: Prior) -> list[int] | None:
+    """The shape of the prior's own prompt's context; every text's is padded to the same."""
+    return prior.metadata["shapes"].get(context_file(prior.metadata["prompt"]))
+
+
+def save_context(prior: Prior, text: str, context: torch.Tensor) -> None:
+    """Keep a context in its prior, whole or not at all; two processes may do so at once.
+
+    Not kept: NaN or infinite values, and what nothing could tell the text encoder of later.
+
+    Raises:
+        InputError: the folder is a link.
+        OSError: it can't be written.
+    """
+    import safetensors.torch
+    import torch
+
+    if text_encoder_of(prior) is None or not torch.isfinite(context).all():
+        return
+    target = folder_inside(prior.directory, CONTEXTS_FOLDER) / kept_context_path(prior, text).name
+    context = context.cpu().contiguous()
+    content = safetensors.torch.save({"context": context}, _context_header(prior, text, context))
+    target.parent.mkdir(exist_ok=True)
+    with replacing(target) as temporary:
+        temporary.write_bytes(content)
+
+
+def _context_header(prior: Prior, text: str, context: torch.Tensor) -> dict[str, str]:
+    """One entry, because safetensors writes several in any order, and the same context is the same file."""
+    entries = {
+        "text": text,
+        "text_encoder": text_encoder_of(prior),
+        "dtype": dtype_name(context),
+        "shape": list(context.shape),
+        "sha256": sha256_tensor(context),
+    }
+    return {"context": json.dumps(entries, ensure_ascii=False)}
