@@ -162,7 +162,7 @@ def knows_first_nega(plan: Plan, prior: Prior) -> bool:
         and bool(plan.steps_to_run)
         and first != 1
         and plan.negative_prompt == prior.metadata["negative_prompt"]
-        and plan.lora == prior.metadata["lora"]
+        and plan.lora == prior.metadata.get("lora", [])
         and plan.skip_cache is plan.tea_cache_l1_thresh is None
         and prior.has(noise_pred_nega_file(plan.steps_to_run[0]))
     )
