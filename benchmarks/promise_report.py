@@ -37,6 +37,20 @@ RIVALS = (  # what somebody would do instead, at 3, 4 and 6 steps
     ("UniPC, {} steps on our sigmas", "still"),
 )
 FULL = ("Euler, 10 steps", "none")
+HEADLINE = (  # the readme's rows
+    ("10 steps from noise, Euler", *FULL),
+    ("**differential, 6 steps**", OURS.format(6), "still"),
+    ("6 steps from noise, DPM++ 2M on our sigmas", RIVALS[1][0].format(6), "still"),
+    ("**differential, 4 steps**", OURS.format(4), "still"),
+    ("the same, prior of another motion", OURS.format(4), "motion"),
+    ("the same, prior of 10 steps that holds still", OURS.format(4), "still 10"),
+    ("4 steps from noise, DPM++ 2M on our sigmas", RIVALS[1][0].format(4), "still"),
+    ("4 steps from noise, DPM++ 2M", RIVALS[0][0].format(4), "still"),
+    ("**differential, 3 steps**", OURS.format(3), "still"),
+    ("the original recipe: resume after 6 of 10", "the original recipe: resume after 6 of 10", "motion 10"),
+    ("**differential, 2 steps**", OURS.format(2), "still"),
+    ("**differential, 1 step**", OURS.format(1), "still"),
+)
 LINES = {  # of the plot: name with a {} for the number of steps, prior, colour
     "differential, prior that holds still": (OURS, "still", "#117a65"),
     "differential, prior of another motion": (OURS, "motion", "#e67e22"),
@@ -101,6 +115,21 @@ def summary_table(rows: list[Row]) -> str:
             cells.append("" if is_reference else mean_of(some, "psnr", 1, interval=True))
         lines.append((forwards, cells))
     return table(head, [cells for _, cells in sorted(lines, key=lambda line: -line[0])])
+
+
+def headline_table(rows: list[Row]) -> str:
+    """The readme's table: what a user chooses between, both guidances side by side."""
+    scales = guidances(rows)
+    head = ["how the new prompt's clip is made", "forwards", "obeyed"]
+    head += [f"guidance {scale:g}: {kind}" for scale in scales for kind in CLASSES]
+    lines = []
+    for label, *key in HEADLINE:
+        some = [row for row in rows if [row["method"], row["prior"]] == key]
+        cells = [label, some[0]["forwards"], mean_of(some, "obeyed", 2)]
+        for scale in scales:
+            cells += [mean_of(moving(guided_by(some, scale), kind), "psnr", 1) for kind in CLASSES]
+        lines.append(cells)
+    return table(head, lines)
 
 
 def difference(rows: list[Row], first: Key, second: Key, name: str) -> str:
@@ -178,7 +207,7 @@ def plot(rows: list[Row], path: Path) -> None:
 
 
 def write(clips: Path, output: Path) -> Path:
-    """Write summary.md, paired.md and quality.png; returns the first."""
+    """Write summary.md, paired.md, headline.md and quality.png; returns the first."""
     with clips.open(newline="") as file:
         rows = list(csv.DictReader(file))
     for name, make in (("summary.md", summary_table), ("paired.md", paired_table)):
@@ -188,5 +217,6 @@ def write(clips: Path, output: Path) -> Path:
             cases = len({(row["index"], row["seed"]) for row in some})
             parts.append(f"## Guidance {cfg_scale:g} ({cases} clips)\n\n{make(some)}")
         (output / name).write_text("\n".join(parts))
+    (output / "headline.md").write_text(headline_table(rows))
     plot(rows, output / "quality.png")
     return output / "summary.md"
