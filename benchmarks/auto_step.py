@@ -25,28 +25,25 @@ sys.path[:0] = [str(HERE), str(HERE.parent), str(HERE.parent / "data" / "tiny_wa
 
 import promise
 import world
-from methods import (
-    PRIOR_PROMPTS,
-    STEPS,
-    Case,
-    Method,
-    as_array,
-    as_prior,
-    from_noise,
-    resume,
-    run_prior,
-)
+from promise_methods import Case, Method, Prior, as_array, from_noise, make_prior, resume
 
+from step_skip.models import model_defaults
 from step_skip.steps import DEFAULT_TEXT_SHARE, part_distances, say_left, text_moves
 
+STEPS = 10  # of the priors and of the full run
 KINDS = {"motion": "another motion's", "empty": "neutral"}
+PROMPTS = {"motion": "old", "empty": "empty"}  # whose context
 STATISTICS = {  # each is the larger, the earlier the step
     "text_left": "the text's say that is left",
     "moving_distance": "moving part that has not formed",
     "still_distance": "still part that has not formed",
     "sigma": "noise that is left (sigma: the schedule alone)",
 }
-COLUMNS = ("index", "seed", "old_motion", "new_motion", "prior", "start_step", "shown", "obeyed", *STATISTICS)
+COLUMNS = (
+    *("index", "seed", "cfg_scale", "old_motion", "new_motion"),
+    *("prior", "start_step", "shown", "obeyed"),
+    *STATISTICS,
+)
 SHARES = (0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.55, 0.5, 0.4)
 COLOURS = {"motion": "#c0392b", "empty": "#2471a3"}
 
@@ -54,13 +51,14 @@ COLOURS = {"motion": "#c0392b", "empty": "#2471a3"}
 # --- the clips ----------------------------------------------------------------------------------------------
 
 
-def statistics(steps) -> Iterator[dict[str, float]]:
+def statistics(prior: Prior) -> Iterator[dict[str, float]]:
     """What a prior's own run says after each of its steps."""
-    sigmas = [step.sigma for step in steps]
-    distances = [step.branch_distance for step in steps]
-    moves = text_moves(distances, sigmas=sigmas, cfg_scale=1.0)  # one scale, no part in a share
+    sigmas = prior.sigmas
+    moves = text_moves(prior.branch_distances, sigmas=sigmas, cfg_scale=1.0)  # one scale, no part in a share
     left, _ = say_left(moves, sigmas=sigmas)
-    formed = part_distances((step.denoised for step in steps), steps[-1].latents)
+    steps = zip(prior.latents, sigmas, prior.noise_pred, strict=False)  # the clean latents begin none
+    denoised = (latents - sigma * noise_pred for latents, sigma, noise_pred in steps)
+    formed = part_distances(denoised, prior.latents[-1])
     for step, sigma in enumerate([*sigmas[1:], 0.0]):
         yield {
             "text_left": left[step],
@@ -75,14 +73,14 @@ def measure_case(case: Case) -> Iterator[dict]:
     keys = {
         "index": case.index,
         "seed": case.seed,
+        "cfg_scale": case.settings.cfg_scale,
         "old_motion": case.old_motion,
         "new_motion": case.new_motion,
     }
     yield keys | {"prior": "none", "start_step": -1} | judge(case, from_noise(case, None, steps=STEPS))
     for kind in KINDS:
-        steps, result = run_prior(case, PRIOR_PROMPTS[kind])
-        prior = as_prior(steps, result)
-        for start_step, numbers in enumerate(list(statistics(steps))[:-1]):
+        prior = make_prior(case, PROMPTS[kind], STEPS)
+        for start_step, numbers in enumerate(list(statistics(prior))[:-1]):
             judged = judge(case, resume(case, prior, start_step=start_step))
             rounded = {name: round(number, 5) for name, number in numbers.items()}
             yield keys | {"prior": kind, "start_step": start_step} | judged | rounded
@@ -94,10 +92,9 @@ def judge(case: Case, result) -> dict:
     return {"shown": shown, "obeyed": int(shown == case.new_motion)}
 
 
-def work(job: tuple[int, int, str]) -> list[dict]:
+def work(job: promise.Job) -> list[dict]:
     """All lines of one case."""
-    pipe, defaults = promise._worker
-    return list(measure_case(promise.make_case(pipe, defaults, *job[:2])))
+    return list(measure_case(promise.make_case(*promise._worker, *job[:3])))
 
 
 # --- what they say ------------------------------------------------------------------------------------------
@@ -312,7 +309,8 @@ def main(argv: list[str] | None = None) -> None:
         promise.check_same_setup(
             args.output / "setup.json", [Method("resume", resumed, kind) for kind in KINDS]
         )
-        jobs = [(index, index, "") for index in range(args.identities)]
+        cfg_scale = model_defaults("tiny").cfg_scale
+        jobs = [(index, index, cfg_scale, "") for index in range(args.identities)]
         promise.run_cases(jobs, path, workers=args.workers, work=work, columns=COLUMNS)
     clips = judged_clips(path)
     if not clips:

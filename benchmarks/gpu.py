@@ -91,7 +91,10 @@ def timing(
     num_frames: int = 81,
     device: str = "cuda",
 ) -> dict:
-    """Seconds per step of a full and a resumed run, with Skip-Cache and without, in turn, not decoded."""
+    """Seconds per step of a full and a resumed run, with Skip-Cache and without, in turn, not decoded.
+
+    As from a prior, the first negative branch of a resumed run without Skip-Cache is not evaluated.
+    """
     import torch
     from diffsynth.pipelines.wan_video import WanVideoPipeline
 
@@ -130,6 +133,7 @@ def timing(
                 scheduler=ResumableScheduler(start_step=start_step),
                 latents=torch.randn(shape, **random),
                 conditioning=conditioning,
+                known_nega=torch.randn(shape, **random) if start_step >= 0 and every is None else None,
             )
             result.latents.cpu()  # waits for the device
             found.setdefault(name, []).append(

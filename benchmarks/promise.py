@@ -5,8 +5,8 @@
     python benchmarks/promise.py --report_only
 
 Every case is an identity the model has not seen, a motion its prior was made with and another one that
-is asked for; every method (methods.py) makes that second clip its own way, one clip at a time, in float32.
-The VAE decodes in bfloat16 and untiled, four times faster on this CPU, for all of them alike.
+is asked for; every method (promise_methods.py) makes that second clip its own way, one clip at a time, in
+float32. The VAE decodes in bfloat16 and untiled, four times faster on this CPU, for all of them alike.
 Writes clips.csv (one line a clip), summary.csv, summary.md and the plots to --output; clips already in
 clips.csv are not made again, so that an interrupted run goes on where it stopped. Takes about a minute an
 identity on 2 busy CPU cores.
@@ -32,7 +32,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "data" / "tiny_wan_i2v")]
 
 import world
 from evaluate import psnr
-from promise_methods import PRIORS, STEPS, Case, Method, as_array, make_prior, methods
+from promise_methods import PRIORS, STEPS, Case, Method, as_array, methods
 from promise_report import NUMBERS
 
 from step_skip.loading import installed_versions, load_pipeline
@@ -94,7 +94,7 @@ def measure_case(
     """One line for every method."""
     case = make_case(pipe, defaults, index, seed, cfg_scale)
     kinds = {method.prior for method in methods} & PRIORS.keys()
-    priors = {kind: make_prior(case, *PRIORS[kind]) for kind in sorted(kinds)}
+    priors = {kind: PRIORS[kind](case) for kind in sorted(kinds)}
     full, full_found = None, None
     for method in methods:
         result = method.run(case, priors.get(method.prior))

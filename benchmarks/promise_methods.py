@@ -1,4 +1,4 @@
-"""The ways to make a new prompt's clip that promise.py compares, and what they all start from.
+"""The ways to make a new prompt's clip that promise.py compares, and what all of them start from.
 
 Each runs through DiffSynth's own pipeline, except FlowEdit, which needs velocities at two places a step and
 calls the pipeline's model_fn itself.
@@ -21,12 +21,6 @@ sys.path[:0] = [str(ROOT), str(ROOT / "data" / "tiny_wan_i2v")]
 import world
 
 STEPS = 50  # of the run everything is compared with, and of the priors unless it is said
-PRIORS = {  # the priors that methods start from: whose context, in how many steps
-    "still": ("still", STEPS),
-    "motion": ("old", STEPS),
-    "still 10": ("still", 10),
-    "motion 10": ("old", 10),
-}
 
 
 @dataclass
@@ -59,7 +53,7 @@ class Prior:
     settings: object
     latents: list[object]  # before each step, and the clean ones
     noise_pred: list[object]
-    noise_pred_nega: list[object]
+    noise_pred_nega: list[object]  # and branch_distances: of None without guidance
     branch_distances: list[float]
     frames: np.ndarray
 
@@ -67,6 +61,11 @@ class Prior:
     def sigmas(self) -> list[float]:
         """The noise levels that its steps start at."""
         return sigmas_of(self.settings)
+
+    @property
+    def is_guided(self) -> bool:
+        """Whether both branches of its guidance are known."""
+        return self.settings.cfg_scale != 1
 
 
 def make_prior(case: Case, prompt: str, steps: int) -> Prior:
@@ -85,6 +84,25 @@ def make_prior(case: Case, prompt: str, steps: int) -> Prior:
         [step.branch_distance for step in taken],
         as_array(result.frames),
     )
+
+
+PRIORS: dict[str, Callable[[Case], Prior]] = {  # that methods start from: whose context, how many steps
+    "still": functools.partial(make_prior, prompt="still", steps=STEPS),
+    "motion": functools.partial(make_prior, prompt="old", steps=STEPS),
+    "still 10": functools.partial(make_prior, prompt="still", steps=10),
+    "motion 10": functools.partial(make_prior, prompt="old", steps=10),
+}
+
+
+def on_schedule_of(prior: Prior, case: Case):
+    """The case's settings with the prior's number of steps."""
+    return replace(case.settings, num_inference_steps=prior.settings.num_inference_steps)
+
+
+def known_nega(case: Case, prior: Prior, step: int):
+    """The first negative branch of a run that begins at a prior's step, as infer_from_prior.py knows it."""
+    reads = prior.is_guided and case.settings.cfg_scale != 1 and case.settings.skip_cache is None
+    return prior.noise_pred_nega[step] if reads else None
 
 
 def as_array(frames) -> np.ndarray:
@@ -109,7 +127,7 @@ def from_noise_on(case: Case, prior: Prior, *, steps: int):
     from step_skip.pipeline import run_on_sigmas
 
     start = {"latents": case.noise, "conditioning": case.conditioning("new")}
-    return run_on_sigmas(case.pipe, case.settings, sigmas=chosen_sigmas(steps), **start)
+    return run_on_sigmas(case.pipe, case.settings, sigmas=chosen_sigmas(case, steps), **start)
 
 
 def with_solver(case: Case, prior: Prior, *, steps: int, solver: str, chosen: bool):
@@ -119,7 +137,8 @@ def with_solver(case: Case, prior: Prior, *, steps: int, solver: str, chosen: bo
     """
     from step_skip.pipeline import run_scheduler
 
-    sigmas = chosen_sigmas(steps) if chosen else sigmas_of(replace(case.settings, num_inference_steps=steps))
+    own = sigmas_of(replace(case.settings, num_inference_steps=steps))
+    sigmas = chosen_sigmas(case, steps) if chosen else own
     return run_scheduler(
         case.pipe,
         case.settings,
@@ -158,11 +177,11 @@ def resume(case: Case, prior: Prior, *, start_step: int):
 
     return run_from(
         case.pipe,
-        prior.settings,
+        on_schedule_of(prior, case),
         start_step=start_step,
         latents=prior.latents[start_step + 1],
         conditioning=case.conditioning("new"),
-        known_nega=prior.noise_pred_nega[start_step + 1],
+        known_nega=known_nega(case, prior, start_step + 1),
     )
 
 
@@ -181,11 +200,11 @@ def differential(case: Case, prior: Prior, *, steps: int, fading: bool = True, s
         path = replace(path, guidance_decay=None)
     return run_scheduler(
         case.pipe,
-        prior.settings,
+        on_schedule_of(prior, case),
         scheduler=(scheduler or DifferentialScheduler)(path, case.settings.cfg_scale),
         latents=path.latents[0],
         conditioning=case.conditioning("new"),
-        known_nega=path.noise_pred_nega[0],
+        known_nega=known_nega(case, prior, path.steps[0]),
     )
 
 
@@ -215,15 +234,15 @@ def trajectory(prior: Prior, num_steps: int):
     from step_skip.differential import Trajectory
     from step_skip.steps import guidance_decay, spread_steps
 
-    steps = spread_steps(len(prior.noise_pred), num_steps)
-    return Trajectory(
-        steps,
-        [*(prior.latents[step] for step in steps), prior.latents[-1]],
-        [prior.noise_pred[step] for step in steps],
-        noise_pred_nega=[prior.noise_pred_nega[step] for step in steps],
-        cfg_scale=prior.settings.cfg_scale,
-        guidance_decay=guidance_decay(prior.branch_distances, steps, sigmas=prior.sigmas),
-    )
+    steps, guidance = spread_steps(len(prior.noise_pred), num_steps), {}
+    if prior.is_guided:
+        guidance = {
+            "noise_pred_nega": [prior.noise_pred_nega[step] for step in steps],
+            "cfg_scale": prior.settings.cfg_scale,
+            "guidance_decay": guidance_decay(prior.branch_distances, steps, sigmas=prior.sigmas),
+        }
+    latents = [*(prior.latents[step] for step in steps), prior.latents[-1]]
+    return Trajectory(steps, latents, [prior.noise_pred[step] for step in steps], **guidance)
 
 
 def video_to_video(case: Case, prior: Prior, *, steps: int, strength: float):
@@ -253,7 +272,7 @@ def flow_edit(case: Case, prior: Prior, *, steps: int):
     from step_skip.pipeline import decode
     from step_skip.results import RunResult
 
-    sigmas = [*chosen_sigmas(steps), 0.0]
+    sigmas = [*chosen_sigmas(case, steps), 0.0]
     source = prior.latents[-1]
     edited = source.clone()
     for sigma, sigma_next in itertools.pairwise(sigmas):
@@ -274,13 +293,12 @@ def sigmas_of(settings) -> list[float]:
     return compute_schedule(**{name: getattr(settings, name) for name in names})[1]
 
 
-def chosen_sigmas(num_steps: int) -> list[float]:
-    """Where so many steps of a differential resume lie, from a prior of STEPS steps."""
-    from step_skip.schedule import compute_schedule
+def chosen_sigmas(case: Case, num_steps: int) -> list[float]:
+    """Where so many steps of a differential resume lie, from a prior of as many steps as the full run."""
     from step_skip.steps import spread_steps
 
-    sigmas = compute_schedule(num_inference_steps=STEPS, denoising_strength=1.0, sigma_shift=5.0)[1]
-    return [sigmas[step] for step in spread_steps(STEPS, num_steps)]
+    sigmas = sigmas_of(case.settings)
+    return [sigmas[step] for step in spread_steps(len(sigmas), num_steps)]
 
 
 def velocity(case: Case, latents, sigma: float, prompt: str):

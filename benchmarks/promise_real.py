@@ -8,37 +8,54 @@
 No truth is known here, so obedience is for the eye: contact_sheet.png shows first, middle and last frame of
 every method. The number is the distance in latents to the full run with the same noise, as a share
 of the distance between the full runs of two prompts: 0 is the full run itself, 1 is the other prompt's.
-The first prompt makes the motion prior, the others are asked for. Loads the model once.
+The first prompt makes the motion prior, the others are asked for. Loads the model once, and makes both priors
+again for every picture and prompt.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
-import sys
+import textwrap
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
-from methods import ROOT, STEPS, Case, Method, differential, from_noise, make_prior, resume
+from promise_methods import (
+    STEPS,
+    Case,
+    Method,
+    differential,
+    from_noise,
+    from_noise_on,
+    make_prior,
+    resume,
+    with_solver,
+)
 
 from step_skip.cli import Parser, add_model_arguments, run_script
 from step_skip.loading import load_pipeline, pick_device
 from step_skip.media import read_image
 from step_skip.models import LoadOptions, model_defaults, weight_files
 from step_skip.prior import RunSettings, latents_shape
-from step_skip.steps import recommended_num_steps, spread_steps
+from step_skip.steps import recommended_num_steps, recommended_start_step
 
-sys.path.insert(0, str(ROOT))
+PRIORS = {"motion": "old", "still": "still"}  # by kind: whose context
+LABEL_WIDTH = 24  # characters
 
 
-DEFAULT = tuple(spread_steps(STEPS, recommended_num_steps(STEPS)))
-METHODS = (
-    Method("full run", lambda case, prior: from_noise(case, prior, steps=STEPS)),
-    Method("as few steps from noise", lambda case, prior: from_noise(case, prior, steps=len(DEFAULT))),
-    Method("resume after 6", lambda case, prior: resume(case, prior, start_step=6), "motion"),
-    Method("resume after 6", lambda case, prior: resume(case, prior, start_step=6), "empty"),
-    Method("differential", lambda case, prior: differential(case, prior, steps=DEFAULT), "motion"),
-    Method("differential", lambda case, prior: differential(case, prior, steps=DEFAULT), "empty"),
-)
+def methods(steps: int) -> Iterator[Method]:
+    """promise.py's methods that a user chooses between, the full run of so many steps first."""
+    few, after = recommended_num_steps(steps), recommended_start_step(steps)
+    yield Method(f"Euler, {steps} steps", partial(from_noise, steps=steps))
+    yield Method(f"Euler, {few} steps on our sigmas", partial(from_noise_on, steps=few))
+    solver = partial(with_solver, steps=few, solver="DPM++ 2M", chosen=True)
+    yield Method(f"DPM++ 2M, {few} steps on our sigmas", solver, "still")
+    recipe = f"the original recipe: resume after {after} of {steps}"
+    yield Method(recipe, partial(resume, start_step=after), "motion")
+    for kind in ("motion", "still"):
+        yield Method(f"differential, {few} steps", partial(differential, steps=few), kind)
+    yield Method("differential, 2 steps", partial(differential, steps=2), "still")
 
 
 def load(args: argparse.Namespace):
@@ -50,14 +67,16 @@ def load(args: argparse.Namespace):
     return load_pipeline(options, weight_files(options)), defaults
 
 
-def make_case(pipe, defaults, image_path: Path, prompts: dict[str, str], *, seed: int) -> Case:
-    """One picture with the prompt its prior is made with and the one that is asked for."""
+def make_case(
+    pipe, defaults, image_path: Path, prompts: dict[str, str], *, num_inference_steps: int, seed: int
+) -> Case:
+    """One picture with its prompts: old and still, of its priors, and new, which is asked for."""
     from step_skip.pipeline import encode_image, encode_prompt
 
     sizes = {name: getattr(defaults, name) for name in ("height", "width", "num_frames")}
     image = read_image(image_path, width=sizes["width"], height=sizes["height"])
     settings = RunSettings(
-        num_inference_steps=STEPS,
+        num_inference_steps=num_inference_steps,
         denoising_strength=1.0,
         sigma_shift=defaults.sigma_shift,
         cfg_scale=defaults.cfg_scale,
@@ -65,7 +84,6 @@ def make_case(pipe, defaults, image_path: Path, prompts: dict[str, str], *, seed
     )
     texts = prompts | {"empty": defaults.negative_prompt}
     contexts = {name: encode_prompt(pipe, text) for name, text in texts.items()}
-    contexts["neutral"] = encode_prompt(pipe, "")
     noise = pipe.generate_noise(latents_shape(**sizes), seed=seed, rand_device="cpu")
     identity = encode_image(pipe, image, num_frames=sizes["num_frames"])
     return Case(0, seed, pipe, settings, None, "", "", contexts, identity, noise)
@@ -73,9 +91,10 @@ def make_case(pipe, defaults, image_path: Path, prompts: dict[str, str], *, seed
 
 def compare(case: Case) -> tuple[list[dict], list[list]]:
     """One line and a few frames for every method."""
-    priors = {"motion": make_prior(case, "old"), "empty": make_prior(case, "neutral")}
+    steps = case.settings.num_inference_steps
+    priors = {kind: make_prior(case, prompt, steps) for kind, prompt in PRIORS.items()}
     rows, frames, full = [], [], None
-    for method in METHODS:
+    for method in methods(steps):
         result = method.run(case, priors.get(method.prior))
         latents = result.latents.float().cpu()
         if full is None:
@@ -94,11 +113,28 @@ def compare(case: Case) -> tuple[list[dict], list[list]]:
     return rows, frames
 
 
+def label(row: dict) -> str:
+    """What stands beside a method's frames."""
+    lines = textwrap.wrap(row["method"], LABEL_WIDTH)
+    return "\n".join([*lines, f"{row['prior']} prior", f"{row['distance']:.2f}"])
+
+
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
     parser = Parser(__doc__)
     parser.add_argument("--images", type=Path, nargs="+", required=True)
     parser.add_argument("--prompts", nargs="+", required=True, help="at least two; the first makes the prior")
+    parser.add_argument(
+        "--still_prompt",
+        default="the character stays still",
+        help="makes the prior that holds still",
+    )
+    parser.add_argument(
+        "--num_inference_steps",
+        type=int,
+        default=STEPS,
+        help="of the full run and of the priors",
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
         "--output", type=Path, required=True, help="folder for clips.csv and contact_sheet.png"
@@ -109,6 +145,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if len(args.prompts) < 2:
         parser.error("--prompts takes at least two")
+    if args.num_inference_steps < 4:
+        parser.error(f"--num_inference_steps {args.num_inference_steps}: expected at least 4")
     return args
 
 
@@ -122,11 +160,12 @@ def main(argv: list[str] | None = None) -> Path:
     table, sheet = [], []
     for image in args.images:
         for prompt in args.prompts[1:]:
-            case = make_case(pipe, defaults, image, {"old": args.prompts[0], "new": prompt}, seed=args.seed)
+            prompts = {"old": args.prompts[0], "still": args.still_prompt, "new": prompt}
+            steps = {"num_inference_steps": args.num_inference_steps, "seed": args.seed}
+            case = make_case(pipe, defaults, image, prompts, **steps)
             rows, frames = compare(case)
             table += [{"image": image.name, "prompt": prompt} | row for row in rows]
-            labels = [f"{row['method']}\n{row['prior']} prior\n{row['distance']:.2f}" for row in rows]
-            sheet += list(zip(labels, frames, strict=True))
+            sheet += list(zip(map(label, rows), frames, strict=True))
     with (args.output / "clips.csv").open("w", newline="") as out:
         writer = csv.DictWriter(out, table[0])
         writer.writeheader()
