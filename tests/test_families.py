@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import save_image
 from families import SIZES, build_family
 from helpers import OTHER_PROMPT, PROMPT, Outcome, edit_metadata, read_json
@@ -101,6 +102,19 @@ def test_a_prior_holds_what_its_family_takes(make, run, images, tmp_path, family
     assert metadata["shapes"]["step_0000.pt"] == [1, kind.latent_channels, 2, latent, latent]
     assert metadata["family"] == family
     assert run("infer_from_prior", "--prior_dir", prior, "--verify").code == 0
+
+
+def test_a_first_frame_that_is_fused_moves_in_no_branch(make, images):
+    prior = make("TI2V", *image_flags("TI2V", images), "--num_inference_steps", 2).path
+    first = torch.load(prior / "first_frame_latents.pt", weights_only=True)
+    for step in range(2):
+        tensors = {
+            name: torch.load(prior / f"{name}_{step:04d}.pt", weights_only=True)
+            for name in ("step", "noise_pred", "noise_pred_nega")
+        }
+        assert torch.equal(tensors["step"][:, :, :1], first)
+        for name in ("noise_pred", "noise_pred_nega"):
+            assert not tensors[name][:, :, :1].any() and tensors[name][:, :, 1:].any()
 
 
 def test_an_end_image_that_may_be_left_out_makes_another_prior(make, images):

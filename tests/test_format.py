@@ -137,7 +137,8 @@ def test_every_file_is_recorded_with_its_checksum(prior):
     assert {path.name for path in prior.iterdir()} == {"run_metadata.json", *files}
     for name, digest in files.items():
         assert hashlib.sha256((prior / name).read_bytes()).hexdigest() == digest
-    steps = {f"{kind}_{step:04d}.pt" for kind in ("step", "noise_pred") for step in range(10)}
+    kinds = ("step", "noise_pred", "noise_pred_nega")
+    steps = {f"{kind}_{step:04d}.pt" for kind in kinds for step in range(10)}
     contexts = {context_file(text) for text in (PROMPT, "Still.")}
     others = {"initial_latents.pt", "y.pt", "clip_feature.pt", "input_image.png"}
     shown = {"output_full.mp4", "formation.png"}
@@ -306,7 +307,7 @@ def test_however_many_steps_make_a_sound_file_name(make_prior, infer, tmp_path):
     names = [infer(prior, "--num_steps", number).path.name for number in (2, 6, 7, 60)]
     names.append(infer(prior, "--steps", *range(7)).path.name)
     starts = [name.split("_")[0] for name in names]
-    assert starts == ["steps6-42", "steps0-16-30-42-51-57", "7steps", "60steps", "7steps"]
+    assert starts == ["steps0-45", "steps0-16-30-42-51-57", "7steps", "60steps", "7steps"]
     assert len({name.split("_")[-1] for name in names}) == len(names)  # the steps are in the hash, too
 
 

@@ -498,7 +498,7 @@ def test_a_distilled_lora_is_known_by_its_name_or_metadata(save, name, metadata,
 
 
 def test_what_a_distilled_lora_is_made_for_is_hinted_and_changes_nothing(
-    generate, infer, image, model_dir, save, prior
+    generate, infer, image, model_dir, save, prior_copy
 ):
     """The sigmas are those of LightX2V's steps 1000 750 500 250 at shift 5."""
     path = save(lora_weights(model_dir), "lightx2v_4step")
@@ -508,8 +508,8 @@ def test_what_a_distilled_lora_is_made_for_is_hinted_and_changes_nothing(
     metadata = read_json(outcome.path / "run_metadata.json")
     assert (metadata["cfg_scale"], metadata["num_inference_steps"]) == (5.0, 10)
     assert "hint" not in generate("--image", image, "--lora", path, "--cfg_scale", 1).err
-    outcome = infer(prior, "--lora", path)
+    outcome = infer(prior_copy, "--lora", path)
     assert "is made for --cfg_scale 1 --sigmas 1 0.9375 0.8333 0.625" in outcome.err
     assert outcome.report["cfg_scale"] == 5.0
     for flags in (("--lora", path, "--cfg_scale", 1), ()):
-        assert "hint" not in infer(prior, *flags).err
+        assert "hint" not in infer(prior_copy, *flags).err
