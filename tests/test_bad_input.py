@@ -616,7 +616,9 @@ def test_conditioning_that_is_almost_right(prior_copy, infer, refused, name, spo
     refused(lambda: infer(prior_copy), path.name, words)
 
 
-@pytest.mark.parametrize("name", ["noise_pred_0006.pt", "noise_pred_nega_0006.pt", "step_0005.pt", "step_0009.pt"])
+@pytest.mark.parametrize(
+    "name", ["noise_pred_0006.pt", "noise_pred_nega_0006.pt", "step_0005.pt", "step_0009.pt"]
+)
 def test_differential_resume_looks_at_its_files_too(prior_copy, infer, refused, name):
     torch.save(spoiled(float("nan")), prior_copy / name)
     refused(lambda: infer(prior_copy, "--num_steps", 3), name, "is damaged")
