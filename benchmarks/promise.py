@@ -1,15 +1,14 @@
 """Measure the promise on the embedded model: is the new prompt obeyed, the identity kept, the time saved?
 
     python benchmarks/promise.py --identities 100
-    python benchmarks/promise.py --identities 40 --methods cheaper --output benchmarks/results/cheaper
     python benchmarks/promise.py --report_only
 
 Every case is an identity the model has not seen, a motion its prior was made with and another one that
 is asked for; every method (promise_methods.py) makes that second clip its own way, one clip at a time, in
 float32. The VAE decodes in bfloat16 and untiled, four times faster on this CPU, for all of them alike.
-Writes clips.csv (one line a clip), summary.csv, summary.md and the plots to --output; clips already in
-clips.csv are not made again, so that an interrupted run goes on where it stopped. Takes about a minute an
-identity on 2 busy CPU cores.
+Writes clips.csv (one line a clip), the tables and a plot to --output; clips already in
+clips.csv are not made again, so that an interrupted run goes on where it stopped. Takes about a minute and a
+half an identity and seed on 2 CPU cores.
 """
 
 from __future__ import annotations
@@ -39,8 +38,7 @@ from step_skip.loading import installed_versions, load_pipeline
 from step_skip.models import LoadOptions, fingerprint_files, model_defaults, weight_files
 from step_skip.prior import RunSettings, latents_shape
 
-SETS = {"all": methods}
-Job = tuple[int, int, float, str]  # index, seed, cfg_scale, name of the set of methods
+Job = tuple[int, int, float]  # index, seed, cfg_scale
 FIRST_IDENTITY = 2_000_000  # a stream of identities of its own, neither the training's nor evaluate.py's
 COLUMNS = (
     "index",
@@ -163,8 +161,7 @@ def start_worker(threads: int) -> None:
 
 def work(job: Job) -> list[dict]:
     """All lines of one case."""
-    index, seed, cfg_scale, name = job
-    return list(measure_case(*_worker, index, seed, cfg_scale, list(SETS[name]())))
+    return list(measure_case(*_worker, *job, list(methods())))
 
 
 def ssim(frames: np.ndarray, full: np.ndarray) -> float:
@@ -227,7 +224,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--identities", type=int, default=100, help="unseen identities (default: 100)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="noises per identity (default: 0)")
     parser.add_argument("--guidance", type=float, nargs="+", default=[2, 5], help="cfg_scale (default: 2 5)")
-    parser.add_argument("--methods", choices=SETS, default="all", help="which to compare (default: all)")
     parser.add_argument("--output", type=Path, default=HERE / "out" / "promise")
     parser.add_argument("--workers", type=int, default=2, help="processes (default: 2)")
     parser.add_argument("--report_only", action="store_true", help="only redo summary and plots")
@@ -236,24 +232,22 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     """Run the cases that are missing, then report."""
-    import cheaper_report
     import promise_report
 
     args = parse_args(argv)
     args.output.mkdir(parents=True, exist_ok=True)
     clips = args.output / "clips.csv"
     if not args.report_only:
-        check_same_setup(args.output / "setup.json", list(SETS[args.methods]()))
+        check_same_setup(args.output / "setup.json", list(methods()))
         # the seed goes with the identity, so that no two cases share their noise
         jobs = [
-            (index, 1000 * seed + index, cfg_scale, args.methods)
+            (index, 1000 * seed + index, cfg_scale)
             for seed in args.seeds
             for index in range(args.identities)
             for cfg_scale in args.guidance
         ]
         run_cases(jobs, clips, workers=args.workers)
-    report = cheaper_report if args.methods == "cheaper" else promise_report
-    print(report.write(clips, args.output))
+    print(promise_report.write(clips, args.output))
 
 
 if __name__ == "__main__":
