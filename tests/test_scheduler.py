@@ -133,14 +133,14 @@ def test_recommended_step_is_6_of_10_and_always_exists():
 
 def test_a_differential_resume_runs_as_many_steps_as_asked_denser_to_the_end():
     found = [spread_steps(10, n) for n in (1, 2, 3, 4, 6)]
-    assert found == [[1], [1, 7], [0, 5, 8], [0, 4, 7, 9], [0, 3, 5, 7, 8, 9]]
-    assert [spread_steps(25, 3), spread_steps(4, 2)] == [[0, 12, 21], [0, 3]]
+    assert found == [[0], [0, 8], [0, 6, 9], [0, 4, 7, 9], [0, 3, 5, 7, 8, 9]]
+    assert [spread_steps(25, 3), spread_steps(4, 2)] == [[0, 14, 22], [0, 3]]
     for total in (1, 2, 3, 4, 10, 50, 200):
         for number in range(1, total + 1):
             steps = spread_steps(total, number)
             assert steps[0] >= 0 and steps[-1] < total and len(steps) == number
             assert steps == sorted(set(steps))
-    assert [recommended_num_steps(n) for n in (1, 2, 4, 10, 25)] == [1, 1, 2, 3, 8]
+    assert [recommended_num_steps(n) for n in (1, 2, 4, 10, 14, 25)] == [1, 1, 2, 3, 4, 4]
 
 
 def test_shapes_and_rounded_sizes():

@@ -119,7 +119,7 @@ def test_what_the_page_says(page, results, prior):
         "cfg_scale 7.5",
         "negative_prompt Still.",
         "num_inference_steps 10",
-        "4 videos, 34 forwards.",
+        "4 videos, 30 forwards.",
         f"1. {PROMPT}",
         f"2. {OTHER_PROMPT}",
     ):
