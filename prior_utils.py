@@ -35,6 +35,7 @@ from step_skip.prior import (
     load_denoised,
     load_latents,
     noise_pred_file,
+    noise_pred_nega_file,
     step_file,
 )
 
@@ -138,7 +139,7 @@ def usable(prior: Prior, problems: dict[str, str]) -> str:
     steps = [
         step
         for step in range(prior.num_inference_steps if prior.is_complete else prior.whole_steps)
-        if step_file(step) not in problems
+        if not problems.keys() & {step_file(step), noise_pred_nega_file(step + 1)}
     ]
     return f"it can be resumed after steps {ranges(steps)}" if steps else "it can't be resumed"
 

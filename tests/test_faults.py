@@ -317,7 +317,7 @@ def verify(run):
 def test_whole_priors_are_said_to_be_so(prior, prior_copy, verify, loads):
     outcome = verify(prior, prior_copy)
     assert (outcome.code, outcome.out) == (0, f"{prior}\n{prior_copy}\n")
-    assert outcome.err.count("28 of 28 files are whole; it can be resumed after steps 0-9") == 2
+    assert outcome.err.count("38 of 38 files are whole; it can be resumed after steps 0-9") == 2
     assert not loads
 
 
@@ -330,10 +330,16 @@ def test_damage_is_told_file_by_file(prior_copy, verify, infer):
     assert (outcome.code, outcome.out) == (2, "")
     for words in ("step_0003.pt is missing", "output_full.mp4 is damaged", "step_0008.pt holds NaN"):
         assert words in outcome.err
-    assert "25 of 28 files are whole; it can be resumed after steps 0-2, 4-7, 9" in outcome.err
+    assert "35 of 38 files are whole; it can be resumed after steps 0-2, 4-7, 9" in outcome.err
     assert "3 files are damaged" in outcome.error
     assert infer(prior_copy, "--start_step", 6).code == 0  # as was said
     assert infer(prior_copy, "--start_step", 3).code == 2
+
+
+def test_a_damaged_negative_branch_is_missed_by_the_step_before(prior_copy, verify, infer):
+    (prior_copy / "noise_pred_nega_0003.pt").unlink()
+    assert "37 of 38 files are whole; it can be resumed after steps 0-1, 3-9" in verify(prior_copy).err
+    assert infer(prior_copy, "--start_step", 2).code == 2
 
 
 def test_a_prior_without_its_identity_is_said_to_be_useless(prior_copy, verify):
