@@ -186,7 +186,8 @@ def make_priors(args: argparse.Namespace) -> list[Path]:
     wanted, input_video = read_wanted(args, settings), read_input_video(args, settings)
     if settings.cfg_scale != 1 and (hint := distilled_hint(options.loras, sigmas=False)):
         log.info(hint)
-    model = load_components(options, [*planned.family.components, *cache_components(settings.skip_cache)])
+    components = [*planned.family.components, *cache_components(settings.skip_cache)]
+    model = load_components(options, components, by_expert=True)
     made, failed = [], []
     for each in wanted:
         begun: list[Path] = []
@@ -255,14 +256,14 @@ def finish(args: argparse.Namespace, prior: Prior, left: Left) -> Prior:
     log.info(f"{len(left.steps)} of {prior.num_inference_steps} steps are left to run")
     clock = Clock()
     clock.include(m.get("seconds", {}))
-    pipe = None
+    model = None
     if left.components:
         check = functools.partial(check_fingerprint, prior)
-        pipe = load_components(options, left.components, check=check).pipe
+        model = load_components(options, left.components, check=check, by_expert=True)
     clock.add("load")
     with saying_how_to_go_on(args, [prior.directory]):
         writer = PriorWriter(prior.directory, dict(m))
-        run_what_is_left(writer, left, pipe=pipe, start=start, clock=clock)
+        run_what_is_left(writer, left, model=model, start=start, clock=clock)
     return writer.prior
 
 

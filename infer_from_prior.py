@@ -24,7 +24,8 @@ from pathlib import Path
 import prior_utils
 from step_skip import cli
 from step_skip.files import InputError, RunError, check_folder
-from step_skip.infer import run_jobs, warn_of_what_differs
+from step_skip.infer import warn_of_what_differs
+from step_skip.jobs import run_jobs
 from step_skip.loading import differences_since, pick_device
 from step_skip.lora import distilled_hint, parse_recorded_loras
 from step_skip.media import video_bytes
@@ -184,6 +185,12 @@ def add_prompt_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="X",
         help="how strongly the prompt is followed; 1 switches guidance off and halves the cost; one, or one "
         "for each step that runs: 5 5 1 drops the second forward of the third (default: the prior's)",
+    )
+    group.add_argument(
+        "--cfg_scale_2",
+        type=cli.positive_float,
+        metavar="X",
+        help="of two experts the low-noise one's (default: --cfg_scale, where given, else the prior's)",
     )
 
 

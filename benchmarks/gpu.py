@@ -98,7 +98,8 @@ def timing(
     import torch
     from diffsynth.pipelines.wan_video import WanVideoPipeline
 
-    from step_skip.pipeline import Conditioning, run_scheduler
+    from step_skip.hooks import Conditioning
+    from step_skip.pipeline import run_scheduler
     from step_skip.schedule import ResumableScheduler
 
     pipe = WanVideoPipeline(device=device, torch_dtype=torch.bfloat16)

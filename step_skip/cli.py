@@ -198,8 +198,8 @@ def add_cheaper_arguments(parser: argparse.ArgumentParser, *, lora_help: str) ->
         "--lora",
         type=lora_argument,
         nargs="*",
-        metavar="PATH[:ALPHA]",
-        help=f"LoRAs for the DiT; {lora_help}",
+        metavar="[high=|low=]PATH[:ALPHA]",
+        help=f"LoRAs for the DiT, of two experts for both unless high= or low= names one; {lora_help}",
     )
 
 
@@ -319,6 +319,7 @@ OVERRIDES = {  # what a JSON line of --prompts_file may set, and the type of eac
     "prompt": utf8_text,
     "negative_prompt": utf8_text,
     "cfg_scale": positive_float,
+    "cfg_scale_2": positive_float,
     "start_step": start_steps,
     "steps": non_negative_int,
     "num_steps": positive_int,

@@ -88,6 +88,19 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
         "(default: 5; tiny: 2)",
     )
     group.add_argument(
+        "--cfg_scale_2",
+        type=cli.positive_float,
+        metavar="X",
+        help="of two experts the low-noise one's (default: --cfg_scale where that is given; T2V-A14B: 3)",
+    )
+    group.add_argument(
+        "--switch_DiT_boundary",
+        type=cli.strength,
+        metavar="X",
+        help="sigma below which the second of two experts takes over (default: the model's; I2V-A14B: 0.9, "
+        "T2V-A14B: 0.875)",
+    )
+    group.add_argument(
         "--stop_after",
         type=cli.non_negative_int,
         metavar="N",

@@ -39,7 +39,7 @@ class Trajectory:
     latents: Sequence[torch.Tensor]  # before each of the steps, then the clean ones: one more than steps
     noise_pred: Sequence[torch.Tensor]  # the guided velocity of each of the steps
     noise_pred_nega: Sequence[torch.Tensor] | None = None  # its negative branch's; None: not known
-    cfg_scale: float = 1.0  # that it was guided by
+    cfg_scale: float | Sequence[float] = 1.0  # that it was guided by, or one for each step
     guidance_decay: Sequence[float] | None = None  # of each step (steps.guidance_decay); None: unknown
 
 
@@ -77,8 +77,10 @@ class DifferentialScheduler(ReportingScheduler):
     def __init__(self, trajectory: Trajectory, cfg_scale: float | Sequence[float] = 1.0):
         super().__init__(lambda _: trajectory.steps)
         self.trajectory = trajectory
-        steps = len(trajectory.steps)
-        self.cfg_scales = list(cfg_scale) if isinstance(cfg_scale, Sequence) else [cfg_scale] * steps
+        self.cfg_scales, self.old_cfg_scales = (
+            list(each) if isinstance(each, Sequence) else [each] * len(trajectory.steps)
+            for each in (cfg_scale, trajectory.cfg_scale)
+        )
         self.offset: torch.Tensor | float = 0.0  # float32: in bfloat16 small differences would be lost
         self.before: tuple[Velocity, Velocity] | None = None  # new and old, at the step before
         self.estimates: tuple[torch.Tensor, torch.Tensor] | None = None  # likewise
@@ -106,7 +108,7 @@ class DifferentialScheduler(ReportingScheduler):
         old = path.noise_pred[place].to(model_output.device)
         return (
             Velocity.split(model_output, nega if known else None, self.cfg_scales[place]),
-            Velocity.split(old, old_nega, path.cfg_scale),
+            Velocity.split(old, old_nega, self.old_cfg_scales[place]),
         )
 
     def change_and_rest(

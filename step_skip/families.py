@@ -73,8 +73,21 @@ FAMILIES: Final[Mapping[str, Family]] = {
         image="optional",
         conditioning={"first_frame_latents": FIRST_FRAME},
     ),
+    "I2V-A14B": Family(
+        image="required", end_image="optional", conditioning={"y": Y}, experts=("dit", "dit2")
+    ),
+    "T2V-A14B": Family(experts=("dit", "dit2")),
 }
 DEFAULT_FAMILY: Final = "I2V"  # of a prior that names none: only this one was known
+
+
+def expert_of(timestep: float, boundary: float | None) -> str:
+    """The network WanVideoPipeline takes at a timestep, 0 ... 1000: of two experts dit2 below the boundary.
+
+    Args:
+        boundary: switch_DiT_boundary, 0 ... 1; None: there is only one.
+    """
+    return "dit2" if boundary is not None and timestep < boundary * 1000 else "dit"
 
 
 # --- published weights --------------------------------------------------------------------------------------
@@ -86,6 +99,7 @@ class Weights:
 
     model_id: str  # ModelScope's
     pattern: str
+    model_hash: str  # DiffSynth's, of keys and shapes
     parameters: int  # that are loaded
     file_bytes: int  # to download and to hold on disk
 
@@ -98,8 +112,10 @@ class Defaults:
     width: int = 832
     num_frames: int = 81
     fps: float = 16
-    cfg_scale: float = 5.0
+    cfg_scale: float = 5.0  # of two experts the high-noise one's
+    cfg_scale_2: float | None = None  # the low-noise one's; None: the same
     sigma_shift: float = 5.0
+    switch_DiT_boundary: float | None = None  # None: there is only one
     negative_prompt: str = WAN_NEGATIVE_PROMPT
     dtype: str = "bfloat16"
 
@@ -117,20 +133,32 @@ class Published:
 
 CONVERTED = "DiffSynth-Studio/Wan-Series-Converted-Safetensors"  # where DiffSynth redirects the .pth files
 TOKENIZER = ("Wan-AI/Wan2.1-T2V-1.3B", "google/umt5-xxl/")
-VAE_21 = Weights(CONVERTED, "Wan2.1_VAE.safetensors", 126_892_531, 507_570_124)
-VAE_22 = Weights(CONVERTED, "Wan2.2_VAE.safetensors", 704_688_668, 2_818_754_672)
-TEXT_ENCODER = Weights(CONVERTED, "models_t5_umt5-xxl-enc-bf16.safetensors", 5_680_910_336, 11_361_820_672)
+VAE_21 = Weights(
+    CONVERTED, "Wan2.1_VAE.safetensors", "ccc42284ea13e1ad04693284c7a09be6", 126_892_531, 507_570_124
+)
+VAE_22 = Weights(
+    CONVERTED, "Wan2.2_VAE.safetensors", "e1de6c02cdac79f8b739f4d3698cd216", 704_688_668, 2_818_754_672
+)
+TEXT_ENCODER = Weights(
+    CONVERTED,
+    "models_t5_umt5-xxl-enc-bf16.safetensors",
+    "9c8818c2cbea55eca56c7b447df170da",
+    5_680_910_336,
+    11_361_820_672,
+)
 IMAGE_ENCODER = Weights(  # of the file's parameters, float32, the text tower's are not loaded
     CONVERTED,
     "models_clip_open-clip-xlm-roberta-large-vit-huge-14.safetensors",
+    "5941c53e207d62f20f9025686193c40b",
     632_076_801,
-    4_770_000_000,
+    4_772_059_140,
 )
 
 
 def _published(
     model_id: str,
     family: str,
+    model_hash: str,
     *,
     parameters: int,
     stored_bytes: int = 4,  # per parameter
@@ -143,7 +171,7 @@ def _published(
     kind = FAMILIES[family]
     pattern = "diffusion_pytorch_model*.safetensors"
     networks = {
-        expert: Weights(model_id, folder + pattern, parameters, parameters * stored_bytes)
+        expert: Weights(model_id, folder + pattern, model_hash, parameters, parameters * stored_bytes)
         for expert, folder in zip(kind.experts, folders, strict=True)
     }
     shared = {"vae": vae, "text_encoder": TEXT_ENCODER, "image_encoder": IMAGE_ENCODER}
@@ -157,18 +185,25 @@ def _published(
 
 
 I2V_14B, T2V_14B = 16_394_878_784, 14_288_491_584  # parameters
+I2V_HASH, T2V_HASH = "6bfcfb3b342cb286ce886889d519a77e", "aafcfd9672c3a2456dc46e1cb6e52c70"
 LARGE = Defaults(height=720, width=1280)
 
 MODELS: Final[Mapping[str, Published]] = {
     "I2V-480P": _published(  # Wan's own code has shift 3 at this size; DiffSynth's examples, as here, 5
-        "Wan-AI/Wan2.1-I2V-14B-480P", "I2V", parameters=I2V_14B, num_inference_steps=40
+        "Wan-AI/Wan2.1-I2V-14B-480P", "I2V", I2V_HASH, parameters=I2V_14B, num_inference_steps=40
     ),
     "I2V-720P": _published(
-        "Wan-AI/Wan2.1-I2V-14B-720P", "I2V", parameters=I2V_14B, defaults=LARGE, num_inference_steps=40
+        "Wan-AI/Wan2.1-I2V-14B-720P",
+        "I2V",
+        I2V_HASH,
+        parameters=I2V_14B,
+        defaults=LARGE,
+        num_inference_steps=40,
     ),
     "Fun-1.3B-InP": _published(
         "PAI/Wan2.1-Fun-1.3B-InP",
         "InP",
+        "6d6ccde6845b95ad9114ab993d917893",
         parameters=1_564_428_608,
         stored_bytes=2,
         defaults=Defaults(cfg_scale=6.0, sigma_shift=3.0),
@@ -176,22 +211,43 @@ MODELS: Final[Mapping[str, Published]] = {
     "T2V-1.3B": _published(
         "Wan-AI/Wan2.1-T2V-1.3B",
         "T2V",
+        "9269f8db9040a9d860eaca435be61814",
         parameters=1_418_996_800,
         defaults=Defaults(cfg_scale=6.0, sigma_shift=8.0),
     ),
-    "T2V-14B": _published("Wan-AI/Wan2.1-T2V-14B", "T2V", parameters=T2V_14B, defaults=LARGE),
+    "T2V-14B": _published("Wan-AI/Wan2.1-T2V-14B", "T2V", T2V_HASH, parameters=T2V_14B, defaults=LARGE),
     "FLF2V-14B": _published(
         "Wan-AI/Wan2.1-FLF2V-14B-720P",
         "FLF2V",
+        "3ef3b1f8e1dab83d5b71fd7b617f859f",
         parameters=16_395_536_704,
         defaults=replace(LARGE, sigma_shift=16.0),
     ),
     "TI2V-5B": _published(
         "Wan-AI/Wan2.2-TI2V-5B",
         "TI2V",
+        "1f5ab7703c6fc803fdded85ff040c316",
         parameters=4_999_787_712,
         vae=VAE_22,
         defaults=Defaults(height=704, width=1280, num_frames=121, fps=24),
+    ),
+    "I2V-A14B": _published(
+        "Wan-AI/Wan2.2-I2V-A14B",
+        "I2V-A14B",
+        "5b013604280dd715f8457c6ed6d6a626",
+        parameters=14_288_901_184,
+        folders=("high_noise_model/", "low_noise_model/"),
+        defaults=replace(LARGE, cfg_scale=3.5, switch_DiT_boundary=0.9),
+        num_inference_steps=40,
+    ),
+    "T2V-A14B": _published(
+        "Wan-AI/Wan2.2-T2V-A14B",
+        "T2V-A14B",
+        T2V_HASH,
+        parameters=T2V_14B,
+        folders=("high_noise_model/", "low_noise_model/"),
+        defaults=replace(LARGE, cfg_scale=4.0, cfg_scale_2=3.0, sigma_shift=12.0, switch_DiT_boundary=0.875),
+        num_inference_steps=40,
     ),
 }
 MODEL_NAMES: Final = (*MODELS, "tiny")

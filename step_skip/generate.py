@@ -12,7 +12,7 @@ import functools
 import logging
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,11 +20,9 @@ from typing import TYPE_CHECKING, Any
 from step_skip.families import FAMILIES, MODEL_NAMES, Family
 from step_skip.files import InputError, locked, sha256_tensor
 from step_skip.loading import Model, differences_since, model_of
-from step_skip.media import fit_image, read_image, write_video
+from step_skip.media import as_image, read_image, write_video
 from step_skip.metadata import PriorWriter, check_progress, read_run
-from step_skip.models import (
-    cache_components,
-)
+from step_skip.models import cache_components
 from step_skip.plan import CHEAPER_NAMES, choose_cheaper
 from step_skip.prior import (
     END_IMAGE_FILE,
@@ -55,7 +53,7 @@ if TYPE_CHECKING:
     from diffsynth.pipelines.wan_video import WanVideoPipeline
     from PIL.Image import Image
 
-    from step_skip.pipeline import Conditioning
+    from step_skip.hooks import Conditioning
     from step_skip.schedule import ProgressCallback, Step
 
 log = logging.getLogger(__name__)
@@ -129,24 +127,13 @@ def generate_prior(
             run_what_is_left(
                 writer,
                 what_is_left(writer.prior),
-                pipe=model.pipe,
+                model=model,
                 start={**pipeline_images(images), "input_video": input_video},
                 clock=clock,
                 callback=callback_on_step_end,
                 progress=progress,
             )
         return writer.prior
-
-
-def as_image(given: str | Path | Image, *, width: int, height: int) -> Image:
-    """An image, or the file of one, as the model will see it.
-
-    Raises:
-        InputError: it can't be used as one.
-    """
-    if isinstance(given, str | Path):
-        return read_image(Path(given), width=width, height=height)
-    return fit_image(given, width=width, height=height)
 
 
 def pipeline_images(images: Mapping[str, Image]) -> dict[str, Image]:
@@ -166,6 +153,7 @@ class Left:
     damaged: frozenset[str]
     videos: dict[str, int | None]  # and the step whose denoised estimate each shows; None: the clean latents
     family: Family
+    experts: Sequence[str]  # the networks that take the steps that are left, in their order
     skip_cache: int | None  # as the steps run
 
     @property
@@ -180,7 +168,7 @@ class Left:
         if self.start_step is None:
             return [*self.family.components, *cache]
         if self.steps:
-            return ["dit", "vae", *cache]
+            return [*self.experts, "vae", *cache]
         return ["vae"] if self.videos else []
 
 
@@ -192,7 +180,7 @@ def start_files(prior: Prior) -> dict[str, str]:
         **{name: identity_file(name) for name in prior.identity_names},
         "context_posi": context_file(m["prompt"]),
     }
-    if m["cfg_scale"] != 1:
+    if set(prior.guidance) != {1}:
         files["context_nega"] = context_file(m["negative_prompt"])
     return files
 
@@ -222,12 +210,14 @@ def what_is_left(prior: Prior) -> Left:
         start_step = min(steps - 1, last_step)
         if start_step < last_step and (m.get("skip_cache") or m.get("tea_cache_l1_thresh")):
             start_step = -1  # a step uses again what earlier ones left in memory
+    first = 0 if start_step is None else start_step + 1
     return Left(
         start_step=start_step,
         last_step=last_step,
         damaged=frozenset(damaged),
         videos=videos,
         family=prior.family,
+        experts=list(dict.fromkeys(prior.expert_of(step) for step in range(first, last_step + 1))),
         skip_cache=m.get("skip_cache"),
     )
 
@@ -294,7 +284,7 @@ def run_what_is_left(
     writer: PriorWriter,
     left: Left,
     *,
-    pipe: WanVideoPipeline | None,
+    model: Model | None,
     start: Mapping[str, Any] | None,
     clock: Clock,
     callback: ProgressCallback | None = None,
@@ -303,7 +293,7 @@ def run_what_is_left(
     """Run what is left and declare the prior complete, or stopped.
 
     Args:
-        pipe: with the components that are left to use; None where none are.
+        model: with the components that are left to use; None where none are.
         start: what the pipeline begins with, images and input_video of the video's size; needed where
             start_step is None.
     """
@@ -313,13 +303,14 @@ def run_what_is_left(
         result = run_steps_left(
             writer,
             left,
-            pipe=pipe,
+            model=model,
             start=start,
             callback=callback,
             progress=progress,
         )
         clock.include(result.seconds)
         frames = result.frames
+    pipe = None if model is None else model.pipe
     save_videos(writer, left, pipe=pipe, frames=frames, clock=clock)
     clock.seconds["denoise"] = sum(m["seconds_per_step"])
     known = {"forwards": sum(m["forwards_per_step"]), "seconds": clock.seconds}
@@ -335,16 +326,16 @@ def run_steps_left(
     writer: PriorWriter,
     left: Left,
     *,
-    pipe: WanVideoPipeline,
+    model: Model | None,
     start: Mapping[str, Any] | None,
     callback: ProgressCallback | None,
     progress: bool,
 ) -> RunResult:
-    """Run the steps that are left, saving each as it comes."""
-    from step_skip.pipeline import run_from, run_full
+    """Run the steps that are left, saving each as it comes; of two experts that take turns, one by one."""
     from step_skip.schedule import reporting_to
 
-    m, settings = writer.metadata, writer.prior.settings
+    if model is None:
+        raise ValueError("steps are left to run, and they need a model")
     report = reporting_to(callback, range(left.last_step + 1))
 
     def save_and_report(step: Step) -> None:
@@ -352,26 +343,53 @@ def run_steps_left(
         if report is not None:
             report(step)
 
-    run: Callable[..., RunResult]
-    if left.start_step is None:
-        if start is None:
-            raise ValueError("a run from its beginning needs what it begins with")
-        run = functools.partial(
-            run_full,
-            prompt=m["prompt"],
-            negative_prompt=m["negative_prompt"],
-            **start,
-            on_start=functools.partial(save_start, writer),
-        )
-    else:
-        latents, conditioning = load_start(writer.prior)
-        if left.start_step >= 0:
-            latents = load_latents(writer.prior, step_file(left.start_step))
-        run = functools.partial(
-            run_from, start_step=left.start_step, latents=latents, conditioning=conditioning
-        )
-    stop_after = left.last_step if left.last_step < settings.num_inference_steps - 1 else None
-    return run(pipe, settings, stop_after=stop_after, on_step=save_and_report, progress=progress)
+    start_step, result = left.start_step, None
+    parts = parts_by_expert(writer.prior, left) if model.experts else {"": left.last_step}
+    for expert, last_step in parts.items():
+        load_seconds = 0.0
+        if expert:
+            load_seconds = model.use_expert(expert)
+            writer.metadata.setdefault("parameter_fingerprint", {}).update(model.parameters)
+        stop_after = last_step if last_step < writer.prior.num_inference_steps - 1 else None
+        run = {"stop_after": stop_after, "on_step": save_and_report, "progress": progress}
+        if start_step is None:
+            part = run_from_beginning(writer, model.pipe, start, **run)
+        else:
+            part = run_from_step(writer, model.pipe, start_step, **run)
+        part.seconds["load"] += load_seconds
+        start_step, result = last_step, part if result is None else result.then(part)
+    assert result is not None  # there are steps that are left
+    return result
+
+
+def parts_by_expert(prior: Prior, left: Left) -> dict[str, int]:
+    """The last step of each expert, among those that are left, in their order."""
+    return {prior.expert_of(step): step for step in left.steps}
+
+
+def run_from_beginning(
+    writer: PriorWriter, pipe: WanVideoPipeline, start: Mapping[str, Any] | None, **run: Any
+) -> RunResult:
+    """Encode what the run begins with, save it, and run from the first step on."""
+    from step_skip.pipeline import run_full
+
+    if start is None:
+        raise ValueError("a run from its beginning needs what it begins with")
+    prompts = {name: writer.metadata[name] for name in ("prompt", "negative_prompt")}
+    on_start = functools.partial(save_start, writer)
+    return run_full(pipe, writer.prior.settings, **prompts, **start, on_start=on_start, **run)
+
+
+def run_from_step(writer: PriorWriter, pipe: WanVideoPipeline, start_step: int, **run: Any) -> RunResult:
+    """Run on after a step that is saved; -1: from the initial latents."""
+    from step_skip.pipeline import run_from
+
+    prior = writer.prior
+    latents, conditioning = load_start(prior)
+    if start_step >= 0:
+        latents = load_latents(prior, step_file(start_step))
+    settings = prior.settings_after(start_step)
+    return run_from(pipe, settings, start_step=start_step, latents=latents, conditioning=conditioning, **run)
 
 
 def save_start(writer: PriorWriter, latents: torch.Tensor, conditioning: Conditioning) -> None:
@@ -384,7 +402,7 @@ def save_start(writer: PriorWriter, latents: torch.Tensor, conditioning: Conditi
 
 def load_start(prior: Prior) -> tuple[torch.Tensor, Conditioning]:
     """The initial latents, [B, C, T, H, W], and the conditioning, as they were saved."""
-    from step_skip.pipeline import Conditioning
+    from step_skip.hooks import Conditioning
 
     tensors = {name: load_conditioning(prior, file) for name, file in start_files(prior).items()}
     return tensors["latents"], Conditioning(
@@ -400,13 +418,14 @@ def save_step(writer: PriorWriter, step: Step) -> None:
     if writer.prior.keeps_nega and step.noise_pred_nega is not None:
         writer.save_tensor(noise_pred_nega_file(step.index), step.noise_pred_nega)
     writer.save_tensor(step_file(step.index), step.latents)
-    record_branch_distance(writer.metadata, step)
+    if 1 not in writer.prior.guidance:  # else it isn't known of every step
+        record_branch_distance(writer.metadata, step)
     writer.record(step.index, seconds_per_step=step.seconds, forwards_per_step=step.forwards)
     writer.write_metadata()
 
 
 def save_videos(
-    writer: PriorWriter, left: Left, *, pipe: WanVideoPipeline, frames: list[Image], clock: Clock
+    writer: PriorWriter, left: Left, *, pipe: WanVideoPipeline | None, frames: list[Image], clock: Clock
 ) -> None:
     """Save the videos that are left, of the prior's own the frames if they are decoded already.
 

@@ -12,41 +12,35 @@ import functools
 import logging
 import sys
 import time
-import traceback
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from tqdm import tqdm
-
 from step_skip.contexts import save_context
 from step_skip.files import InputError, sha256_file, sha256_tensor, write_json
-from step_skip.loading import ENCODERS, Model, describe_machine, installed_versions, load_components, model_of
+from step_skip.loading import Model, describe_machine, installed_versions, model_of
 from step_skip.lora import summarize_loras
 from step_skip.media import write_video
 from step_skip.metadata import read_prior
-from step_skip.models import COMPONENTS, SKIP_BRANCH, LoadOptions
+from step_skip.models import COMPONENTS
 from step_skip.plan import (
     Choices,
     Plan,
     latents_files,
     make_plan,
-    needed_components,
     nega_files,
     part_of_step,
     settings_of,
     velocity_files,
 )
-from step_skip.prior import Prior, check_fingerprint, identity_file
-from step_skip.results import Clock, RunResult
+from step_skip.prior import Prior, identity_file
+from step_skip.results import RunResult
 from step_skip.steps import FORMATION_KEY, guidance_decay
 from step_skip.sweep import (
     Group,
     Job,
-    all_jobs,
     describe_settings,
-    expected_seconds_of_each,
     load_inputs,
     read_inputs,
 )
@@ -56,12 +50,11 @@ if TYPE_CHECKING:
     from diffsynth.pipelines.wan_video import WanVideoPipeline
     from PIL.Image import Image
 
-    from step_skip.pipeline import Conditioning
+    from step_skip.hooks import Conditioning
+    from step_skip.pipeline import Pause
     from step_skip.schedule import ProgressCallback
 
 log = logging.getLogger(__name__)
-
-JOB_ERRORS = (InputError, RuntimeError, MemoryError, OSError)  # RunError and torch's own are RuntimeErrors
 
 
 @dataclass
@@ -100,6 +93,7 @@ def infer_from_prior(
     *,
     negative_prompt: str | None = None,
     cfg_scale: float | Sequence[float] | None = None,
+    cfg_scale_2: float | None = None,
     steps: Sequence[int] | None = None,
     num_steps: int | None = None,
     start_step: int | Literal["auto"] | None = None,
@@ -121,6 +115,7 @@ def infer_from_prior(
         prior: what `generate_prior` returned, or its folder.
         prompt: the new motion; None: the prior's own prompt, which gives the prior's own video, bit for bit.
         negative_prompt, cfg_scale: None: the prior's; cfg_scale may have one value for each step that runs.
+        cfg_scale_2: of two experts the low-noise one's.
         steps, num_steps: a differential resume at these steps, or at so many; the default is 3 of 10.
         start_step: a resume after this step instead, or "auto" (with text_share, 0 ... 1).
         num_steps_after: with start_step: in so many steps to the end.
@@ -142,6 +137,7 @@ def infer_from_prior(
         prompt=prompt,
         negative_prompt=negative_prompt,
         cfg_scale=cfg_scale,
+        cfg_scale_2=cfg_scale_2,
         steps=steps,
         num_steps=num_steps,
         start_step=start_step,
@@ -186,71 +182,6 @@ def warn_of_what_differs(group: Group) -> None:
                 f"the prior was made with --{name} {value}, which is not taken over; give it, too, to have "
                 "steps as cheap, and without it the prior's own prompt gives nearly the prior's video"
             )
-
-
-# --- many of them -------------------------------------------------------------------------------------------
-
-
-def run_jobs(groups: Sequence[Group], *, options: LoadOptions) -> dict[Path, Exception]:
-    """Load a model and make every video; one that fails doesn't stop the others.
-
-    Args:
-        groups: with their inputs loaded.
-
-    Returns:
-        The errors of the videos that could not be made.
-
-    Raises:
-        InputError: weights that are missing, or are not those the priors were made with.
-        RunError: weights that could not be fetched.
-    """
-    from step_skip.pipeline import release
-
-    jobs, clock = all_jobs(groups), Clock()
-    needed = {
-        name
-        for group in groups
-        for plan in group.plans
-        for name in needed_components(plan, group.prior, known=group.inputs.contexts.keys())
-    }
-
-    def check_all(found: Mapping[str, str]) -> None:
-        for group in groups:
-            check_fingerprint(group.prior, found)
-
-    components = [name for name in (*COMPONENTS, SKIP_BRANCH) if name in needed]
-    model = load_components(options, components, check=check_all)
-    clock.add("load")
-    encode_new(groups, model)
-    release(model.pipe, ENCODERS)
-    clock.add("encode")
-    shared = {phase: clock.seconds[phase] / len(jobs) for phase in ("load", "encode")}
-    costs = expected_seconds_of_each(jobs) or [job.plan.forwards + 1 for job in jobs]
-    failed: dict[Path, Exception] = {}
-    bar_format = "{desc}{percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
-    with tqdm(total=sum(costs), smoothing=0, bar_format=bar_format, disable=len(jobs) == 1) as bar:
-        pairs = [(group, job) for group in groups for job in group.jobs]
-        for number, ((group, job), cost) in enumerate(zip(pairs, costs, strict=True), 1):
-            bar.set_description(f"video {number} of {len(jobs)}", refresh=False)
-            try:
-                run_job(group, job, model=model, shared=shared)
-            except JOB_ERRORS as error:
-                traceback.clear_frames(error.__traceback__)  # they hold tensors the next video needs room for
-                failed[job.path] = error
-            bar.update(cost)
-    return failed
-
-
-def run_job(group: Group, job: Job, *, model: Model, shared: Mapping[str, float]) -> None:
-    """Make one video and write it.
-
-    Args:
-        shared: this video's share of the seconds that loading and encoding took.
-    """
-    clip = make_clip(group, job.plan, model)
-    clip.seconds |= shared
-    clip.save(job.path)
-    log.info(f"{job.path}: {clip.forwards} forwards, {sum(clip.seconds.values()):.1f} s")
 
 
 # --- encoding -----------------------------------------------------------------------------------------------
@@ -301,9 +232,10 @@ def make_clip(
     *,
     callback: ProgressCallback | None = None,
     progress: bool = True,
+    pause: Pause | None = None,
 ) -> Clip:
-    """Run a plan of a prior whose inputs are complete."""
-    result = run_plan(group, plan, model.pipe, callback=callback, progress=progress)
+    """Run a plan of a prior whose inputs are complete, or what is left of it after a pause."""
+    result = run_plan(group, plan, model.pipe, callback=callback, progress=progress, pause=pause)
     report = describe_clip(group, plan, model, result)
     return Clip(result.frames, result.latents, result.forwards, dict(result.seconds), report)
 
@@ -315,8 +247,13 @@ def run_plan(
     *,
     callback: ProgressCallback | None = None,
     progress: bool = True,
+    pause: Pause | None = None,
 ) -> RunResult:
-    """Run the plan's steps: after one of the prior's, differentially, or on sigmas of their own."""
+    """Run the plan's steps: after one of the prior's, differentially, or on sigmas of their own.
+
+    Args:
+        pause: to run the steps of one expert, and in another call those of the other.
+    """
     from step_skip.differential import Trajectory
     from step_skip.pipeline import run_differential, run_from, run_on_sigmas
     from step_skip.schedule import reporting_to
@@ -342,7 +279,7 @@ def run_plan(
             plan.steps_to_run, latents, velocities, **guidance_of(prior, plan.steps_to_run, negas)
         )
         run = functools.partial(run_differential, trajectory=path, known_nega=known_nega)
-    return run(pipe, settings, conditioning=conditioning, on_step=on_step, progress=progress)
+    return run(pipe, settings, conditioning=conditioning, on_step=on_step, progress=progress, pause=pause)
 
 
 def guidance_of(prior: Prior, steps: Sequence[int], negas: Sequence[torch.Tensor]) -> dict[str, Any]:
@@ -354,7 +291,7 @@ def guidance_of(prior: Prior, steps: Sequence[int], negas: Sequence[torch.Tensor
     decay = guidance_decay(distances, steps, sigmas=sigmas)
     return {
         "noise_pred_nega": negas,
-        "cfg_scale": prior.metadata["cfg_scale"],
+        "cfg_scale": [prior.guidance[step] for step in steps],
         "guidance_decay": decay,
     }
 
@@ -366,7 +303,7 @@ def between(begin: torch.Tensor, end: torch.Tensor, part: float) -> torch.Tensor
 
 def conditioning_of(plan: Plan, group: Group) -> Conditioning:
     """What the network sees besides latents: the prior's identity and the plan's prompts."""
-    from step_skip.pipeline import Conditioning
+    from step_skip.hooks import Conditioning
 
     tensors, contexts = group.inputs.tensors, group.inputs.contexts
     return Conditioning(

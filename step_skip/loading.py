@@ -43,6 +43,7 @@ log = logging.getLogger(__name__)
 OWN_PIPELINE = "own"  # the model of a prior that was made on a pipeline we didn't load
 UNVERIFIED = "unverified"
 ENCODERS = ("text_encoder", "image_encoder")
+EXPERTS = ("dit", "dit2")  # for high noise, for low noise
 PLAIN_VRAM_GIB = 64  # bfloat16 weights of the 14B model are some 46 GiB; the rest is activations and decoding
 
 
@@ -50,26 +51,28 @@ PLAIN_VRAM_GIB = 64  # bfloat16 weights of the 14B model are some 46 GiB; the re
 
 
 def pick_device(model: str, device: str | None) -> str:
-    """The device to run on: CUDA where there is one, else the CPU, which only `tiny` can use.
+    """The device to run on: CUDA where there is one, else the CPU, for all but `tiny` only where named.
 
     Raises:
-        InputError: the device isn't there, or is a CPU and the model has 14 billion parameters.
+        InputError: the device isn't there, or is a CPU that wasn't asked for and the model is large.
     """
     import torch
 
     found = "cuda" if torch.cuda.is_available() else "cpu"
-    device = device or found
+    is_named, device = device is not None, device or found
     try:
         kind, index = torch.device(device).type, torch.device(device).index or 0
     except RuntimeError:
         kind = None
     if kind not in ("cpu", "cuda"):
         raise InputError(f"--device {device} is no device this runs on; use cpu, cuda or cuda:1")
-    if model in MODELS and kind == "cpu":
+    if model in MODELS and kind == "cpu" and not is_named:
         raise InputError(
-            f"{model} has 14 billion parameters and needs a CUDA GPU, and the device here is the CPU; "
-            "use --model tiny to run the same code on a CPU"
+            f"{model} needs a CUDA GPU, and the device here is the CPU; use --model tiny to run the same "
+            "code on a CPU, or say --device cpu if you have hours for a clip"
         )
+    if model in MODELS and kind == "cpu":
+        log.warning(f"{model} on a CPU, as asked for: a clip of its usual size takes hours")
     if kind == "cuda" and found != "cuda":
         raise InputError(
             f"--device {device}: torch {torch.__version__} sees no CUDA GPU here; use --device cpu"
@@ -88,6 +91,8 @@ def pick_vram(options: LoadOptions) -> str:
         return options.vram
     if options.model not in MODELS:
         return "plain"
+    if torch.device(options.device).type == "cpu":
+        return "low"
     free = torch.cuda.mem_get_info(options.device)[0] / 2**30
     return "plain" if free >= PLAIN_VRAM_GIB else "low"
 
@@ -137,6 +142,18 @@ class Model:
     options: LoadOptions
     fingerprint: Mapping[str, str] = field(default_factory=dict)  # of the files, by component
     seconds: float = 0.0  # loading took
+    experts: Mapping[str, list[Path]] = field(default_factory=dict)  # files of two that take turns in memory
+
+    def use_expert(self, name: str) -> float:
+        """Of two experts that take turns, load this one in the other's place; returns the seconds it took."""
+        from step_skip.pipeline import release
+
+        begin = time.perf_counter()
+        if name in self.experts and getattr(self.pipe, name) is None:
+            release(self.pipe, self.experts)
+            loaded = load_pipeline(self.options, {name: self.experts[name]})
+            setattr(self.pipe, name, getattr(loaded, name))
+        return time.perf_counter() - begin
 
     @property
     def family(self) -> str:
@@ -159,7 +176,7 @@ class Model:
         Raises:
             InputError: naming the component.
         """
-        if getattr(self.pipe, component, None) is None:
+        if getattr(self.pipe, component, None) is None and component not in self.experts:
             raise InputError(f"the pipeline has no {component}, needed to {purpose}; load it with one")
 
     def check(self, prior: Prior) -> None:
@@ -180,7 +197,7 @@ class Model:
                     f"{found[name][:12]}, expected {recorded[name][:12]}); load the right ones, with the "
                     "same LoRAs, or make the prior again"
                 )
-        if "dit" not in known:
+        if not known & {"dit", "dit2"}:
             log.warning(f"unverified: nothing tells whether {prior.directory} was made with these weights")
 
 
@@ -223,24 +240,30 @@ def load_components(
     components: Collection[str],
     *,
     check: Callable[[Mapping[str, str]], object] = lambda fingerprint: None,
+    by_expert: bool = False,
 ) -> Model:
     """Find, check and load these components and no others.
 
     Args:
         check: called with the files' fingerprints, before anything is loaded.
+        by_expert: of two experts load the first only; `Model.use_expert` then changes them.
 
     Raises:
         InputError, RunError: see `weight_files` and `check_loras`; and what `check` raises.
     """
     begin = time.perf_counter()
     files = weight_files(options, components)
-    for note in check_loras(options.loras, files["dit"]) if "dit" in files else ():
+    networks = [files[name] for name in EXPERTS if name in files]
+    for note in check_loras(options.loras, networks[0]) if networks else ():
         log.warning(note)
     fingerprint = fingerprint_files(files)
     check(fingerprint)
-    pipe = load_pipeline(options, files)
+    taking_turns = by_expert and len(networks) > 1
+    experts = {name: files[name] for name in EXPERTS} if taking_turns else {}
+    now = {name: paths for name, paths in files.items() if not (taking_turns and name == EXPERTS[1])}
+    pipe = load_pipeline(options, now)
     options = dataclasses.replace(options, vram=pick_vram(options))
-    return Model(pipe, options, fingerprint, time.perf_counter() - begin)
+    return Model(pipe, options, fingerprint, time.perf_counter() - begin, experts)
 
 
 def model_of(pipe: WanVideoPipeline | Model) -> Model:
@@ -257,7 +280,7 @@ def family_of_pipe(pipe: WanVideoPipeline) -> str:
     Raises:
         InputError: there is none.
     """
-    experts = [name for name in ("dit", "dit2") if getattr(pipe, name) is not None]
+    experts = [name for name in EXPERTS if getattr(pipe, name) is not None]
     if not experts or pipe.vae is None:
         raise InputError("the pipeline has no dit or no vae, and a prior needs both; load it with them")
     dit, latent_channels = getattr(pipe, experts[0]), pipe.vae.z_dim
@@ -304,8 +327,10 @@ def load_pipeline(options: LoadOptions, files: Mapping[str, list[Path]]) -> WanV
     load = _load_real if options.model in MODELS else _load_tiny
     files = {name: paths for name, paths in files.items() if paths}
     pipe = load(options, files)
-    if "dit" in files:
-        fuse_loras(pipe.dit, options.loras, dtype=pipe.torch_dtype, device=pipe.device)
+    for name in EXPERTS:
+        if getattr(pipe, name) is not None:
+            loras = [lora for lora in options.loras if lora.expert in (None, name)]
+            fuse_loras(getattr(pipe, name), loras, dtype=pipe.torch_dtype, device=pipe.device)
     return pipe
 
 
@@ -337,27 +362,43 @@ def _load_real(options: LoadOptions, files: Mapping[str, list[Path]]) -> WanVide
 
     dtype = getattr(torch, options.dtype)
     offload, vram_limit = {}, None
+    is_cpu = torch.device(options.device).type == "cpu"
     if pick_vram(options) == "low":
         offload = dict(_disk_offload(dtype, options.device))
+    if offload and not is_cpu:
         vram_limit = torch.cuda.mem_get_info(options.device)[1] / 2**30 - 2
     names = [[str(path) for path in paths] for paths in files.values()]
     configs = [ModelConfig(path=each if len(each) > 1 else each[0], **offload) for each in names]
     tokenizer = ModelConfig(path=str(tokenizer_folder(options))) if "text_encoder" in files else None
-    return WanVideoPipeline.from_pretrained(
+    pipe = WanVideoPipeline.from_pretrained(
         torch_dtype=dtype,
         device=options.device,
         model_configs=configs,
         tokenizer_config=tokenizer,
         vram_limit=vram_limit,
     )
+    if is_cpu:
+        pipe.device_type = (
+            "cuda"  # where DiffSynth empties the cache: torch.cpu can't, torch.cuda needs no GPU
+        )
+    if "dit2" in files and "dit" not in files:  # the first network that is loaded becomes dit
+        pipe.dit, pipe.dit2 = None, pipe.dit
+    return pipe
 
 
 def _disk_offload(dtype: Any, device: str) -> Iterator[tuple[str, Any]]:
-    """DiffSynth's low-VRAM setting for 8 GB and more: weights stay on disk until a layer needs them."""
+    """DiffSynth's low-VRAM setting for 8 GB and more: weights stay on disk until a layer needs them.
+
+    On a CPU a layer is read when it computes, and not kept: the memory it would wait in is the device's.
+    """
+    import torch
+
+    on_disk: tuple[str, Any] = ("disk", "disk")
+    is_cpu = torch.device(device).type == "cpu"
     for stage, (place, kind) in {
-        "offload": ("disk", "disk"),
-        "onload": ("cpu", dtype),
-        "preparing": (device, dtype),
+        "offload": on_disk,
+        "onload": on_disk if is_cpu else ("cpu", dtype),
+        "preparing": on_disk if is_cpu else (device, dtype),
         "computation": (device, dtype),
     }.items():
         yield f"{stage}_device", place

@@ -1,6 +1,7 @@
 """LoRAs as a command line names them, as a run records them, and what a distilled one wants.
 
     PATH[:ALPHA]      a LoRA; ALPHA is its strength, 1 unless given
+    high=PATH[:ALPHA], low=PATH[:ALPHA]   of two experts for one; without a word for both
 
 lora_file.py reads the files.
 """
@@ -20,6 +21,7 @@ from step_skip.files import InputError, read_header, sha256_file
 from step_skip.lora_file import DIFFERENCES, Lora, kind_of, peft_config, read_lora
 from step_skip.steps import tail_sigmas
 
+EXPERTS = {"high": "dit", "low": "dit2"}
 DISTILLED = re.compile(r"lightx2v|lightning|distil", re.IGNORECASE)
 STEPS = re.compile(r"(?<!\d)([1-9]|1\d)[ _-]?steps?", re.IGNORECASE)
 DISTILLED_SHIFT = 5.0
@@ -28,20 +30,41 @@ TITLES = ("ss_output_name", "modelspec.title", "modelspec.description", "name", 
 
 
 def parse_lora(text: str) -> Lora:
-    """PATH or PATH:ALPHA.
+    """PATH or PATH:ALPHA, with high= or low= before it for one of two experts.
 
     Raises:
         ValueError: ALPHA is no strength.
     """
+    word, equals, rest = text.partition("=")
+    expert = EXPERTS.get(word) if equals else None
+    text = text if expert is None else rest
     path, colon, tail = text.rpartition(":")
     alpha = None
     with contextlib.suppress(ValueError):
         alpha = float(tail)
     if not colon or alpha is None:
-        return Lora(Path(text))
+        return Lora(Path(text), expert=expert)
     if not math.isfinite(alpha) or alpha == 0:
         raise ValueError(f"alpha {tail} is not a number other than 0")
-    return Lora(Path(path), alpha)
+    return Lora(Path(path), alpha, expert)
+
+
+def check_lora_experts(loras: Iterable[Lora], *, experts: int) -> None:
+    """Refuse a LoRA for one of two experts where there is one network.
+
+    Raises:
+        InputError: naming it.
+    """
+    for lora in loras:
+        if lora.expert is not None and experts == 1:
+            raise InputError(
+                f"--lora {_word(lora)}{lora.path}: this model has one network; name the file alone"
+            )
+
+
+def _word(lora: Lora) -> str:
+    """What stands before a LoRA's path."""
+    return "".join(f"{word}=" for word, expert in EXPERTS.items() if expert == lora.expert)
 
 
 def check_loras(loras: Iterable[Lora], weights: Iterable[Path]) -> list[str]:
@@ -120,6 +143,7 @@ def describe_loras(loras: Iterable[Lora]) -> list[dict[str, Any]]:
     described = []
     for lora in loras:
         entry = {"path": str(lora.path.absolute()), "alpha": lora.alpha, "sha256": _lora_sha256(lora.path)}
+        entry |= {} if lora.expert is None else {"expert": lora.expert}
         keys = read_header(lora.path, what="--lora").shapes
         differences = sum(kind_of(key)[0] in DIFFERENCES for key in keys)
         described.append(entry | ({"differences": differences} if differences else {}))
@@ -141,7 +165,8 @@ def _recorded_loras(described: object) -> list[tuple[Lora, str, bool]]:
     for each in described if isinstance(described, list) else [described]:
         match each:
             case {"path": str(path), "alpha": int() | float() as alpha, "sha256": str(sha256), **more}:
-                loras.append((Lora(Path(path), alpha), sha256, "differences" in more))
+                expert = str(more["expert"]) if "expert" in more else None
+                loras.append((Lora(Path(path), alpha, expert), sha256, "differences" in more))
             case _:
                 raise InputError(
                     f"run_metadata.json has {str(each)[:60]!r} as a LoRA, expected path, alpha and sha256; "
@@ -155,7 +180,7 @@ def summarize_loras(described: object) -> str:
     told = []
     for lora, sha256, differences in _recorded_loras(described):
         more = " with its differences" if differences else ""
-        told.append(f"{lora.path.name}:{lora.alpha:g} ({sha256[:12]}){more}")
+        told.append(f"{_word(lora)}{lora.path.name}:{lora.alpha:g} ({sha256[:12]}){more}")
     return ", ".join(told) or "no LoRA"
 
 

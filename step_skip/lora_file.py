@@ -84,10 +84,11 @@ Shapes = Mapping[str, Sequence[int]]
 
 @dataclass(frozen=True)
 class Lora:
-    """A LoRA file and its strength."""
+    """A LoRA file, its strength, and which of two experts it is for."""
 
     path: Path
     alpha: float = 1.0
+    expert: str | None = None  # "dit" or "dit2"; None: both, or the one there is
 
 
 # --- names --------------------------------------------------------------------------------------------------

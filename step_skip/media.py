@@ -94,6 +94,17 @@ def fit_image(image: Image, *, width: int, height: int, label: str = "the image"
     return image.convert("RGB").resize((width, height))
 
 
+def as_image(given: str | Path | Image, *, width: int, height: int) -> Image:
+    """An image, or the file of one, as the model will see it.
+
+    Raises:
+        InputError: it can't be used as one.
+    """
+    if isinstance(given, str | Path):
+        return read_image(Path(given), width=width, height=height)
+    return fit_image(given, width=width, height=height)
+
+
 def read_video(path: Path, *, width: int, height: int, num_frames: int) -> list[Image]:
     """Read the first `num_frames` frames of a video, cropped and scaled to width x height pixels.
 

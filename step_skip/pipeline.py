@@ -1,6 +1,6 @@
 """Run DiffSynth's WanVideoPipeline from any step, see every step, change none of its source.
 
-`WanVideoPipeline.__call__` reads three plain attributes; `hooked` puts ours in their place for one call:
+`WanVideoPipeline.__call__` reads three plain attributes. Ours are put in their place for one call (hooks.py):
 
     scheduler  one of schedule.py
     units      run_full appends a unit that hands out the conditioning; run_from replaces every unit that
@@ -15,7 +15,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import gc
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -33,11 +34,20 @@ from tqdm import tqdm
 from step_skip.cheaper import LEFT_TO_MODEL_FN, BlockCounter, GuidanceByStep, TellTeaCache, skip_cache
 from step_skip.conditioning import check_conditioning
 from step_skip.differential import DifferentialScheduler, Trajectory
-from step_skip.families import FAMILIES
 from step_skip.files import RunError
+from step_skip.hooks import (
+    CheckExperts,
+    Conditioning,
+    ForwardCounter,
+    ReplaceStart,
+    ReportStart,
+    StartCallback,
+    hooked,
+)
 from step_skip.prior import RunSettings
 from step_skip.results import Clock, RunResult
 from step_skip.schedule import (
+    Part,
     ReportingScheduler,
     ResumableScheduler,
     SigmasScheduler,
@@ -46,134 +56,7 @@ from step_skip.schedule import (
     Stopped,
 )
 
-IDENTITY_NAMES = sorted({name for family in FAMILIES.values() for name in family.conditioning})
-FUSED = "first_frame_latents"  # of those, the one that is a part of the latents
 TILING = {"tile_size": (30, 52), "tile_stride": (15, 26)}  # latents; WanVideoPipeline's own defaults
-
-
-@dataclass(frozen=True, kw_only=True)
-class Conditioning:
-    """What the network sees besides latents and timestep, in the pipeline's dtype.
-
-    identity: what it sees of the images, by the pipeline's names; families.py has their shapes.
-    context_posi and context_nega: [1, 512, 4096] for Wan. context_nega is None where cfg_scale is 1.
-    """
-
-    identity: Mapping[str, torch.Tensor]
-    context_posi: torch.Tensor
-    context_nega: torch.Tensor | None
-
-    def to(self, device: str | torch.device) -> Conditioning:
-        """The same tensors on `device`."""
-        return Conditioning(
-            identity={name: tensor.to(device) for name, tensor in self.identity.items()},
-            context_posi=self.context_posi.to(device),
-            context_nega=None if self.context_nega is None else self.context_nega.to(device),
-        )
-
-
-StartCallback = Callable[[torch.Tensor, Conditioning], None]
-
-
-# --- hooks --------------------------------------------------------------------------------------------------
-
-
-class ForwardCounter:
-    """A model_fn that counts the network evaluations of a run, and keeps both branches of the step that runs.
-
-    WanVideoPipeline calls it with positive=True and then, where cfg_scale isn't 1, with positive=False.
-
-    Args:
-        known_nega: the first negative branch, where it is known already: it isn't evaluated. [B, C, T, H, W]
-    """
-
-    def __init__(self, model_fn: Callable[..., torch.Tensor], *, known_nega: torch.Tensor | None = None):
-        self.model_fn = model_fn
-        self.known_nega = known_nega
-        self.forwards = 0
-        self.noise_pred_posi: torch.Tensor | None = None
-        self.noise_pred_nega: torch.Tensor | None = None  # None until it was asked for
-
-    def __call__(self, **kwargs: Any) -> torch.Tensor:
-        if kwargs.get("positive", True):
-            self.noise_pred_posi, self.noise_pred_nega = self.evaluate(**kwargs), None
-            return self.noise_pred_posi
-        if self.known_nega is None:
-            self.noise_pred_nega = self.evaluate(**kwargs)
-        else:
-            self.noise_pred_nega, self.known_nega = self.known_nega.to(kwargs["latents"].device), None
-        return self.noise_pred_nega
-
-    def evaluate(self, **kwargs: Any) -> torch.Tensor:
-        """One network evaluation; a first frame that is fused into the latents doesn't move."""
-        self.forwards += 1
-        noise_pred = self.model_fn(**kwargs)
-        if not kwargs.get("fuse_vae_embedding_in_latents"):
-            return noise_pred
-        return torch.cat([torch.zeros_like(noise_pred[:, :, :1]), noise_pred[:, :, 1:]], 2)
-
-    @property
-    def branch_distance(self) -> float | None:
-        """Norm of the difference of both branches; None where there is only one."""
-        if self.noise_pred_posi is None or self.noise_pred_nega is None:
-            return None
-        return float(torch.linalg.vector_norm(self.noise_pred_posi.float() - self.noise_pred_nega.float()))
-
-
-class ReportStart(PipelineUnit):
-    """Last unit of a full run: hands out the initial latents and the conditioning."""
-
-    def __init__(self, on_start: StartCallback):
-        super().__init__(take_over=True)
-        self.on_start = on_start
-
-    def process(self, pipe: WanVideoPipeline, inputs_shared: dict, inputs_posi: dict, inputs_nega: dict):
-        """Report; the inputs go on unchanged."""
-        guided, latents = inputs_shared["cfg_scale"] != 1, inputs_shared["latents"]
-        made = {name: inputs_shared.get(name) for name in IDENTITY_NAMES}
-        conditioning = Conditioning(
-            identity={name: tensor.to(latents.dtype) for name, tensor in made.items() if tensor is not None},
-            context_posi=inputs_posi["context"],
-            context_nega=inputs_nega["context"] if guided else None,
-        )
-        pipe.scheduler.first_frame_latents = conditioning.identity.get(FUSED)
-        self.on_start(latents, conditioning)
-        return inputs_shared, inputs_posi, inputs_nega
-
-
-class ReplaceStart(PipelineUnit):
-    """Last unit of a resumed run: puts the prior's latents and conditioning in place."""
-
-    def __init__(self, latents: torch.Tensor, conditioning: Conditioning):
-        super().__init__(take_over=True)
-        self.latents = latents
-        self.conditioning = conditioning
-
-    def process(self, pipe: WanVideoPipeline, inputs_shared: dict, inputs_posi: dict, inputs_nega: dict):
-        """Replace; tensors move to the pipeline's device, their dtype stays."""
-        conditioning = self.conditioning.to(pipe.device)
-        inputs_shared["latents"] = self.latents.to(pipe.device)
-        inputs_shared.update(conditioning.identity)
-        if FUSED in conditioning.identity:
-            inputs_shared["fuse_vae_embedding_in_latents"] = True
-        pipe.scheduler.first_frame_latents = conditioning.identity.get(FUSED)
-        inputs_posi["context"] = conditioning.context_posi
-        if conditioning.context_nega is not None:
-            inputs_nega["context"] = conditioning.context_nega
-        return inputs_shared, inputs_posi, inputs_nega
-
-
-@contextlib.contextmanager
-def hooked(pipe: WanVideoPipeline, **attributes: Any) -> Iterator[None]:
-    """Give the pipeline other attributes (scheduler, units, model_fn) for the length of a `with`."""
-    before = {name: getattr(pipe, name) for name in attributes}
-    for name, value in attributes.items():
-        setattr(pipe, name, value)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            setattr(pipe, name, value)
 
 
 # --- encoding and decoding ----------------------------------------------------------------------------------
@@ -198,6 +81,7 @@ def release(pipe: WanVideoPipeline, names: Iterable[str]) -> None:
     """Let go of components that are not needed any more, to make room on the device."""
     for name in names:
         setattr(pipe, name, None)
+    gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
@@ -271,6 +155,7 @@ def run_from(
     stop_after: int | None = None,
     on_step: StepCallback | None = None,
     progress: bool = True,
+    pause: Pause | None = None,
 ) -> RunResult:
     """Run only the steps after `start_step`, from the latents after it; -1: all, from the initial latents.
 
@@ -298,6 +183,7 @@ def run_from(
         known_nega=known_nega,
         on_step=on_step,
         progress=progress,
+        pause=pause,
     )
 
 
@@ -310,6 +196,7 @@ def run_differential(
     known_nega: torch.Tensor | None = None,
     on_step: StepCallback | None = None,
     progress: bool = True,
+    pause: Pause | None = None,
 ) -> RunResult:
     """Run only the trajectory's steps, spent on what the new conditioning changes (DifferentialScheduler).
 
@@ -325,6 +212,7 @@ def run_differential(
         known_nega=known_nega,
         on_step=on_step,
         progress=progress,
+        pause=pause,
     )
 
 
@@ -337,6 +225,7 @@ def run_on_sigmas(
     conditioning: Conditioning,
     on_step: StepCallback | None = None,
     progress: bool = True,
+    pause: Pause | None = None,
 ) -> RunResult:
     """Run these sigmas, decreasing, from latents at the first of them; the steps are places in them.
 
@@ -351,6 +240,7 @@ def run_on_sigmas(
         conditioning=conditioning,
         on_step=on_step,
         progress=progress,
+        pause=pause,
     )
 
 
@@ -364,6 +254,7 @@ def run_scheduler(
     known_nega: torch.Tensor | None = None,
     on_step: StepCallback | None = None,
     progress: bool = True,
+    pause: Pause | None = None,
 ) -> RunResult:
     """Run the steps the scheduler keeps, from these latents, without any unit that would load an encoder.
 
@@ -371,17 +262,58 @@ def run_scheduler(
         InputError: a conditioning that doesn't fit the latents or the weights.
         RunError: latents became NaN or infinite; names the step.
     """
-    check_conditioning({**vars(conditioning), **conditioning.identity}, dit=pipe.dit, latents=latents)
-    units = [unit for unit in pipe.units if not unit.onload_model_names]
-    units.append(ReplaceStart(latents, conditioning))
-    return _call(pipe, settings, Clock(), scheduler, units, on_step, progress, known_nega=known_nega)
+
+    def call(latents: torch.Tensor, settings: RunSettings, scheduler: ReportingScheduler | Part) -> RunResult:
+        units = [unit for unit in pipe.units if not unit.onload_model_names]
+        units.append(ReplaceStart(latents, conditioning))
+        known = known_nega if pause is None or pause.result is None else None  # of the first step
+        return _call(pipe, settings, Clock(), scheduler, units, on_step, progress, known_nega=known)
+
+    network = pipe.dit if pipe.dit is not None else pipe.dit2
+    check_conditioning({**vars(conditioning), **conditioning.identity}, dit=network, latents=latents)
+    if pause is None:
+        return call(latents, settings, scheduler)
+    return pause.run(call, latents, settings, scheduler)
+
+
+@dataclass
+class Pause:
+    """A run in two calls of the pipeline, so that its two experts need never be loaded together.
+
+    The first run with it takes the steps of the first expert and decodes nothing, the second run the rest.
+
+    Args:
+        place: how many steps the first expert takes.
+    """
+
+    place: int
+    scheduler: ReportingScheduler | None = None  # once the first call is made, as the next
+    result: RunResult | None = None
+
+    def run(
+        self,
+        call: Callable[[torch.Tensor, RunSettings, ReportingScheduler | Part], RunResult],
+        latents: torch.Tensor,
+        settings: RunSettings,
+        scheduler: ReportingScheduler,
+    ) -> RunResult:
+        """The next of the two; the second returns the result of both."""
+        before, is_last = self.result, self.result is not None
+        places = slice(self.place, None) if is_last else slice(self.place)
+        if isinstance(settings.cfg_scale, tuple):
+            settings = replace(settings, cfg_scale=settings.cfg_scale[places])
+        self.scheduler = self.scheduler or scheduler
+        part = Part(self.scheduler, places, is_last=is_last)
+        result = call(latents if before is None else before.latents, settings, part)
+        self.result = result if before is None else before.then(result)
+        return self.result
 
 
 def _call(
     pipe: WanVideoPipeline,
     settings: RunSettings,
     clock: Clock,
-    scheduler: ReportingScheduler,
+    scheduler: ReportingScheduler | Part,
     units: list[PipelineUnit],
     on_step: StepCallback | None,
     progress: bool,
@@ -406,6 +338,7 @@ def _call(
         clock.add("save")
 
     scheduler.on_step, scheduler.noise_pred_nega = report_step, lambda: counter.noise_pred_nega
+    units = [*units, CheckExperts(settings.switch_DiT_boundary)]
     bar = functools.partial(tqdm, desc="denoise", unit="step", leave=None, disable=not progress)
     inputs |= settings.pipeline_inputs | TILING | {"progress_bar_cmd": bar}
     with (

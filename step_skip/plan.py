@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import math
 from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal
 
+from step_skip.experts import check_tea_cache_experts, choose_guidance, experts_of
 from step_skip.files import InputError
-from step_skip.lora import Lora, describe_loras, find_recorded_loras
+from step_skip.lora import Lora, check_lora_experts, describe_loras, find_recorded_loras
 from step_skip.models import (
     cache_components,
     model_defaults,
@@ -58,6 +58,7 @@ class Choices:
     prompt: str | None = None
     negative_prompt: str | None = None
     cfg_scale: float | Sequence[float] | None = None  # one, or one for each step that runs
+    cfg_scale_2: float | None = None  # of the second of two experts; None: cfg_scale, if that is given
     start_step: int | Literal["auto"] | None = None  # a step, or AUTO
     steps: Sequence[int] | None = None
     num_steps: int | None = None
@@ -130,9 +131,12 @@ def make_plan(choices: Choices, prior: Prior) -> Plan:
     given = {name: value for name, value in vars(choices).items() if value is not None}
     chosen = {**dataclasses.asdict(defaults), **prior.metadata, **given}
     steps = choose_steps(choices, prior)
+    experts = experts_of(steps["steps_to_run"], steps["sigmas"], prior)
+    check_tea_cache_experts(choices.tea_cache_l1_thresh, experts)
     given_loras = (
         find_recorded_loras(prior.metadata.get("lora", [])) if choices.lora is None else choices.lora
     )
+    check_lora_experts(given_loras, experts=len(prior.family.experts))
     plan = Plan(
         **steps,
         **choose_cheaper(
@@ -144,7 +148,13 @@ def make_plan(choices: Choices, prior: Prior) -> Plan:
         lora=describe_loras(given_loras),
         prompt=chosen["prompt"],
         negative_prompt=chosen["negative_prompt"],
-        cfg_scale=choose_guidance(chosen["cfg_scale"], len(steps["steps_to_run"])),
+        cfg_scale=choose_guidance(
+            prior,
+            cfg_scale=choices.cfg_scale,
+            cfg_scale_2=choices.cfg_scale_2,
+            default=defaults.cfg_scale,
+            experts=experts,
+        ),
         fps=chosen["fps"],
         image=choices.image,
         model=model,
@@ -211,22 +221,6 @@ def choose_cheaper(
     model_id = tea_cache_model_id or published_name(model)
     check_tea_cache_model_id(model_id)
     return {"skip_cache": None, "tea_cache_l1_thresh": tea_cache_l1_thresh, "tea_cache_model_id": model_id}
-
-
-def choose_guidance(cfg_scale: float | Sequence[float], num_steps: int) -> float | tuple[float, ...]:
-    """One cfg_scale for all steps, or a tuple with one for each.
-
-    Raises:
-        InputError: neither one value nor as many as there are steps.
-    """
-    values = list(cfg_scale) if isinstance(cfg_scale, Sequence) else [cfg_scale]
-    if not all(isinstance(value, int | float) and 0 < value < math.inf for value in values):
-        raise InputError(f"--cfg_scale {cfg_scale}: expected numbers above 0")
-    if len(values) not in (1, num_steps):
-        raise InputError(
-            f"--cfg_scale: {len(values)} values, and {num_steps} steps run; give one, or one for each step"
-        )
-    return values[0] if len(set(values)) == 1 else tuple(values)
 
 
 def choose_steps(choices: Choices, prior: Prior) -> dict[str, Any]:
@@ -410,7 +404,8 @@ def needed_components(plan: Plan, prior: Prior, *, known: Set[str]) -> list[str]
     """
     if not plan.steps_to_run:
         return ["vae"]
-    components = ["dit", "vae", *cache_components(plan.skip_cache)]
+    experts = dict.fromkeys(experts_of(plan.steps_to_run, plan.sigmas, prior))
+    components = [*experts, "vae", *cache_components(plan.skip_cache)]
     if not known >= set(plan.texts):
         components.append("text_encoder")
     if prior.is_legacy:

@@ -28,12 +28,12 @@ import hashlib
 import math
 import re
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from step_skip.families import DEFAULT_FAMILY, FAMILIES, MODELS, Family
+from step_skip.families import DEFAULT_FAMILY, FAMILIES, MODELS, Family, expert_of
 from step_skip.files import (
     InputError,
     load_tensor,
@@ -71,11 +71,13 @@ class RunSettings:
     skip_cache: int | None = None
     tea_cache_l1_thresh: float | None = None
     tea_cache_model_id: str = ""
+    switch_DiT_boundary: float | None = None  # where the second of two experts takes over
 
     @property
     def pipeline_inputs(self) -> dict[str, Any]:
         """The settings that WanVideoPipeline takes."""
-        return {name: value for name, value in vars(self).items() if name != "skip_cache"}
+        left_out = ["skip_cache", *(["switch_DiT_boundary"] if self.switch_DiT_boundary is None else [])]
+        return {name: value for name, value in vars(self).items() if name not in left_out}
 
 
 @dataclass(frozen=True)
@@ -114,8 +116,26 @@ class Prior:
     @property
     def settings(self) -> RunSettings:
         """The settings of the run that made it."""
+        return self.settings_after(-1)
+
+    def settings_after(self, start_step: int) -> RunSettings:
+        """The settings of that run as they are for its steps after this one."""
         names = {field.name for field in fields(RunSettings)}
-        return RunSettings(**{name: value for name, value in self.metadata.items() if name in names})
+        recorded = {name: value for name, value in self.metadata.items() if name in names}
+        guidance = self.guidance[start_step + 1 :] or self.guidance[-1:]
+        return RunSettings(**recorded | {"cfg_scale": one_or_each(guidance)})
+
+    @property
+    def guidance(self) -> list[float]:
+        """The cfg_scale of each of its steps: of two experts each has its own."""
+        own, second = self.metadata["cfg_scale"], self.metadata.get("cfg_scale_2")
+        steps = range(self.num_inference_steps)
+        return [own if second is None or self.expert_of(step) == "dit" else second for step in steps]
+
+    def expert_of(self, step: int) -> str:
+        """The network that takes a step: "dit", or of two experts "dit2" for the less noisy ones."""
+        timestep = self.metadata["scheduler_timesteps"][step]
+        return expert_of(timestep, self.metadata.get("switch_DiT_boundary"))
 
     @property
     def family(self) -> Family:
@@ -143,6 +163,11 @@ class Prior:
     def has(self, name: str) -> bool:
         """Whether the prior records a file of this name."""
         return name in self.metadata.get("files", {})
+
+
+def one_or_each(values: Sequence[float]) -> float | tuple[float, ...]:
+    """One value where all are alike, else a tuple of them."""
+    return values[0] if len(set(values)) == 1 else tuple(values)
 
 
 # --- names and shapes ---------------------------------------------------------------------------------------

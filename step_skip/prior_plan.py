@@ -8,13 +8,15 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from step_skip.families import FAMILIES, MODELS, Family
+from step_skip.experts import check_tea_cache_experts
+from step_skip.families import FAMILIES, MODELS, Family, expert_of
 from step_skip.files import InputError
 from step_skip.loading import describe_machine, installed_versions
-from step_skip.lora import describe_loras
+from step_skip.lora import check_lora_experts, describe_loras
 from step_skip.metadata import check_distinct
 from step_skip.models import LoadOptions, model_defaults
 from step_skip.plan import CHEAPER_NAMES, choose_cheaper
@@ -23,6 +25,8 @@ from step_skip.schema import LIMITS, MAX_PIXELS, MAX_STEPS, is_number
 from step_skip.steps import recommended_start_step
 
 log = logging.getLogger(__name__)
+
+DIFFSYNTH_BOUNDARY = 0.875  # WanVideoPipeline's own switch_DiT_boundary, for a pipeline of somebody's own
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +38,8 @@ class PriorChoices:
     sigma_shift: float | None = None
     denoising_strength: float = 1.0
     cfg_scale: float | None = None
+    cfg_scale_2: float | None = None  # of the second of two experts; None: cfg_scale, if that is given
+    switch_DiT_boundary: float | None = None
     seed: int = 0
     height: int | None = None
     width: int | None = None
@@ -87,12 +93,13 @@ def check_prior_choices(choices: PriorChoices) -> None:
         raise InputError(
             f"--stop_after {choices.stop_after}: expected 0 to {steps - 2}; leave it out to run all steps"
         )
-    for name in ("denoising_strength", "sigma_shift", "cfg_scale"):
+    for name in ("denoising_strength", "sigma_shift", "cfg_scale", "cfg_scale_2", "switch_DiT_boundary"):
         value = getattr(choices, name)
         if value is not None and not (is_number(value) and value > 0):
             raise InputError(f"--{name} {value}: expected a number above 0")
-    if choices.denoising_strength > 1:
-        raise InputError(f"--denoising_strength {choices.denoising_strength} is above 1")
+    for name in ("denoising_strength", "switch_DiT_boundary"):
+        if (getattr(choices, name) or 0) > 1:
+            raise InputError(f"--{name} {getattr(choices, name)} is above 1")
     for name, (least, most) in LIMITS.items():
         value = getattr(choices, name)
         if value is not None and not least <= value <= most:
@@ -126,13 +133,19 @@ def plan_prior(options: LoadOptions, choices: PriorChoices, *, family: str) -> d
     schedule = {name: chosen[name] for name in SCHEDULE_FLAGS}
     timesteps, sigmas = compute_schedule(**schedule)
     check_distinct(timesteps)
+    of_experts = choose_experts(choices, chosen, family)
+    check_lora_experts(options.loras, experts=len(FAMILIES[family].experts))
+    boundary = of_experts.get("switch_DiT_boundary")
+    check_tea_cache_experts(cheaper["tea_cache_l1_thresh"], {expert_of(each, boundary) for each in timesteps})
     names = ("cfg_scale", "seed", "negative_prompt", "fps", "stop_after", "save_decoded_videos")
     return {
         **schedule,
         **sizes,
         **{name: chosen[name] for name in names},
+        **of_experts,
         **cheaper,
-        "keeps_nega": chosen["cfg_scale"] != 1 and not any(cheaper.values()),
+        "keeps_nega": 1 not in (chosen["cfg_scale"], of_experts.get("cfg_scale_2"))
+        and not any(cheaper.values()),
         "scheduler_timesteps": timesteps,
         "scheduler_sigmas": sigmas,
         "start_step": given.get("start_step", recommended_start_step(len(sigmas))),
@@ -146,3 +159,25 @@ def plan_prior(options: LoadOptions, choices: PriorChoices, *, family: str) -> d
         **describe_machine(options.device),
         "versions": installed_versions(),
     }
+
+
+def choose_experts(choices: PriorChoices, chosen: Mapping[str, Any], family: str) -> dict[str, Any]:
+    """What is recorded of two experts: where the second takes over, and its guidance if it is another.
+
+    Args:
+        chosen: the choices, with the model's defaults.
+
+    Raises:
+        InputError: the model has one network.
+    """
+    names = ("switch_DiT_boundary", "cfg_scale_2")
+    if len(FAMILIES[family].experts) == 1:
+        for name in names:
+            if getattr(choices, name) is not None:
+                raise InputError(
+                    f"--{name} is of a model with two experts, and this one has one: leave it out"
+                )
+        return {}
+    follows = choices.cfg_scale is not None and choices.cfg_scale_2 is None
+    boundary = chosen["switch_DiT_boundary"] or DIFFSYNTH_BOUNDARY
+    return {"switch_DiT_boundary": boundary, "cfg_scale_2": None if follows else chosen["cfg_scale_2"]}

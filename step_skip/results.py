@@ -24,6 +24,18 @@ class RunResult:
     seconds: dict[str, float] = field(default_factory=dict)  # by phase: encode, denoise, ...
     seconds_per_step: list[float] = field(default_factory=list)
 
+    def then(self, later: RunResult) -> RunResult:
+        """This run and what came after it, as one."""
+        return RunResult(
+            later.frames,
+            later.latents,
+            self.steps + later.steps,
+            self.forwards + later.forwards,
+            self.block_evaluations + later.block_evaluations,
+            {phase: s + later.seconds.get(phase, 0.0) for phase, s in self.seconds.items()},
+            self.seconds_per_step + later.seconds_per_step,
+        )
+
 
 class Clock:
     """Adds up the seconds of a run by phase."""

@@ -3,6 +3,7 @@
     ReportingScheduler      runs only some steps of the schedule and reports each
     ResumableScheduler      those after start_step
     SigmasScheduler         a schedule of its own
+    Part                    of any of these some steps, where a run is made in several calls of the pipeline
 
 Checked against diffsynth 2.1.12, diffsynth/diffusion/flow_match.py.
 """
@@ -85,6 +86,12 @@ class ReportingScheduler(FlowMatchScheduler):
         # DiffSynth looks a step's place up in timesteps and reads its sigma there: both are cut alike.
         self.timesteps, self.sigmas = self.timesteps[self.steps], self.sigmas[self.steps]
 
+    @property
+    def timesteps_to_run(self) -> list[float]:
+        """0 ... 1000, up to the one that is to run last."""
+        last = self.steps.index(self.stop_after) if self.stop_after in self.steps else len(self.steps) - 1
+        return self.timesteps[: last + 1].tolist()
+
     def step(self, model_output: torch.Tensor, timestep: torch.Tensor, sample: torch.Tensor, **kwargs: Any):
         """Advance from this timestep and report the step."""
         place = int(torch.argmin((self.timesteps - timestep.cpu()).abs()))
@@ -103,6 +110,48 @@ class ReportingScheduler(FlowMatchScheduler):
     ) -> torch.Tensor:
         """DiffSynth's own Euler step to the next kept sigma, after the last one to 0."""
         return super().step(model_output, timestep, sample)
+
+
+class Part:
+    """Some steps of another scheduler, for one call of the pipeline; the others come in other calls.
+
+    What the other keeps from one step to the next it keeps from one call to the next.
+
+    Args:
+        places: of the steps among those that the other runs.
+        is_last: False: leave the pipeline's loop after them, because others follow.
+    """
+
+    def __init__(self, scheduler: ReportingScheduler, places: slice, *, is_last: bool):
+        self.scheduler = scheduler
+        self.places = places
+        self.is_last = is_last
+        self.on_step: StepCallback | None = None
+        self.noise_pred_nega: Callable[[], torch.Tensor | None] = lambda: None
+        self.first_frame_latents: torch.Tensor | None = None
+
+    @property
+    def timesteps(self) -> torch.Tensor:
+        """Those of the part: what the pipeline runs through."""
+        return self.scheduler.timesteps[self.places]
+
+    @property
+    def timesteps_to_run(self) -> list[float]:
+        """0 ... 1000."""
+        return self.timesteps.tolist()
+
+    def set_timesteps(self, *args: Any, **kwargs: Any) -> None:
+        """As the other does."""
+        self.scheduler.set_timesteps(*args, **kwargs)
+
+    def step(self, model_output: torch.Tensor, timestep: torch.Tensor, sample: torch.Tensor, **kwargs: Any):
+        """The other's step, at its place in the whole."""
+        for name in ("on_step", "noise_pred_nega", "first_frame_latents"):
+            setattr(self.scheduler, name, getattr(self, name))
+        latents = self.scheduler.step(model_output, timestep, sample, **kwargs)
+        if timestep == self.timesteps[-1] and not self.is_last:
+            raise Stopped
+        return latents
 
 
 class ResumableScheduler(ReportingScheduler):

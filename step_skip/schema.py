@@ -125,6 +125,7 @@ class Lora(Record):
     path: Name
     alpha: Number
     sha256: Sha256
+    expert: Literal["dit", "dit2"] | None = None
 
 
 class Formation(Record):
@@ -192,6 +193,10 @@ class Metadata(Schedule):
     stop_after: int | None = None
     save_decoded_videos: bool = False
     keeps_nega: bool = False
+    cfg_scale_2: Positive | None = None  # of two experts, as the next
+    switch_DiT_boundary: (
+        Annotated[Positive, AfterValidator(_must("at most 1", lambda value: value <= 1))] | None
+    ) = None
     skip_cache: Annotated[int, _between(2, MAX_STEPS)] | None = None
     tea_cache_l1_thresh: Positive | None = None
     tea_cache_model_id: Name = ""

@@ -80,7 +80,7 @@ def measure_formation(prior: Prior) -> dict[str, list[float] | None]:
     metadata, sigmas = prior.metadata, prior.metadata["scheduler_sigmas"]
     branches, moves = metadata.get(FORMATION_KEY, {}).get("branch_distances"), None
     if branches is not None:
-        moves = text_moves(branches, sigmas=sigmas, cfg_scale=metadata["cfg_scale"])
+        moves = text_moves(branches, sigmas=sigmas, cfg_scale=prior.guidance)
     clean = load_latents(prior, step_file(len(sigmas) - 1)).float()
     steps = range(len(sigmas))
     estimates = (load_denoised(prior, step, dtype=torch.float32) for step in steps)
@@ -101,12 +101,15 @@ def part_distances(estimates: Iterable[torch.Tensor], clean: torch.Tensor) -> di
 
 
 def text_moves(
-    branch_distances: Sequence[float], *, sigmas: Sequence[float], cfg_scale: float
+    branch_distances: Sequence[float], *, sigmas: Sequence[float], cfg_scale: float | Sequence[float]
 ) -> list[float]:
     """How far the text moves the latents at each step; sigmas as DiffSynth's, without the closing 0."""
+    scales = cfg_scale if isinstance(cfg_scale, Sequence) else [cfg_scale] * len(sigmas)
     return [
-        cfg_scale * abs(after - before) * distance
-        for before, after, distance in zip(sigmas, [*sigmas[1:], 0.0], branch_distances, strict=True)
+        scale * abs(after - before) * distance
+        for scale, before, after, distance in zip(
+            scales, sigmas, [*sigmas[1:], 0.0], branch_distances, strict=True
+        )
     ]
 
 
@@ -197,7 +200,7 @@ def read_text_moves(prior: Prior) -> list[float]:
         raise InputError(
             f"--start_step auto: {prior.directory} records no {FORMATION_KEY}, it is older; {instead}"
         )
-    if prior.metadata["cfg_scale"] == 1:
+    if 1 in prior.guidance:
         raise InputError(
             f"--start_step auto: {prior.directory} was made with --cfg_scale 1, where the text's say is not "
             f"measured; {instead} with guidance"

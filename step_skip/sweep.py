@@ -354,12 +354,14 @@ def describe_choices(plan: Plan) -> dict[str, Any]:
 
 def describe_settings(group: Group, plan: Plan) -> dict[str, Any]:
     """The entries of a result's JSON that decide the video."""
-    inputs = group.inputs
+    inputs, settings = group.inputs, dataclasses.asdict(settings_of(plan, group.prior))
+    if settings["switch_DiT_boundary"] is None:  # one network: as it was before there were two
+        del settings["switch_DiT_boundary"]
     return {
         "prior_run_id": group.prior.metadata["run_id"],
         "prior_files": {name: inputs.prior_files[name] for name in input_files(plan, group.prior)},
         "image_sha256": inputs.image_sha256,
-        **dataclasses.asdict(settings_of(plan, group.prior)),
+        **settings,
         **describe_choices(plan),
     }
 

@@ -18,11 +18,25 @@ sys.path.insert(0, str(ROOT))
 os.fsync = lambda descriptor: None  # no power cut is tested in this process, and waiting for disks is slow
 os.environ["OMP_NUM_THREADS"] = "1"  # the model is so small that threads only cost time
 
+from families import build_family
 from helpers import FRAMES, PROMPT, PUBLISHED_KEYS, SIZE, Outcome, listing, run_in_process
 
 from step_skip import loading
 from step_skip.models import LoadOptions
 from step_skip.tiny import build_tiny
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """--slow runs what is marked so, too."""
+    parser.addoption("--slow", action="store_true", help="run the tests that take many minutes, too")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Without --slow those are skipped."""
+    for item in items if not config.getoption("--slow") else ():
+        if item.get_closest_marker("slow"):
+            item.add_marker(pytest.mark.skip(reason="takes many minutes: --slow runs it"))
+
 
 MODEL_CONFIG = {
     "dit": {
@@ -219,3 +233,36 @@ def refused(loads: list[list[str]], tmp_path: Path) -> Callable[..., str]:
         return outcome.error
 
     return refused
+
+
+# --- the family ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def folder_of(tmp_path_factory) -> Callable[[str], Path]:
+    """`folder_of(family)`: the folder of a small model of it, built once."""
+    made: dict[str, Path] = {}
+
+    def folder_of(family: str) -> Path:
+        if family not in made:
+            made[family] = build_family(tmp_path_factory.mktemp(family), family)
+        return made[family]
+
+    return folder_of
+
+
+@pytest.fixture
+def make(folder_of, run, tmp_path) -> Callable[..., Outcome]:
+    """`make(family, *flags)`: generate_prior.py with the small model of a family."""
+
+    def make(family: str, *flags: object) -> Outcome:
+        common = ("--model", "tiny", "--model_dir", folder_of(family), "--output_dir", tmp_path / "priors")
+        return run("generate_prior", *common, "--prompt", PROMPT, *flags)
+
+    return make
+
+
+@pytest.fixture
+def images(tmp_path) -> dict[str, Path]:
+    """A first and a last frame."""
+    return {"--image": save_image(tmp_path / "1.png"), "--end_image": save_image(tmp_path / "2.png", shade=9)}

@@ -42,15 +42,20 @@ DITS = {  # what DiffSynth's model_configs have for each kind, at small sizes
     "I2V-A14B": {"in_dim": 36, "require_clip_embedding": False},
     "T2V-A14B": {},
 }
+EXPERTS = {  # at shift 5 the second takes over at step 4 and at step 5 of 10
+    "I2V-A14B": {"cfg_scale": 3.5, "switch_DiT_boundary": 0.9},
+    "T2V-A14B": {"cfg_scale": 4.0, "cfg_scale_2": 3.0, "switch_DiT_boundary": 0.875},
+}
 SIZES = {name: 64 if name == "TI2V" else 32 for name in FAMILIES}  # pixels
 
 
 def config_of(family: str) -> dict:
     """The config.json of a small model of this family."""
+    experts = len(FAMILIES[family].experts)
     vae = VAE | {"z_dim": 48, "dec_dim": 4} if family == "TI2V" else VAE
     return {
         "family": family,
-        "dit": DIT | DITS[family],
+        "dit": DIT | DITS[family] | {"num_layers": 2 if experts == 1 else 3},  # 3 for Skip-Cache
         "text_encoder": {
             "vocab": 256,
             "dim": 16,
@@ -78,6 +83,7 @@ def config_of(family: str) -> dict:
             "negative_prompt": "Still.",
             "cfg_scale": 5.0,
             "sigma_shift": 5.0,
+            **EXPERTS.get(family, {}),
         },
     }
 
@@ -95,3 +101,10 @@ def build_family(folder: Path, family: str, *, seed: int = 0) -> Path:
         save_file({key: value.clone() for key, value in weights.items()}, str(folder / f"{name}.safetensors"))
     shutil.copytree(ROOT / "data" / "tiny_wan_i2v" / "tokenizer", folder / "tokenizer")
     return folder
+
+
+def image_flags(family: str, images: dict[str, Path], *, with_image: bool = True) -> list[object]:
+    """The images that a model of this family may have."""
+    needs = {"--image": FAMILIES[family].image, "--end_image": FAMILIES[family].end_image}
+    taken = [flag for flag, need in needs.items() if need != "none" and with_image]
+    return [word for flag in taken for word in (flag, images[flag])]

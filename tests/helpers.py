@@ -76,11 +76,11 @@ def run_in_process(script: str, *argv: object, capsys: Any, monkeypatch: Any) ->
 
 
 def run_as_user(
-    *command: object, cwd: Path, env: dict[str, str] | None = None
+    *command: object, cwd: Path, env: dict[str, str] | None = None, timeout: float = 300
 ) -> subprocess.CompletedProcess:
     """Run `python <command>` in an interpreter of its own, from the folder `cwd`."""
     argv = [sys.executable, *map(str, command)]
-    return subprocess.run(argv, cwd=cwd, env=env, capture_output=True, text=True, timeout=300)
+    return subprocess.run(argv, cwd=cwd, env=env, capture_output=True, text=True, timeout=timeout)
 
 
 def read_json(path: Path) -> dict[str, Any]:

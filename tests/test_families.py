@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import save_image
-from families import SIZES, build_family
-from helpers import OTHER_PROMPT, PROMPT, Outcome, edit_metadata, read_json
+from families import SIZES, image_flags
+from helpers import OTHER_PROMPT, PROMPT, edit_metadata, read_json
 
 import step_skip
 from step_skip.families import FAMILIES, MODELS
@@ -21,43 +19,6 @@ from step_skip.loading import family_of_pipe
 CASES = [(name, family.image != "none") for name, family in FAMILIES.items()] + [("TI2V", False)]
 IDS = [f"{name}{'' if image else ' without image'}" for name, image in CASES]
 EXACT = [{"start_step": step} for step in range(10)] + [{"steps": each} for each in ((0, 5, 8), (1, 7))]
-
-
-@pytest.fixture(scope="session")
-def folder_of(tmp_path_factory) -> Callable[[str], Path]:
-    """`folder_of(family)`: the folder of a small model of it, built once."""
-    made: dict[str, Path] = {}
-
-    def folder_of(family: str) -> Path:
-        if family not in made:
-            made[family] = build_family(tmp_path_factory.mktemp(family), family)
-        return made[family]
-
-    return folder_of
-
-
-@pytest.fixture
-def make(folder_of, run, tmp_path) -> Callable[..., Outcome]:
-    """`make(family, *flags)`: generate_prior.py with the small model of a family."""
-
-    def make(family: str, *flags: object) -> Outcome:
-        common = ("--model", "tiny", "--model_dir", folder_of(family), "--output_dir", tmp_path / "priors")
-        return run("generate_prior", *common, "--prompt", PROMPT, *flags)
-
-    return make
-
-
-@pytest.fixture
-def images(tmp_path) -> dict[str, Path]:
-    """A first and a last frame."""
-    return {"--image": save_image(tmp_path / "1.png"), "--end_image": save_image(tmp_path / "2.png", shade=9)}
-
-
-def image_flags(family: str, images: dict[str, Path], *, with_image: bool = True) -> list[object]:
-    """The images that a model of this family may have."""
-    needs = {"--image": FAMILIES[family].image, "--end_image": FAMILIES[family].end_image}
-    taken = [flag for flag, need in needs.items() if need != "none" and with_image]
-    return [word for flag in taken for word in (flag, images[flag])]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -14,9 +14,10 @@ from helpers import FRAMES, OTHER_PROMPT, PROMPT, SIZE, edit_metadata, read_json
 import step_skip.generate
 from step_skip import steps
 from step_skip.files import InputError
+from step_skip.hooks import ForwardCounter
 from step_skip.loading import load_pipeline
 from step_skip.models import LoadOptions, weight_files
-from step_skip.pipeline import ForwardCounter, run_full
+from step_skip.pipeline import run_full
 from step_skip.prior import Prior, RunSettings, context_file
 from step_skip.steps import (
     DEFAULT_TEXT_SHARE,

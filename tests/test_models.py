@@ -13,7 +13,7 @@ from helpers import PROMPT, listing, run_as_user
 
 from step_skip import loading
 from step_skip.files import InputError, RunError
-from step_skip.loading import load_pipeline, pick_vram
+from step_skip.loading import load_pipeline, pick_device, pick_vram
 from step_skip.models import (
     ROOT,
     LoadOptions,
@@ -77,11 +77,17 @@ def touch(folder: Path, *names: str) -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-@pytest.mark.parametrize("flags", [(), ("--model", "I2V-480P"), ("--model", "I2V-720P", "--device", "cpu")])
+@pytest.mark.parametrize("flags", [(), ("--model", "I2V-480P"), ("--model", "I2V-720P")])
 def test_a_14b_model_without_a_gpu_names_the_tiny_one(run, refused, asked, image, tmp_path, flags):
     command = ("generate_prior", "--image", image, "--output_dir", tmp_path / "priors", *flags)
-    refused(lambda: run(*command), "needs a CUDA GPU", "--model tiny")
+    refused(lambda: run(*command), "needs a CUDA GPU", "--model tiny", "--device cpu")
     assert not asked
+
+
+def test_a_cpu_that_is_named_may_run_a_14b_model(caplog):
+    assert pick_device("I2V-480P", "cpu") == "cpu"
+    assert "I2V-480P on a CPU, as asked for" in caplog.text
+    assert pick_vram(options(device="cpu")) == "low"
 
 
 def with_published_files(base: Path, model: str) -> None:

@@ -13,9 +13,10 @@ from helpers import read_json
 from step_skip.cheaper import Branch, Middle, skip_cache
 from step_skip.differential import Trajectory
 from step_skip.files import InputError, RunError, sha256_tensor
+from step_skip.hooks import Conditioning
 from step_skip.loading import load_pipeline
 from step_skip.models import LoadOptions, weight_files
-from step_skip.pipeline import Conditioning, run_differential, run_from, run_scheduler
+from step_skip.pipeline import run_differential, run_from, run_scheduler
 from step_skip.prior import RunSettings, context_file
 from step_skip.schedule import SigmasScheduler, compute_schedule
 
