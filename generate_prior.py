@@ -136,8 +136,10 @@ def read_wanted(args: argparse.Namespace, settings: RunSettings) -> list[Wanted]
         InputError: an image that can't be used, a --run_id given twice, or as many prompts or ids as fit
             no reading.
     """
-    paths = args.image or [None] * len(args.prompt)
-    number, what = len(paths), "image" if args.image else "prompt"
+    paths, what = args.image or [None], "image"
+    if len(paths) == 1:  # a prior of each prompt
+        paths, what = paths * len(args.prompt), "prompt"
+    number = len(paths)
     prompts = args.prompt * number if len(args.prompt) == 1 else args.prompt
     end_paths = args.end_image or [None]
     end_paths = end_paths * number if len(end_paths) == 1 else end_paths
@@ -155,7 +157,7 @@ def read_wanted(args: argparse.Namespace, settings: RunSettings) -> list[Wanted]
 
     images = [read(path, "--image") for path in paths]
     ends = [read(path, "--end_image") for path in end_paths]
-    names = map(str, args.image or args.prompt)
+    names = map(str, args.prompt if what == "prompt" and number > 1 else args.image or args.prompt)
     return [Wanted(*each) for each in zip(names, images, ends, prompts, run_ids, strict=True)]
 
 
@@ -181,7 +183,7 @@ def make_priors(args: argparse.Namespace) -> list[Path]:
     videos = 1 + (settings.num_inference_steps if args.save_decoded_videos else 0)
     if args.download_example:
         args.image = [fetch_example(EXAMPLE_IMAGE, root=ROOT)]
-    number = len(args.image or args.prompt)
+    number = max(len(args.image or ()), len(args.prompt))
     check_folder(args.output_dir, number * bytes_needed(planned, videos=videos))
     wanted, input_video = read_wanted(args, settings), read_input_video(args, settings)
     if settings.cfg_scale != 1 and (hint := distilled_hint(options.loras, sigmas=False)):
