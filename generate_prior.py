@@ -52,6 +52,7 @@ from step_skip.prior import (
     Prior,
     RunSettings,
     bytes_of_prior,
+    bytes_of_steps,
     check_files,
     check_fingerprint,
     check_run_id,
@@ -188,6 +189,7 @@ def make_priors(args: argparse.Namespace) -> list[Path]:
     wanted, input_video = read_wanted(args, settings), read_input_video(args, settings)
     if settings.cfg_scale != 1 and (hint := distilled_hint(options.loras, sigmas=False)):
         log.info(hint)
+    say_what_it_costs(planned, number)
     components = [*planned.family.components, *cache_components(settings.skip_cache)]
     model = load_components(options, components, by_expert=True)
     made, failed = [], []
@@ -288,6 +290,18 @@ def saying_how_to_go_on(args: argparse.Namespace, begun: list[Path]) -> Iterator
             again = command_line(args, "generate_prior.py", "--resume", begun[0])
             log.info(f"every whole step is kept; go on with: {again}")
         raise
+
+
+def say_what_it_costs(planned: Prior, number: int) -> None:
+    """Tell what priors cost once, and what each new prompt will."""
+    steps = planned.num_inference_steps
+    forwards = sum(1 if scale == 1 else 2 for scale in planned.guidance)
+    chosen = recommended_num_steps(steps)
+    each = chosen if forwards == steps else 2 * chosen - 1
+    log.info(
+        f"{number} x {steps} steps, {forwards} forwards and about {bytes_of_steps(planned) / 1e6:.0f} MB "
+        f"each; a new prompt then takes {each} forwards, and prior_utils.py prune makes a prior smaller"
+    )
 
 
 def say_what_was_made(args: argparse.Namespace, prior: Prior, steps_run: int) -> None:

@@ -31,6 +31,7 @@ from step_skip.prior import (
     latents_before_file,
     noise_pred_file,
     noise_pred_nega_file,
+    ranges,
     step_file,
 )
 from step_skip.steps import (
@@ -171,7 +172,22 @@ def make_plan(choices: Choices, prior: Prior) -> Plan:
         model=model,
         dtype=choices.dtype or prior.metadata.get("dtype"),
     )
-    return dataclasses.replace(plan, knows_nega=knows_first_nega(plan, prior))
+    plan = dataclasses.replace(plan, knows_nega=knows_first_nega(plan, prior))
+    check_kept(plan, prior)
+    return plan
+
+
+def check_kept(plan: Plan, prior: Prior) -> None:
+    """Refuse steps that were taken out of a pruned prior.
+
+    Raises:
+        InputError: with those that are left.
+    """
+    if prior.kept_steps is not None and not all(map(prior.has, input_files(plan, prior))):
+        raise InputError(
+            f"{prior.directory} was pruned to steps {ranges(prior.kept_steps)}, and this needs others; "
+            "choose among them with --steps, or make the prior again"
+        )
 
 
 def knows_first_nega(plan: Plan, prior: Prior) -> bool:
@@ -290,7 +306,9 @@ def auto_paths(choices: Choices, prior: Prior) -> tuple[tuple[int, ...], ...]:
     if len(prior.family.experts) > 1:
         raise InputError("--num_steps auto: a model of two experts can't; give --num_steps a number")
     total = prior.num_inference_steps
-    return tuple(tuple(spread_steps(total, number)) for number in FIT if number <= total)
+    paths = (tuple(spread_steps(total, number)) for number in FIT if number <= total)
+    kept = [path for path in paths if prior.kept_steps is None or set(path) <= set(prior.kept_steps)]
+    return tuple(kept) or (tuple(prior.kept_steps or ()),)
 
 
 def own_sigmas(sigmas: Sequence[float], prior: Prior) -> dict[str, Any]:
@@ -370,6 +388,9 @@ def differential_steps(choices: Choices, prior: Prior) -> list[int]:
     if not 1 <= num_steps <= total:
         raise InputError(f"--num_steps {num_steps}: the prior has only {total} steps")
     steps = list(choices.steps or spread_steps(total, num_steps))
+    is_chosen = choices.steps is not None or choices.num_steps is not None
+    if prior.kept_steps is not None and not is_chosen and not set(steps) <= set(prior.kept_steps):
+        steps = list(prior.kept_steps)
     if sorted(set(steps)) != steps or not 0 <= steps[0] <= steps[-1] < total:
         raise InputError(f"--steps {steps}: expected increasing steps between 0 and {total - 1}")
     return steps

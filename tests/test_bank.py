@@ -1,4 +1,4 @@
-"""Several priors as one, of which the nearest is followed, and as many steps as the first one says it takes."""
+"""Several priors as one, of which the nearest is followed, and as many steps as the first one calls for."""
 
 from __future__ import annotations
 
