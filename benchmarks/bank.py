@@ -16,6 +16,7 @@ on one CPU core.
 from __future__ import annotations
 
 import argparse
+import functools
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -33,6 +34,8 @@ from evaluate import psnr
 from promise import Job, run_cases, ssim
 from promise_methods import STEPS, Case, as_array, differential, make_prior
 
+from step_skip.differential import DifferentialScheduler
+
 FIT_IDENTITY, TEST_IDENTITY = 3_000_000, 4_000_000  # streams of identities of their own
 BANK = 8
 FEW_STEPS = 10  # of a prior, and of the full run its clips are held against
@@ -48,8 +51,8 @@ COLUMNS = (
     "steps",
     "forwards",
     "apart",
-    "velocity",
-    "estimate",
+    "apart_per_step",
+    "turn_per_step",
     "obeyed",
     "identity_error",
     "psnr",
@@ -86,7 +89,7 @@ def measure_bank(pipe, defaults, index: int, seed: int, cfg_scale: float) -> Ite
     case, motions = make_bank_case(pipe, defaults, index, seed, cfg_scale)
     full, still = (make_prior(case, prompt, STEPS) for prompt in ("new", "still"))
     bank = [make_prior(case, f"bank {i}", STEPS) for i in range(BANK)]
-    apart = [first_distance(prior, full)[0] for prior in bank]
+    apart = [first_distance(prior, full) for prior in bank]
     paths = {"still": (still, "still", full)}
     for first in FIRST:
         nearest = int(np.argmin(apart[:first]))
@@ -98,7 +101,12 @@ def measure_bank(pipe, defaults, index: int, seed: int, cfg_scale: float) -> Ite
     for name, (prior, motion, goal) in paths.items():
         for steps in NUM_STEPS:
             if (id(prior), steps) not in made:
-                made[id(prior), steps] = compare(case, differential(case, prior, steps=steps), goal)
+                seen: list[tuple[float, float]] = []
+                watched = functools.partial(Watched, seen=seen)
+                result = differential(case, prior, steps=steps, scheduler=watched)
+                made[id(prior), steps] = compare(case, result, goal) | dict(
+                    zip(("apart_per_step", "turn_per_step"), zip(*seen, strict=True), strict=True)
+                )
             yield {
                 "index": index,
                 "seed": seed,
@@ -107,16 +115,35 @@ def measure_bank(pipe, defaults, index: int, seed: int, cfg_scale: float) -> Ite
                 "path": name,
                 "motion_of_path": motion,
                 "steps": steps,
-                **dict(zip(("apart", "velocity", "estimate"), first_distance(prior, goal), strict=True)),
+                "apart": first_distance(prior, goal),
                 **made[id(prior), steps],
             }
 
 
-def first_distance(prior, full) -> list[float]:
-    """How far a prior's first velocity is from the new clip's, which is the full run's; and its own size."""
-    v = prior.noise_pred[0]
-    estimate = prior.latents[0] - v
-    return [round(float(x.float().square().mean().sqrt()), 6) for x in (full.noise_pred[0] - v, v, estimate)]
+class Watched(DifferentialScheduler):
+    """Notes how far the new velocity is from the prior's at each step, and how that has turned since."""
+
+    def __init__(self, path, cfg_scale, *, seen: list[tuple[float, float]]):
+        super().__init__(path, cfg_scale)
+        self.seen, self.last = seen, None
+
+    def velocities(self, place, model_output):
+        new, old = super().velocities(place, model_output)
+        now = new.guided - old.guided
+        turn = now if self.last is None else now - self.last
+        self.last = now
+        self.seen.append((rms(now), rms(turn)))
+        return new, old
+
+
+def first_distance(prior, full) -> float:
+    """How far a prior's first velocity is from the new clip's, which is the full run's."""
+    return rms(full.noise_pred[0] - prior.noise_pred[0])
+
+
+def rms(tensor) -> float:
+    """Root mean square."""
+    return round(float(tensor.float().square().mean().sqrt()), 6)
 
 
 def compare(case: Case, result, full) -> dict:
