@@ -45,6 +45,17 @@ def once_each(rows: Iterable[Row]) -> list[Row]:
     return [row for row in clips.values() if float(row["apart"]) > 0]
 
 
+def fitted(rows: list[Row]) -> str:
+    """closeness.FIT as these clips give it: least squares for each number of steps."""
+    lines = []
+    for steps in FIT:
+        some = [row for row in rows if int(row["steps"]) == steps]
+        distance = np.log10([float(row["apart"]) for row in some])
+        slope, a = np.polyfit(distance, [float(row["psnr"]) for row in some], 1)
+        lines.append(f"    {steps}: ({a:.1f}, {-slope:.1f}),")
+    return "\n".join(lines) + "\n"
+
+
 def prediction_table(rows: list[Row]) -> str:
     """How far off the prediction from the first evaluation is, by the number of steps."""
     from scipy.stats import spearmanr
@@ -106,6 +117,7 @@ def write(clips: Path, output: Path) -> Path:
         parts.append(f"## Guidance {cfg_scale:g} ({cases} identities)\n\n{bank_table(some)}")
     for name, keep in (("50 steps", False), ("10 steps", True)):
         some = once_each(row for row in rows if ("10 steps" in row["path"]) == keep)
+        parts.append(f"## closeness.FIT from these, priors of {name}\n\n{fitted(some)}")
         parts.append(f"## Predicted by the first evaluation, priors of {name}\n\n{prediction_table(some)}")
         parts.append(f"## --num_steps auto, priors of {name}\n\n{auto_table(some)}")
     summary = output / "summary.md"
