@@ -13,6 +13,11 @@ damaged. The last lines on stdout are the priors' folders.
 
 from __future__ import annotations
 
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until all is imported: nothing is there yet to be told
+
 import argparse
 import contextlib
 import dataclasses
@@ -251,7 +256,7 @@ def finish(args: argparse.Namespace, prior: Prior, left: Left) -> Prior:
     check_installed_schedule(prior)
     check_folder(prior.directory, bytes_needed(prior, videos=len(left.videos)))
     start = read_own_images(prior) if left.start_step is None else None
-    loras = find_recorded_loras(m.get("lora", []))
+    loras = find_recorded_loras(m.get("lora", [])) if left.components else ()
     options = LoadOptions(m["model"], device, m["dtype"], args.vram, args.model_dir, loras)
     log.info(f"{len(left.steps)} of {prior.num_inference_steps} steps are left to run")
     clock = Clock()
@@ -296,22 +301,18 @@ def say_what_was_made(args: argparse.Namespace, prior: Prior, steps_run: int) ->
     log.info(f"{directory}: {steps_run} steps, {m['forwards']} forwards, {seconds:.1f} s")
     if m["status"] == "stopped":
         preview = directory / denoised_file(prior.whole_steps - 1)
-        log.info(
-            f"Stopped after step {prior.whole_steps - 1} of {steps}; what it points at: {preview}\n"
-            f"Finished with a new prompt:\n"
-            f"  {resumed}\n"
-            f"Or with its own, as if never stopped:\n"
-            f"  {command_line(args, 'generate_prior.py', '--resume', directory)}"
-        )
+        log.info(f"Stopped after step {prior.whole_steps - 1} of {steps}; what it points at: {preview}")
+        log.info("Finished with a new prompt:")
+        log.info(f"  {resumed}")
+        log.info("Or with its own, as if never stopped:")
+        log.info(f"  {command_line(args, 'generate_prior.py', '--resume', directory)}")
         return
     start_step, num_steps = m["start_step"], recommended_num_steps(steps)
     differential = f" --num_steps {num_steps}" if m.get("start_step_chosen") else ""
-    log.info(
-        f"A new prompt in {num_steps} of {steps} steps:\n"
-        f"  {resumed}{differential}\n"
-        f"Or resumed after step {start_step}, {steps - start_step - 1} of {steps} steps:\n"
-        f"  {resumed} --start_step {start_step}"
-    )
+    log.info(f"A new prompt in {num_steps} of {steps} steps:")
+    log.info(f"  {resumed}{differential}")
+    log.info(f"Or resumed after step {start_step}, {steps - start_step - 1} of {steps} steps:")
+    log.info(f"  {resumed} --start_step {start_step}")
 
 
 def command_line(args: argparse.Namespace, name: str, *words: object) -> str:

@@ -14,6 +14,11 @@ beside each video says how it was made.
 
 from __future__ import annotations
 
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until all is imported: nothing is there yet to be told
+
 import argparse
 import contextlib
 import logging
@@ -27,7 +32,7 @@ from step_skip.files import InputError, RunError, check_folder
 from step_skip.infer import warn_of_what_differs
 from step_skip.jobs import run_jobs
 from step_skip.loading import differences_since, pick_device
-from step_skip.lora import distilled_hint, parse_recorded_loras
+from step_skip.lora import distilled_hint, find_recorded_loras
 from step_skip.media import video_bytes
 from step_skip.models import LoadOptions
 from step_skip.page import write_page
@@ -355,11 +360,11 @@ def make_videos(
         warn_of_doubts(group, device=device)
         warn_of_what_differs(group)
     warn_of_old_motion(groups)
+    loras = find_recorded_loras(jobs[0].plan.lora) if args.lora is None else tuple(args.lora)
     dtype = load_all(groups)
     sizes = [video_bytes(settings_of(job.plan, job.prior)) for job in jobs]
     check_folder(folder, sum(sizes) + 2**20)
     say_what_runs(groups, there=there)
-    loras = parse_recorded_loras(jobs[0].plan.lora)
     guided = args.lora and any(job.plan.cfg_scale != 1 for job in jobs)
     if guided and (hint := distilled_hint(loras, sigmas=True)):
         log.info(hint)
@@ -398,6 +403,10 @@ def main(argv: list[str] | None = None) -> Path | str:
     if not is_sweep:
         if failed:
             raise next(iter(failed.values()))
+        if args.output not in (None, jobs[0].path):
+            raise InputError(
+                f"--output: another run made {args.output} meanwhile; this run's clip is {jobs[0].path}"
+            )
         return jobs[0].path
     folder = jobs[0].path.parent
     if len(failed) < len(jobs):

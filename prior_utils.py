@@ -122,11 +122,12 @@ def find_problems(prior: Prior) -> dict[str, str]:
     problems = {}
     for name in recorded_files(prior):
         try:
-            check_files(prior, [name])
             if name.endswith(".pt"):
                 is_latents = name.startswith(("step_", "noise_pred_", INITIAL_LATENTS_FILE))
                 load = load_latents if is_latents else load_conditioning
                 load(prior, name)
+            else:
+                check_files(prior, [name])
         except InputError as error:
             problems[name] = str(error)
     return problems

@@ -1,117 +1,33 @@
-"""What both scripts share: flags, prompts files, exit codes, and who may write to stdout.
+"""What both scripts share: flags and prompts files.
 
-Results go to stdout, everything else to stderr, DiffSynth's own prints included.
-Exit codes: 0 done; 1 the run failed (network, memory, NaN); 2 bad input; 130 interrupted;
-143 terminated (SIGTERM).
 Importing this module is cheap; what needs torch is imported inside functions.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
-import errno
 import itertools
 import json
-import logging
 import math
 import re
-import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from tqdm import tqdm
-
 from step_skip.families import MODEL_NAMES
-from step_skip.files import DTYPES, DiskError, InputError, RunError
+from step_skip.files import DTYPES, InputError
 from step_skip.lora import Lora, parse_lora
 from step_skip.models import LoadOptions
 from step_skip.plan import AUTO, Choices
 from step_skip.schema import LIMITS, MAX_STEPS, is_utf8
+from step_skip.terminal import Terminated as Terminated  # the scripts' and tests' door
+from step_skip.terminal import one_line
+from step_skip.terminal import run_script as run_script
 
 if TYPE_CHECKING:
     from _typeshed import SupportsWrite
-
-DISK_ERRORS = (  # the disk's or the user's fault, not the program's
-    errno.ENOSPC,
-    errno.EDQUOT,
-    errno.EFBIG,
-    errno.EIO,
-    errno.EROFS,
-    errno.EACCES,
-    errno.EPERM,
-    errno.ENAMETOOLONG,
-    errno.ELOOP,
-    errno.ENOTDIR,
-    errno.EPIPE,
-    errno.ESTALE,  # a network drive that went away
-    errno.ENODEV,
-    errno.ENXIO,
-    errno.ENOTCONN,
-    errno.ETIMEDOUT,
-)
-OUT_OF_MEMORY = re.compile("out of memory|can't allocate memory")  # how torch's allocators say it
-
-
-class Terminated(KeyboardInterrupt):
-    """SIGTERM, which a machine sends before it is taken away: ends a run as Ctrl-C does."""
-
-
-def _terminate(*_: object) -> NoReturn:
-    raise Terminated
-
-
-class MessageHandler(logging.Handler):
-    """Tells on stderr what the package has to say, above a progress bar that may be there."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        prefix = "warning: " if record.levelno >= logging.WARNING else ""
-        tqdm.write(f"{prefix}{record.getMessage()}", file=sys.stderr)
-
-
-def show_messages() -> None:
-    """Let every message of the package reach the user, once."""
-    package = logging.getLogger("step_skip")
-    package.setLevel(logging.INFO)
-    package.handlers = [MessageHandler()]
-    package.propagate = False
-
-
-def run_script(main: Callable[[], Path | str]) -> NoReturn:
-    """Run a script's main, print what it returns, the path it made, last on stdout, exit with its code."""
-    signal.signal(signal.SIGTERM, _terminate)
-    show_messages()
-    try:
-        with contextlib.redirect_stdout(sys.stderr):
-            result = main()
-        print(result, flush=True)
-        sys.exit(0)
-    except InputError as error:
-        _exit(2, str(error))
-    except OSError as error:
-        if error.errno not in DISK_ERRORS and not isinstance(error, DiskError):
-            raise
-        what = f"{error.filename or 'the output'}: {error.strerror}"
-        _exit(2, f"cannot read or write {what}; use another disk or folder")
-    except RunError as error:
-        _exit(1, str(error))
-    except Terminated:
-        _exit(143, "terminated")
-    except KeyboardInterrupt:
-        _exit(130, "interrupted")
-    except (RuntimeError, MemoryError) as error:
-        if isinstance(error, RuntimeError) and not OUT_OF_MEMORY.search(str(error)):
-            raise
-        _exit(1, "the device is out of memory; try --vram low, fewer --num_frames or a smaller size")
-
-
-def _exit(code: int, message: str) -> NoReturn:
-    program = Path(sys.argv[0]).name
-    print(f"{program}: error: {' '.join(message.splitlines())}", file=sys.stderr)
-    sys.exit(code)
 
 
 # --- flags --------------------------------------------------------------------------------------------------
@@ -137,8 +53,7 @@ class Parser(argparse.ArgumentParser):
         super().print_help(file or sys.__stdout__)
 
     def error(self, message: str) -> NoReturn:
-        message = " ".join(message.splitlines())
-        self.exit(2, f"{self.prog}: error: {message} (--help explains every flag)\n")
+        self.exit(2, f"{self.prog}: error: {one_line(message)} (--help explains every flag)\n")
 
 
 def add_model_arguments(

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from step_skip.families import FAMILIES, MODEL_NAMES, Family
 from step_skip.files import InputError, locked, sha256_tensor
 from step_skip.loading import Model, differences_since, model_of
-from step_skip.media import as_image, read_image, write_video
+from step_skip.media import as_image, read_own_image, write_video
 from step_skip.metadata import PriorWriter, check_progress, read_run
 from step_skip.models import cache_components
 from step_skip.plan import CHEAPER_NAMES, choose_cheaper
@@ -30,7 +30,6 @@ from step_skip.prior import (
     INITIAL_LATENTS_FILE,
     OUTPUT_FILE,
     Prior,
-    check_files,
     context_file,
     create_run_dir,
     damaged_files,
@@ -263,18 +262,11 @@ def read_own_images(prior: Prior) -> dict[str, Image]:
     Raises:
         InputError: one is damaged, or the run began with a video, too, which the prior doesn't hold.
     """
-    check_files(prior, prior.image_files)
     if prior.metadata["denoising_strength"] < 1:
         raise InputError(
             f"{prior.directory} was interrupted before the noised input video was saved: make it again"
         )
-    sizes = {"width": prior.metadata["width"], "height": prior.metadata["height"]}
-    return pipeline_images(
-        {
-            name: read_image(prior.directory / name, **sizes, label="the prior's image", exact=True)
-            for name in prior.image_files
-        }
-    )
+    return pipeline_images({name: read_own_image(prior, name) for name in prior.image_files})
 
 
 # --- the run ------------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from step_skip.contexts import save_context
-from step_skip.files import InputError, sha256_file, sha256_tensor, write_json
+from step_skip.files import InputError, check_free, sha256_file, sha256_tensor, write_json
 from step_skip.loading import Model, describe_machine, installed_versions, model_of
 from step_skip.lora import summarize_loras
 from step_skip.media import write_video
@@ -67,22 +67,25 @@ class Clip:
     seconds: dict[str, float]  # by phase: load, encode, denoise, decode ...
     report: dict[str, Any]  # all that is needed to make it again
 
-    def save(self, path: str | Path) -> Path:
+    def save(self, path: str | Path, *, overwrite: bool = False) -> Path:
         """Write the .mp4, then beside it the .json that says that it is whole, and how it was made.
 
         Raises:
+            TakenError: one of both exists, and may not be replaced.
             InputError: the name doesn't end in .mp4.
             DiskError: whatever the disk refused.
         """
         path = Path(path)
         if path.suffix != ".mp4":
             raise InputError(f"{path}: expected a name that ends in .mp4")
+        if not overwrite:
+            check_free(path, path.with_suffix(".json"))
         path.parent.mkdir(parents=True, exist_ok=True)
         begin = time.perf_counter()
-        write_video(self.frames, path, fps=self.report["fps"])
+        write_video(self.frames, path, fps=self.report["fps"], overwrite=overwrite)
         self.seconds["save"] = time.perf_counter() - begin
         report = self.report | {"seconds": self.seconds, "video_sha256": sha256_file(path)}
-        write_json(path.with_suffix(".json"), report)
+        write_json(path.with_suffix(".json"), report, overwrite=overwrite)
         return path
 
 

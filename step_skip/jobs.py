@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING
 from tqdm import tqdm
 
 from step_skip.experts import experts_of
-from step_skip.files import InputError
+from step_skip.files import InputError, TakenError
 from step_skip.infer import encode_new, make_clip, run_plan
 from step_skip.loading import ENCODERS, EXPERTS, Model, load_components
 from step_skip.models import COMPONENTS, SKIP_BRANCH, LoadOptions
 from step_skip.plan import needed_components
 from step_skip.prior import check_fingerprint
 from step_skip.results import Clock
-from step_skip.sweep import Group, Job, all_jobs, expected_seconds_of_each
+from step_skip.sweep import Group, Job, all_jobs, expected_seconds_of_each, free_path
 
 if TYPE_CHECKING:
     from step_skip.pipeline import Pause
@@ -132,5 +132,10 @@ def run_job(
         return
     clip = make_clip(group, job.plan, model, pause=pause)
     clip.seconds |= shared
-    clip.save(job.path)
+    while True:
+        try:
+            clip.save(job.path, overwrite=job.overwrite)
+            break
+        except TakenError:  # by another run, meanwhile: no clip is lost
+            job.path = free_path(job.path)
     log.info(f"{job.path}: {clip.forwards} forwards, {sum(clip.seconds.values()):.1f} s")

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
-from step_skip.files import InputError, replacing
+from step_skip.files import InputError, read_file, replacing
 from step_skip.media import THUMB_HEIGHT, read_thumbs
 from step_skip.metadata import MAX_METADATA_BYTES, read_prior
 from step_skip.prior import METADATA_FILE, OUTPUT_FILE, check_files
@@ -184,11 +184,9 @@ def read_report(path: Path) -> dict[str, Any]:
     """
     if not path.is_file():
         raise InputError(f"{path.name} is missing")
-    if path.stat().st_size > MAX_METADATA_BYTES:
-        raise InputError(f"{path.name} is too large for a result's JSON")
     try:
-        report = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        report = json.loads(read_file(path, most=MAX_METADATA_BYTES))
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path.name} cannot be read ({error})") from error
     if not isinstance(report, dict):
         raise InputError(f"{path.name} is not a result's JSON")

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 
 from step_skip.experts import check_tea_cache_experts, choose_guidance, experts_of
 from step_skip.files import InputError
-from step_skip.lora import Lora, check_lora_experts, describe_loras, find_recorded_loras
+from step_skip.lora import Lora, check_lora_experts, describe_loras, parse_recorded_loras
 from step_skip.models import (
     cache_components,
     model_defaults,
@@ -133,9 +133,8 @@ def make_plan(choices: Choices, prior: Prior) -> Plan:
     steps = choose_steps(choices, prior)
     experts = experts_of(steps["steps_to_run"], steps["sigmas"], prior)
     check_tea_cache_experts(choices.tea_cache_l1_thresh, experts)
-    given_loras = (
-        find_recorded_loras(prior.metadata.get("lora", [])) if choices.lora is None else choices.lora
-    )
+    recorded = prior.metadata.get("lora", [])  # its files are opened only when a model is to be loaded
+    given_loras = parse_recorded_loras(recorded) if choices.lora is None else choices.lora
     check_lora_experts(given_loras, experts=len(prior.family.experts))
     plan = Plan(
         **steps,
@@ -145,7 +144,7 @@ def make_plan(choices: Choices, prior: Prior) -> Plan:
             tea_cache_l1_thresh=choices.tea_cache_l1_thresh,
             tea_cache_model_id=choices.tea_cache_model_id,
         ),
-        lora=describe_loras(given_loras),
+        lora=recorded if choices.lora is None else describe_loras(choices.lora),
         prompt=chosen["prompt"],
         negative_prompt=chosen["negative_prompt"],
         cfg_scale=choose_guidance(

@@ -36,10 +36,12 @@ from typing import TYPE_CHECKING, Any
 from step_skip.families import DEFAULT_FAMILY, FAMILIES, MODELS, Family, expert_of
 from step_skip.files import (
     InputError,
-    load_tensor,
+    check_sha256,
+    read_file,
     sha256_file,
 )
 from step_skip.schema import METADATA_FILE
+from step_skip.tensor_file import load_tensor
 
 if TYPE_CHECKING:
     import torch
@@ -300,26 +302,30 @@ def check_files(prior: Prior, names: Iterable[str]) -> dict[str, str]:
     digests = {}
     for name in names:
         path = prior.directory / name
-        if path.is_symlink():
-            raise InputError(f"{path} is a symbolic link; a prior holds its own files: copy the file there")
-        if not path.is_file():
-            raise InputError(f"{path} is missing; copy the prior again or make it again")
         if not prior.is_legacy and not prior.has(name):
             raise InputError(f"{METADATA_FILE} lists no {name}; the prior is incomplete: make it again")
-        try:
-            size, most = path.stat().st_size, largest_file(prior, name)
-            if size > most:
-                raise InputError(f"{path} has {size} bytes, expected at most {most}; make the prior again")
-            digests[name] = found = sha256_file(path)
-        except OSError as error:
-            raise InputError(f"cannot read {path}: {error.strerror}") from error
-        expected = found if prior.is_legacy else prior.metadata["files"][name]
-        if found != expected:
-            raise InputError(
-                f"{path} is damaged: its SHA-256 is {found[:12]}..., expected {expected[:12]}...; "
-                "copy the prior again or make it again"
-            )
+        digests[name] = found = sha256_file(path, most=largest_file(prior, name), follow=False)
+        check_sha256(path, found, recorded_sha256(prior, name) or found)
     return digests
+
+
+def read_own_file(prior: Prior, name: str) -> bytes:
+    """The bytes of a file, as the prior records it.
+
+    Raises:
+        InputError: see `check_files`.
+    """
+    if not prior.has(name):
+        raise InputError(f"{METADATA_FILE} lists no {name}; the prior is incomplete: make it again")
+    path = prior.directory / name
+    content = read_file(path, most=largest_file(prior, name))
+    check_sha256(path, hashlib.sha256(content).hexdigest(), prior.metadata["files"][name])
+    return content
+
+
+def recorded_sha256(prior: Prior, name: str) -> str | None:
+    """What the prior says of a file; a legacy prior says nothing."""
+    return prior.metadata.get("files", {}).get(name)
 
 
 def largest_file(prior: Prior, name: str) -> int:
@@ -362,14 +368,17 @@ def check_fingerprint(prior: Prior, found: Mapping[str, str]) -> None:
 # --- tensors ------------------------------------------------------------------------------------------------
 
 
-def load_latents(prior: Prior, name: str) -> torch.Tensor:
+def load_latents(prior: Prior, name: str, *, sha256: str | None = None) -> torch.Tensor:
     """Load latents or a velocity, [B, C, T, H, W] in the prior's dtype, on the CPU.
+
+    Args:
+        sha256: of the file, where the prior records none.
 
     Raises:
         InputError: not a tensor, wrong shape or dtype, NaN or infinite values, or a pickle with code in it.
     """
-    dtype = prior.metadata.get("dtype")
-    return load_tensor(prior.directory / name, shape=prior.latents_shape, dtype=dtype)
+    dtype, sha256 = prior.metadata.get("dtype"), recorded_sha256(prior, name) or sha256
+    return load_tensor(prior.directory / name, shape=prior.latents_shape, dtype=dtype, sha256=sha256)
 
 
 def load_denoised(prior: Prior, step: int, *, dtype: torch.dtype | None = None) -> torch.Tensor:
@@ -401,7 +410,8 @@ def load_conditioning(prior: Prior, name: str) -> torch.Tensor:
             f"{METADATA_FILE} has {list(shape)} as the shape of {name}, expected {list(expected)}; make the "
             "prior again"
         )
-    return load_tensor(prior.directory / name, shape=shape, dtype=m["dtype"])
+    path, sha256 = prior.directory / name, recorded_sha256(prior, name)
+    return load_tensor(path, shape=shape, dtype=m["dtype"], sha256=sha256)
 
 
 def _identity_shapes(prior: Prior) -> dict[str, tuple[int, ...]]:

@@ -9,7 +9,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
+import itertools
 import json
+import os
 import re
 import statistics
 from collections.abc import Collection, Iterable, Iterator
@@ -19,9 +21,9 @@ from typing import TYPE_CHECKING, Any
 
 from step_skip.contexts import is_context_known, load_context
 from step_skip.families import MODEL_NAMES
-from step_skip.files import InputError, dtype_name, folder_inside, locked, sha256_file
-from step_skip.media import fit_image, read_image
-from step_skip.metadata import read_prior
+from step_skip.files import InputError, dtype_name, folder_inside, locked, read_file, sha256_file
+from step_skip.media import fit_image, read_image, read_own_image, video_bytes
+from step_skip.metadata import MAX_METADATA_BYTES, read_prior
 from step_skip.models import COMPONENTS
 from step_skip.plan import (
     Choices,
@@ -53,13 +55,14 @@ if TYPE_CHECKING:
 MAX_NAME_BYTES = 255  # of a file name, on every usual file system
 
 
-@dataclass(frozen=True)
+@dataclass
 class Job:
     """One video of a sweep; a single video is a sweep of one."""
 
     prior: Prior
     plan: Plan
-    path: Path  # the .mp4
+    path: Path  # the .mp4; of a single video the next free name where another run has taken it
+    overwrite: bool = True  # what has the name by then
 
     @property
     def report_path(self) -> Path:
@@ -126,13 +129,13 @@ def make_groups(
     if len(plans) > 1 or is_sweep:
         if output is not None:
             raise InputError(f"--output names one video, and this makes {len(plans)}; use --output_dir")
-        paths = sweep_paths(plans, output_dir)
+        paths, overwrite = sweep_paths(plans, output_dir), True  # what isn't whole is made again
     else:
         [(prior, plan)] = plans
         if output is not None:
             check_output(output, prior, overwrite=overwrite)
         paths = [output or free_output(plan, prior)]
-    jobs = [Job(prior, plan, path) for (prior, plan), path in zip(plans, paths, strict=True)]
+    jobs = [Job(prior, plan, path, overwrite) for (prior, plan), path in zip(plans, paths, strict=True)]
     return [Group(prior, [job for job in jobs if job.prior is prior]) for prior in priors]
 
 
@@ -236,7 +239,7 @@ def check_output(path: Path, prior: Prior, *, overwrite: bool) -> None:
     inside = path.parent.exists() and path.parent.samefile(prior.directory)
     if inside and own & {path.name.lower(), report.name.lower()}:  # some file systems ignore case
         raise InputError(f"--output {path} would replace a file of the prior itself; choose another name")
-    taken = [each for each in (path, report) if each.exists()]
+    taken = [each for each in (path, report) if os.path.lexists(each)]
     if taken and not overwrite:
         raise InputError(f"--output: {taken[0]} exists; choose another name or add --overwrite")
     if any(each.is_dir() for each in taken):
@@ -245,12 +248,13 @@ def check_output(path: Path, prior: Prior, *, overwrite: bool) -> None:
 
 def free_output(plan: Plan, prior: Prior) -> Path:
     """A name in the prior's outputs folder that tells steps and prompt, and that nothing has yet."""
-    stem, again = video_name(plan), 1
-    path = folder_inside(prior.directory, "outputs") / f"{stem}.mp4"
-    while path.exists() or path.with_suffix(".json").exists():
-        again += 1
-        path = path.with_name(f"{stem}_{again}.mp4")
-    return path
+    return free_path(folder_inside(prior.directory, "outputs") / f"{video_name(plan)}.mp4")
+
+
+def free_path(path: Path) -> Path:
+    """This name or, where a video or a JSON file has it, the next: name_2.mp4 ..."""
+    names = (path.with_stem(f"{path.stem}_{again}") if again > 1 else path for again in itertools.count(1))
+    return next(name for name in names if not any(map(os.path.lexists, (name, name.with_suffix(".json")))))
 
 
 def video_name(plan: Plan) -> str:
@@ -309,8 +313,10 @@ def load_inputs(group: Group) -> str:
     prior, inputs = group.prior, group.inputs
     for plan in group.plans:
         latents = [*latents_files(plan, prior), *velocity_files(plan), *nega_files(plan, prior)]
-        for names, load in ((latents, load_latents), (conditioning_files(plan, prior), load_conditioning)):
-            inputs.tensors.update((name, load(prior, name)) for name in names if name not in inputs.tensors)
+        for name in set(latents) - inputs.tensors.keys():  # as they were when `read_inputs` looked at them
+            inputs.tensors[name] = load_latents(prior, name, sha256=inputs.prior_files[name])
+        for name in set(conditioning_files(plan, prior)) - inputs.tensors.keys():
+            inputs.tensors[name] = load_conditioning(prior, name)
         found = dtype_name(inputs.tensors[latents[0]])
         if plan.dtype not in (None, found):
             raise InputError(f"--dtype {plan.dtype}: the prior's latents are {found}; leave the flag out")
@@ -331,9 +337,8 @@ def read_identity_image(image: Path | Image, prior: Prior) -> Image:
     sizes = {"width": prior.metadata["width"], "height": prior.metadata["height"]}
     found = read_image(image, **sizes) if isinstance(image, Path) else fit_image(image, **sizes)
     if not prior.is_legacy:
-        check_files(prior, [IMAGE_FILE])
         own = prior.directory / IMAGE_FILE
-        if found.tobytes() != read_image(own, **sizes, label="the prior's image", exact=True).tobytes():
+        if found.tobytes() != read_own_image(prior, IMAGE_FILE).tobytes():
             raise InputError(
                 f"--image {image} is not the image the prior was made from ({own}); "
                 "leave the flag out, or make a prior of this image"
@@ -368,14 +373,13 @@ def describe_settings(group: Group, plan: Plan) -> dict[str, Any]:
 
 def is_made(job: Job, group: Group) -> bool:
     """Whether the video is there and whole, and its JSON says it is the one this job would make."""
-    try:
-        found = json.loads(job.report_path.read_text(encoding="utf-8"))
-        expected = json.loads(
-            json.dumps(describe_settings(group, job.plan))
-        )  # tuples become lists, for example
+    expected = json.loads(json.dumps(describe_settings(group, job.plan)))  # tuples become lists, for example
+    most = 4 * video_bytes(settings_of(job.plan, job.prior)) + 2**22
+    try:  # the folder may be anybody's
+        found = json.loads(read_file(job.report_path, most=MAX_METADATA_BYTES))
         same = all(found[name] == value for name, value in expected.items())
-        return same and found["video_sha256"] == sha256_file(job.path)
-    except (OSError, ValueError, TypeError, KeyError):
+        return same and found["video_sha256"] == sha256_file(job.path, most=most)
+    except (ValueError, TypeError, KeyError, RecursionError):
         return False
 
 

@@ -628,7 +628,8 @@ def test_differential_resume_looks_at_its_files_too(prior_copy, infer, refused, 
 
 def test_any_damage_to_a_tensor_file_is_an_input_error(prior_copy):
     """A prior of an older format has no checksums: the reader meets the damage itself."""
-    from step_skip.files import InputError, load_tensor
+    from step_skip.files import InputError
+    from step_skip.tensor_file import load_tensor
 
     path = prior_copy / "step_0006.pt"
     whole = path.read_bytes()
