@@ -22,6 +22,7 @@ import argparse
 import contextlib
 import dataclasses
 import functools
+import itertools
 import logging
 import shlex
 from collections.abc import Iterator
@@ -41,9 +42,10 @@ from step_skip.generate import (
     run_what_is_left,
     what_is_left,
 )
+from step_skip.images import Picture, read_pictures
 from step_skip.loading import load_components, pick_device
 from step_skip.lora import distilled_hint, find_recorded_loras
-from step_skip.media import fetch_example, read_image, read_video, video_bytes
+from step_skip.media import fetch_example, read_video, video_bytes
 from step_skip.metadata import PriorWriter
 from step_skip.models import (
     ROOT,
@@ -53,6 +55,8 @@ from step_skip.models import (
     model_defaults,
 )
 from step_skip.prior import (
+    END_IMAGE_FILE,
+    IMAGE_FILE,
     METADATA_FILE,
     Prior,
     RunSettings,
@@ -80,10 +84,10 @@ class Wanted:
     """One prior to make."""
 
     name: str  # its image's, without one its prompt
-    image: Image | None  # of the video's size, as the next
-    end_image: Image | None
+    images: dict[str, Picture]  # by file
     prompt: str
     run_id: str | None
+    choices: PriorChoices  # with the size of its image
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -134,8 +138,8 @@ def read_prior_choices(args: argparse.Namespace) -> PriorChoices:
     return choices
 
 
-def read_wanted(args: argparse.Namespace, settings: RunSettings) -> list[Wanted]:
-    """The priors to make: one for each image, each with its prompt.
+def read_wanted(args: argparse.Namespace, choices: PriorChoices) -> list[Wanted]:
+    """The priors to make: one for each image, each with its prompt. Neither torch nor a model is needed.
 
     Raises:
         InputError: an image that can't be used, a --run_id given twice, or as many prompts or ids as fit
@@ -153,15 +157,16 @@ def read_wanted(args: argparse.Namespace, settings: RunSettings) -> list[Wanted]
     for run_id in run_ids:
         if run_id is not None and run_ids.count(run_id) > 1:
             raise InputError(f"--run_id {run_id}: given twice; every prior needs its own")
+    defaults = model_defaults(args.model, args.model_dir)
+    family = FAMILIES[family_name(args.model, args.model_dir)]
 
-    def read(path: Path | None, label: str) -> Image | None:
-        size = (settings.width, settings.height)
-        return None if path is None else read_image(path, width=size[0], height=size[1], label=label)
+    def read(name: str, path: Path | None, end_path: Path | None, prompt: str, run_id: str | None) -> Wanted:
+        given = {IMAGE_FILE: path, END_IMAGE_FILE: end_path}
+        sized, pictures = read_pictures(given, choices, defaults=defaults, family=family)
+        return Wanted(name, pictures, prompt, run_id, sized)
 
-    images = [read(path, "--image") for path in paths]
-    ends = [read(path, "--end_image") for path in end_paths]
     names = map(str, args.image or args.prompt)
-    return [Wanted(*each) for each in zip(names, images, ends, prompts, run_ids, strict=True)]
+    return list(itertools.starmap(read, zip(names, paths, end_paths, prompts, run_ids, strict=True)))
 
 
 def read_input_video(args: argparse.Namespace, settings: RunSettings) -> list[Image] | None:
@@ -178,36 +183,37 @@ def read_input_video(args: argparse.Namespace, settings: RunSettings) -> list[Im
 def make_priors(args: argparse.Namespace) -> list[Path]:
     """Make a prior of every image on one loaded pipeline, and return their folders."""
     choices, family = read_prior_choices(args), family_name(args.model, args.model_dir)
+    wanted = [] if args.download_example else read_wanted(args, choices)
     options = dataclasses.replace(cli.load_options(args), device=pick_device(args.model, args.device))
-    planned = Prior(args.output_dir, plan_prior(options, choices, family=family))
-    settings = planned.settings
-    rounded = {name: getattr(settings, name) for name in ("height", "width", "num_frames")}
-    choices = dataclasses.replace(choices, **rounded)
-    videos = 1 + (settings.num_inference_steps if args.save_decoded_videos else 0)
     if args.download_example:
+        plan_prior(options, choices, family=family)
         args.image = [fetch_example(EXAMPLE_IMAGE, root=ROOT)]
-    number = len(args.image or args.prompt)
-    check_folder(args.output_dir, number * bytes_needed(planned, videos=videos))
-    wanted, input_video = read_wanted(args, settings), read_input_video(args, settings)
+        wanted = read_wanted(args, choices)
+    wanted, planned = plan_all(wanted, options, family)
+    videos = 1 + (choices.num_inference_steps if args.save_decoded_videos else 0)
+    check_folder(args.output_dir, sum(bytes_needed(each, videos=videos) for each in planned))
+    read = functools.cache(functools.partial(read_input_video, args))
+    input_videos = [read(each.settings) for each in planned]
+    settings = planned[0].settings
     if settings.cfg_scale != 1 and (hint := distilled_hint(options.loras, sigmas=False)):
         log.info(hint)
-    components = [*planned.family.components, *cache_components(settings.skip_cache)]
+    components = [*planned[0].family.components, *cache_components(settings.skip_cache)]
     model = load_components(options, components, by_expert=True)
     made, failed = [], []
-    for each in wanted:
+    for each, input_video in zip(wanted, input_videos, strict=True):
         begun: list[Path] = []
         try:
             with saying_how_to_go_on(args, begun):
                 prior = step_skip.generate_prior(
                     model,
-                    each.image,
+                    each.images.get(IMAGE_FILE),
                     each.prompt,
-                    end_image=each.end_image,
+                    end_image=each.images.get(END_IMAGE_FILE),
                     output_dir=args.output_dir,
                     run_id=each.run_id,
                     input_video=input_video,
                     on_begin=begun.append,
-                    **dataclasses.asdict(choices),
+                    **dataclasses.asdict(each.choices),
                 )
         except RunError as error:  # NaN, for example: the next image may do better
             if len(wanted) == 1:
@@ -219,6 +225,22 @@ def make_priors(args: argparse.Namespace) -> list[Path]:
     if failed:
         raise RunError(f"{len(failed)} of {len(wanted)} priors failed: {'; '.join(failed)}")
     return made
+
+
+def plan_all(wanted: list[Wanted], options: LoadOptions, family: str) -> tuple[list[Wanted], list[Prior]]:
+    """Every prior with its sizes rounded as the model needs, and what will be known of it, each size once.
+
+    Raises:
+        InputError: see `plan_prior`.
+    """
+    rounded, planned, sizes = [], [], ("height", "width", "num_frames")
+    plan = functools.cache(lambda choices: plan_prior(options, choices, family=family))
+    for each in wanted:
+        prior = Prior(Path(each.name), plan(each.choices))
+        known = {name: prior.metadata[name] for name in sizes}
+        rounded.append(dataclasses.replace(each, choices=dataclasses.replace(each.choices, **known)))
+        planned.append(prior)
+    return rounded, planned
 
 
 def bytes_needed(prior: Prior, *, videos: int) -> int:

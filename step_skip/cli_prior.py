@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from step_skip import cli
+from step_skip.prior_plan import FITS
 
 
 def add_identity_arguments(parser: argparse.ArgumentParser) -> None:
@@ -112,8 +113,22 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     )
     sizes = parser.add_argument_group(
         "video",
-        "sizes are rounded up as the model needs (default: 480 x 832, 81 frames; I2V-720P: 720 x 1280; "
-        "tiny: 96 x 96, 17)",
+        "with no size given the video has the image's own aspect ratio at the model's area (480 x 832; "
+        "I2V-720P: 720 x 1280) and 81 frames; tiny keeps 96 x 96, 17; sizes given are rounded up as the "
+        "model needs",
+    )
+    sizes.add_argument(
+        "--fit",
+        choices=FITS,
+        default="crop",
+        help="what becomes of an image of another shape than the video's: its middle is seen, all of it on "
+        "--background, or all of it out of shape",
+    )
+    sizes.add_argument(
+        "--background",
+        default="white",
+        metavar="COLOUR",
+        help="what shows through where an image is transparent, and around one with --fit pad",
     )
     for name, unit in (("height", "pixels"), ("width", "pixels"), ("num_frames", "frames")):
         sizes.add_argument(f"--{name}", type=cli.limited(name, int), metavar="N", help=unit)

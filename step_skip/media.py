@@ -1,30 +1,23 @@
-"""Images and videos that a user names, or that a prior holds: read as the model sees them, written whole."""
+"""Videos that a user names, or that a prior holds: read as the model sees them, written whole."""
 
 from __future__ import annotations
 
 import errno
-import io
-import logging
-import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from step_skip.files import InputError, RunError, replacing
-from step_skip.prior import Prior, RunSettings, read_own_file
+from step_skip.prior import RunSettings
 from step_skip.schema import LIMITS, MAX_PIXELS
 
 if TYPE_CHECKING:
     import numpy as np
     from PIL.Image import Image
 
-log = logging.getLogger(__name__)
-
-IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "TIFF", "BMP")  # Pillow hands others to programs
 THUMB_HEIGHT = 96  # pixels
 MAX_BOXES = 100  # of an .mp4; ffmpeg writes four
 MAX_AREA = 2**25  # pixels of a frame that is decoded for a page: 8K
-MIN_IMAGE_SIDE = 16  # pixels; anything smaller is no picture
 
 
 def fetch_example(image: Path, *, root: Path) -> Path:
@@ -49,84 +42,6 @@ def fetch_example(image: Path, *, root: Path) -> Path:
             "network, or give an image of your own with --image"
         ) from error
     return image
-
-
-def read_image(
-    path: Path,
-    *,
-    width: int,
-    height: int,
-    label: str = "--image",
-    content: bytes | None = None,
-    exact: bool = False,
-) -> Image:
-    """Read an image as the model will see it: upright, RGB, stretched to width x height pixels.
-
-    Args:
-        label: what an error calls it.
-        content: of the file, where that is read already.
-        exact: refuse any other size, before memory is taken for it.
-
-    Raises:
-        InputError: no file, not an image, or too small or too large to be one.
-    """
-    from PIL import Image, ImageOps, UnidentifiedImageError
-
-    if content is None and not path.is_file():
-        raise InputError(f"{label} {path} is not a file; name a picture")
-    try:
-        with Image.open(path if content is None else io.BytesIO(content), formats=IMAGE_FORMATS) as opened:
-            if exact and opened.size != (width, height):
-                raise ValueError(f"{opened.width} x {opened.height} pixels, expected {width} x {height}")
-            image = ImageOps.exif_transpose(opened).convert("RGB")
-    except UnidentifiedImageError:
-        raise InputError(f"{label} {path} is not an image that can be read; use PNG, JPEG or WebP") from None
-    except Exception as error:  # Pillow's readers raise whatever they meet in a broken file
-        raise InputError(
-            f"{label} {path} cannot be read ({str(error)[:100] or type(error).__name__}); "
-            "save it again as PNG or JPEG"
-        ) from error
-    return fit_image(image, width=width, height=height, label=f"{label} {path}")
-
-
-def read_own_image(prior: Prior, name: str) -> Image:
-    """An image that a prior keeps, as the model saw it.
-
-    Raises:
-        InputError: it is missing, damaged, or of another size.
-    """
-    sizes = {"width": prior.metadata["width"], "height": prior.metadata["height"]}
-    content, label = read_own_file(prior, name), "the prior's image"
-    return read_image(prior.directory / name, **sizes, label=label, content=content, exact=True)
-
-
-def fit_image(image: Image, *, width: int, height: int, label: str = "the image") -> Image:
-    """An image as the model will see it: RGB, stretched to width x height pixels.
-
-    Raises:
-        InputError: it is too small to be one.
-    """
-    if min(image.size) < MIN_IMAGE_SIDE:
-        raise InputError(
-            f"{label} is {image.width} x {image.height} pixels, expected {MIN_IMAGE_SIDE} or more "
-            "a side; use a larger picture"
-        )
-    if abs(math.log(image.width * height / (image.height * width))) > math.log(1.1):
-        log.warning(
-            f"{label} ({image.width} x {image.height}) is stretched to {width} x {height}; crop it first"
-        )
-    return image.convert("RGB").resize((width, height))
-
-
-def as_image(given: str | Path | Image, *, width: int, height: int) -> Image:
-    """An image, or the file of one, as the model will see it.
-
-    Raises:
-        InputError: it can't be used as one.
-    """
-    if isinstance(given, str | Path):
-        return read_image(Path(given), width=width, height=height)
-    return fit_image(given, width=width, height=height)
 
 
 def read_video(path: Path, *, width: int, height: int, num_frames: int) -> list[Image]:

@@ -11,6 +11,7 @@ A prior is a folder `run_<id>/`:
     context_<hash>.pt        one encoded prompt each, named after the text
     input_image.png          the input image as the model saw it, if there was one
     end_image.png            likewise, of a model that takes a last frame, too
+    input_image_crop.png     what of the image was cropped away, in the dark; no part of the prior
     output_full.mp4          the prior's own video
     formation.png            how it took shape, step by step (steps.py)
     denoised_0000.mp4 ...    with --save_decoded_videos or --stop_after: what step i points at, decoded
@@ -205,6 +206,11 @@ def leading_steps(names: Iterable[str], num_inference_steps: int, *, nega: bool 
 def denoised_file(step: int) -> str:
     """Name of the video of what `step` points at."""
     return f"denoised_{step:04d}.mp4"
+
+
+def crop_preview_file(name: str) -> str:
+    """Name of the picture that shows what was cropped from the image `name`."""
+    return f"{Path(name).stem}_crop.png"
 
 
 def latents_before_file(step: int) -> str:

@@ -22,7 +22,8 @@ from typing import TYPE_CHECKING, Any
 from step_skip.contexts import is_context_known, load_context
 from step_skip.families import MODEL_NAMES
 from step_skip.files import InputError, dtype_name, folder_inside, locked, read_file, sha256_file
-from step_skip.media import fit_image, read_image, read_own_image, video_bytes
+from step_skip.images import read_as_before, read_own_image
+from step_skip.media import video_bytes
 from step_skip.metadata import MAX_METADATA_BYTES, read_prior
 from step_skip.models import COMPONENTS
 from step_skip.plan import (
@@ -334,8 +335,7 @@ def read_identity_image(image: Path | Image, prior: Prior) -> Image:
     Raises:
         InputError: it can't be read, or is another.
     """
-    sizes = {"width": prior.metadata["width"], "height": prior.metadata["height"]}
-    found = read_image(image, **sizes) if isinstance(image, Path) else fit_image(image, **sizes)
+    found = read_as_before(image, prior)
     if not prior.is_legacy:
         own = prior.directory / IMAGE_FILE
         if found.tobytes() != read_own_image(prior, IMAGE_FILE).tobytes():

@@ -15,7 +15,7 @@ import torch
 from conftest import build_model, save_image
 from helpers import PROMPT, SIZE, edit_metadata, read_json, record_checksum
 
-from step_skip.media import read_image
+from step_skip.images import read_image
 
 SHAPE = (1, 16, 3, 4, 4)  # latents of 9 frames of 32 x 32 pixels
 NOT_UTF8 = "\udcff\udcfe"  # how Python hands over the bytes ff fe from a shell

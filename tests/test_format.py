@@ -169,8 +169,8 @@ def test_rounded_sizes_are_recorded(generate, image):
     outcome = generate("--image", image, *flags)
     metadata = read_json(outcome.path / "run_metadata.json")
     assert (metadata["height"], metadata["width"], metadata["num_frames"]) == (32, 48, 5)
-    assert "48 x 32 pixels, 5 frames" in outcome.err
-    assert "stretched" in outcome.err
+    assert outcome.err.count("48 x 32 pixels, 5 frames") == 1
+    assert "cropped to its middle, 32 x 21" in outcome.err
     assert len(video_frames(outcome.path / "output_full.mp4")) == 5
 
 
