@@ -1,7 +1,7 @@
 """Make a prior: one full run for an identity, with the latents of every step kept.
 
     python generate_prior.py --model tiny --image data/tiny_wan_i2v/inputs/mila.png
-    python generate_prior.py --download_example --prompt "A small boat sails bravely through the waves."
+    python generate_prior.py --download_example
     python generate_prior.py --image ann.jpg ben.jpg --stop_after 3
     python generate_prior.py --resume prior_output/run_<id>
 

@@ -1,7 +1,7 @@
 """Make new videos of a prior's identity, in a fraction of the steps.
 
-    python infer_from_prior.py --prior_dir prior_output/run_<id> --prompt "She looks up."
-    python infer_from_prior.py --prior_dir prior_output/run_<id> --prompt "She looks up." --start_step 6
+    python infer_from_prior.py --prior_dir prior_output/run_<id> --prompt "she speaks"
+    python infer_from_prior.py --prior_dir prior_output/run_<id> --prompt "she speaks" --start_step 6
     python infer_from_prior.py --prior_dir prior_output/run_* --prompts_file prompts.txt --start_step 2-8
 
 The first runs 3 of 10 steps, spread over the schedule and spent on what the new prompt changes: a
@@ -29,7 +29,7 @@ from pathlib import Path
 import prior_utils
 from step_skip import cli
 from step_skip.files import InputError, RunError, check_folder
-from step_skip.infer import warn_of_what_differs
+from step_skip.infer import warn_of_what_differs, warn_of_words
 from step_skip.jobs import run_jobs
 from step_skip.loading import differences_since, pick_device
 from step_skip.lora import distilled_hint, find_recorded_loras
@@ -174,7 +174,7 @@ def add_prompt_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         metavar="FILE",
         help="more prompts, one per line; a line that begins with { is JSON and may set what holds for it "
-        'alone: {"prompt": "She nods.", "cfg_scale": 3, "start_step": "2-4"}; it knows '
+        'alone: {"prompt": "she speaks", "cfg_scale": 3, "start_step": "2-4"}; it knows '
         f"{', '.join(cli.OVERRIDES)}",
     )
     group.add_argument(
@@ -369,6 +369,7 @@ def make_videos(
     if guided and (hint := distilled_hint(loras, sigmas=True)):
         log.info(hint)
     options = LoadOptions(model, device, dtype, args.vram, args.model_dir, loras)
+    warn_of_words(groups, options)
     with contextlib.nullcontext() if there is None else sweep_folder(folder):
         return run_jobs(groups, options=options)
 

@@ -47,6 +47,7 @@ from step_skip.prior import (
 from step_skip.prior_plan import PriorChoices, check_images, check_prior_choices, plan_prior
 from step_skip.results import Clock, RunResult
 from step_skip.steps import record_branch_distance, save_formation
+from step_skip.words import warn_of_embedded
 
 if TYPE_CHECKING:
     import torch
@@ -106,6 +107,8 @@ def generate_prior(
             raise InputError("denoising_strength is below 1 where there is an input_video, and only there")
         for component in family.components:
             model.require(component, "make a prior")
+        texts = [prompt] if metadata["cfg_scale"] == 1 else [prompt, metadata["negative_prompt"]]
+        warn_of_embedded(options, texts, metadata)
         clock = Clock()
         clock.include({"load": model.seconds})
         directory, run_id = create_run_dir(Path(output_dir), run_id)

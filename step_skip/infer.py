@@ -23,7 +23,7 @@ from step_skip.loading import Model, describe_machine, installed_versions, model
 from step_skip.lora import summarize_loras
 from step_skip.media import write_video
 from step_skip.metadata import read_prior
-from step_skip.models import COMPONENTS
+from step_skip.models import COMPONENTS, LoadOptions
 from step_skip.plan import (
     Choices,
     Plan,
@@ -44,6 +44,7 @@ from step_skip.sweep import (
     load_inputs,
     read_inputs,
 )
+from step_skip.words import warn_of_embedded
 
 if TYPE_CHECKING:
     import torch
@@ -162,6 +163,7 @@ def infer_from_prior(
         load_inputs(group)
         model.check(prior)
         warn_of_what_differs(group)
+        warn_of_words([group], model.options)
         begin = time.perf_counter()
         encode_new([group], model)
         encoded = time.perf_counter() - begin
@@ -185,6 +187,15 @@ def warn_of_what_differs(group: Group) -> None:
                 f"the prior was made with --{name} {value}, which is not taken over; give it, too, to have "
                 "steps as cheap, and without it the prior's own prompt gives nearly the prior's video"
             )
+
+
+def warn_of_words(groups: Iterable[Group], options: LoadOptions) -> None:
+    """Say what the embedded model doesn't understand of the prompts that are not their priors' own."""
+    texts: dict[str, None] = {}
+    for group in groups:
+        own = {group.prior.metadata.get(name) for name in ("prompt", "negative_prompt")}
+        texts |= dict.fromkeys(text for plan in group.plans for text in plan.texts if text not in own)
+    warn_of_embedded(options, texts)
 
 
 # --- encoding -----------------------------------------------------------------------------------------------

@@ -119,9 +119,8 @@ def test_a_transparent_picture_on_the_command_line(generate, tmp_path):
     with Image.open(outcome.path / "input_image.png") as image:
         assert image.getpixel((SIZE - 1, 0)) == (0, 255, 0)
     assert "lime shows through (--background)" in outcome.err
-    assert (
-        read_json(outcome.path / "run_metadata.json")["images"]["input_image.png"]["background"] == "#00ff00"
-    )
+    record = read_json(outcome.path / "run_metadata.json")["images"]["input_image.png"]
+    assert record["background"] == "#00ff00"
 
 
 def test_a_background_that_is_no_colour(generate, refused, image):
