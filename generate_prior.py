@@ -104,6 +104,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         dtype_help="(default: bfloat16; tiny: float32)",
     )
     args = parser.parse_args(argv)
+    cli.check_quotes(parser, argv, args.prompt)
     args.dtype = args.dtype or model_defaults(args.model, args.model_dir).dtype
     if args.resume is not None:
         settings = sorted(cli.given_flags(argv) - RESUME_FLAGS)

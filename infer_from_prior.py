@@ -36,7 +36,7 @@ from step_skip.lora import distilled_hint, find_recorded_loras
 from step_skip.media import video_bytes
 from step_skip.models import LoadOptions
 from step_skip.page import write_page
-from step_skip.plan import AUTO, Plan, settings_of
+from step_skip.plan import AUTO, FIXED, Plan, settings_of
 from step_skip.prior import Prior
 from step_skip.steps import DEFAULT_TEXT_SHARE, FORMATION_FILE, is_late
 from step_skip.sweep import (
@@ -95,6 +95,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     others = sorted(cli.given_flags(argv) - {"--prior_dir", "--verify"})
     if args.verify and others:
         parser.error(f"--verify only looks at priors: leave out {others[0]}")
+    cli.check_quotes(parser, argv, args.prompt)
     if args.overwrite and args.output is None:
         parser.error("--overwrite replaces what --output names: give --output")
     may_be_auto = args.prompts_file is not None or [AUTO] in (args.start_step or ())
@@ -173,8 +174,8 @@ def add_prompt_arguments(parser: argparse.ArgumentParser) -> None:
         "--prompts_file",
         type=Path,
         metavar="FILE",
-        help="more prompts, one per line; a line that begins with { is JSON and may set what holds for it "
-        'alone: {"prompt": "she speaks", "cfg_scale": 3, "start_step": "2-4"}; it knows '
+        help="more prompts, one per line; # begins a comment; a line that begins with { is JSON and may set "
+        'what holds for it alone: {"prompt": "she speaks", "cfg_scale": 3, "start_step": "2-4"}; it knows '
         f"{', '.join(cli.OVERRIDES)}",
     )
     group.add_argument(
@@ -217,6 +218,12 @@ def add_output_arguments(parser: argparse.ArgumentParser) -> None:
         "prior's outputs folder, named after all choices)",
     )
     group.add_argument(
+        "--fps",
+        type=cli.limited("fps", float),
+        metavar="X",
+        help="frames per second it is played at; their number is fixed by the prior (default: the prior's)",
+    )
+    group.add_argument(
         "--dry_run",
         action="store_true",
         help="load no model, make nothing: print the videos as JSON lines, with forwards and the seconds to "
@@ -233,6 +240,11 @@ def add_checked_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--num_inference_steps", type=cli.positive_int, metavar="N")
     group.add_argument("--denoising_strength", type=cli.strength, metavar="X")
     group.add_argument("--sigma_shift", type=cli.positive_float, metavar="X")
+    for name in FIXED:
+        flag = f"--{name}"
+        group.add_argument(
+            flag, type=cli.limited(name, int), metavar="N", help=f"another needs another prior: its {flag}"
+        )
 
 
 # --- what the user is told ----------------------------------------------------------------------------------

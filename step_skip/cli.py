@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from step_skip.command import own_command, quote_prompt
 from step_skip.families import MODEL_NAMES
 from step_skip.files import DTYPES, InputError
 from step_skip.lora import Lora, parse_lora
@@ -116,6 +117,18 @@ def add_cheaper_arguments(parser: argparse.ArgumentParser, *, lora_help: str) ->
         metavar="[high=|low=]PATH[:ALPHA]",
         help=f"LoRAs for the DiT, of two experts for both unless high= or low= names one; {lora_help}",
     )
+
+
+def check_quotes(parser: argparse.ArgumentParser, argv: list[str] | None, prompts: list[str] | None) -> None:
+    """Refuse several prompts of one word each after one --prompt: the quotes were forgotten."""
+    words = sys.argv[1:] if argv is None else argv
+    prompts = prompts or []
+    if len(prompts) > 1 and words.count("--prompt") == 1 and all(len(each.split()) < 2 for each in prompts):
+        quoted = own_command(quote_prompt(words, prompts))
+        parser.error(
+            f"--prompt: {len(prompts)} prompts of one word each; if they are one, quote it: {quoted}; "
+            "if not, give each a --prompt of its own"
+        )
 
 
 def given_flags(argv: list[str] | None) -> set[str]:
@@ -270,7 +283,7 @@ def _choices_of_line(given: dict[str, Any], line: dict[str, Any]) -> Iterator[Ch
 
 
 def read_prompts(path: Path) -> list[dict[str, Any]]:
-    """The prompts of a file, one per line; a line that begins with { is a JSON object of OVERRIDES.
+    """The prompts of a file, one per line; {...} is a JSON object of OVERRIDES, # begins a comment.
 
     Raises:
         InputError: with the line that is wrong.
@@ -285,17 +298,30 @@ def read_prompts(path: Path) -> list[dict[str, Any]]:
         raise InputError(
             f"--prompts_file {path} is not UTF-8 text ({error.reason}); save it as UTF-8"
         ) from error
+    if is_json_array(text):
+        raise InputError(
+            f"--prompts_file {path} is a JSON array; write one prompt per line, as text or as "
+            '{"prompt": "..."}'
+        )
     numbered = [(number, line.strip()) for number, line in enumerate(text.split("\n"), 1)]
     prompts = [
         read_overrides(line, f"--prompts_file {path}, line {number}")
         if line.startswith("{")
         else {"prompt": line}
         for number, line in numbered
-        if line
+        if line and not line.startswith("#")
     ]
     if not prompts:
         raise InputError(f"--prompts_file {path} holds no prompt; write one per line")
     return prompts
+
+
+def is_json_array(text: str) -> bool:
+    """Whether a whole file is one; a prompt may begin with [, too."""
+    try:
+        return text.lstrip().startswith("[") and isinstance(json.loads(text), list)
+    except (ValueError, RecursionError):
+        return False
 
 
 def read_overrides(line: str, where: str) -> dict[str, Any]:

@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 CHEAPER_NAMES = ("skip_cache", "tea_cache_l1_thresh", "tea_cache_model_id")
+FIXED: Final = ("seed", "num_frames", "height", "width")  # by the prior's latents
 AUTO: Final = "auto"  # a --start_step that each prior decides for itself
 
 
@@ -77,6 +78,10 @@ class Choices:
     num_inference_steps: int | None = None
     denoising_strength: float | None = None
     sigma_shift: float | None = None
+    seed: int | None = None
+    num_frames: int | None = None
+    height: int | None = None
+    width: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,6 +194,13 @@ def check_choices(choices: Choices, prior: Prior) -> None:
             raise InputError(
                 f"--{name} {given}: the prior has {prior.metadata[name]}; "
                 "leave the flag out or make a prior with it"
+            )
+    for name in FIXED:
+        given, own = getattr(choices, name), prior.metadata.get(name)
+        if given is not None and own is not None and given != own:
+            raise InputError(
+                f"--{name} is fixed by the prior: {own}, not {given}; for another make another prior, with "
+                f"generate_prior.py --{name} {given}"
             )
     if choices.image is not None and not prior.is_legacy and not prior.image_files:
         raise InputError(f"--image: {prior.directory} was made without an image; leave the flag out")

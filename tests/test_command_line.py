@@ -75,6 +75,44 @@ def test_help_answers_without_the_heavy_imports(script, tmp_path):
         assert flag in ended.stdout
 
 
+def test_mistakes_with_images_are_told_before_torch_is_imported(image, tmp_path):
+    """Each in its own main, all in one interpreter: importing torch takes seconds."""
+    (tmp_path / "text.png").write_text("no picture")
+    mistakes = [
+        [["--image", "not_there.png"], "is not a file"],
+        [["--image", "text.png"], "not an image"],
+        [["--image", image, image, "--run_id", "one"], "1 for 2 images"],
+        [["--image", image, "--background", "nice"], "--background nice"],
+        [["--image", image, "--prompt", "she", "speaks"], "--prompt 'she speaks'"],
+    ]
+    code = (
+        "import sys, contextlib, io, generate_prior\n"
+        f"for argv, words in {[[[*map(str, argv)], words] for argv, words in mistakes]!r}:\n"
+        "    told = io.StringIO()\n"
+        "    try:\n"
+        "        with contextlib.redirect_stderr(told): generate_prior.main(['--model', 'tiny', *argv])\n"
+        "    except (ValueError, SystemExit) as error: told.write(str(error))\n"
+        "    assert words in told.getvalue(), told.getvalue()\n"
+        "assert not {'torch', 'diffsynth'} & sys.modules.keys()\n"
+    )
+    ended = run_as_user("-c", code, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    assert ended.returncode == 0, ended.stderr
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_forgotten_quotes_are_given_back(run, script):
+    flags = ("--prior_dir", "a b") if "infer" in script else ("--image", "a b.png")
+    outcome = run(script.removesuffix(".py"), *flags, "--prompt", "she", "moves", "left", "--device", "cpu")
+    assert outcome.code == 2
+    quoted = shlex.join(["python", script, *flags, "--prompt", "she moves left", "--device", "cpu"])
+    assert f"3 prompts of one word each; if they are one, quote it: {quoted};" in outcome.error
+
+
+def test_prompts_of_one_word_may_each_have_a_flag(prior, infer):
+    outcome = infer(prior, "--prompt", "Speaks.", "--prompt", "Sleeps.", "--dry_run")
+    assert (outcome.code, len(outcome.out.splitlines())) == (0, 2)
+
+
 def test_the_command_printed_is_short_where_nothing_else_was_given(monkeypatch, tmp_path):
     import generate_prior
 

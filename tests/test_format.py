@@ -251,6 +251,14 @@ def test_another_machine_or_version_is_a_warning(prior_copy, infer, changes, wor
     assert words in warnings[0] and "the last bits" in warnings[0]
 
 
+def test_what_the_prior_fixes_may_be_said_and_fps_is_free(prior, infer, tmp_path):
+    flags = ("--start_step", 9, "--seed", 0, "--num_frames", FRAMES, "--height", SIZE, "--fps", 4)
+    report = infer(prior, *flags, "--output", tmp_path / "slow.mp4").report
+    own = infer(prior, "--start_step", 9, "--output", tmp_path / "own.mp4").report
+    assert (report["fps"], own["fps"]) == (4, 8)
+    assert report["latents_sha256"] == own["latents_sha256"]
+
+
 # --- nothing is overwritten, nothing collides ---------------------------------------------------------------
 
 

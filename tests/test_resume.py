@@ -424,7 +424,7 @@ def test_several_images_share_one_loading(prior, generate, image, loads, tmp_pat
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (("--prompt", "a", "b", "c"), ["--prompt: 3 for 2 images"]),
+        (("--prompt", "a", "b", "she speaks"), ["--prompt: 3 for 2 images"]),
         (("--run_id", "a"), ["--run_id: 1 for 2 images"]),
         (("--run_id", "a", "a"), ["--run_id a: given twice"]),
         (("--run_id", "a", "../b"), ["--run_id '../b'"]),

@@ -109,7 +109,7 @@ def test_an_older_prior_expects_nothing(older_prior, infer, image):
 def test_a_prompts_file(prior, infer, tmp_path):
     path = tmp_path / "prompts.txt"
     path.write_bytes(
-        b"\xef\xbb\xbfShe nods.\r\n\r\n  Elle sourit \xc3\xa0 tous.  \n"
+        b"\xef\xbb\xbfShe nods.\r\n# What comes next is French.\r\n\r\n  Elle sourit \xc3\xa0 tous.  \n"
         b'{"prompt": "She waves.", "cfg_scale": 3, "start_step": "2-3"}\n'
         b'{"negative_prompt": "blurry", "steps": [0, 7]}\n{"prompt": "She runs.", "num_steps": 1}\nShe nods.'
     )
@@ -135,6 +135,8 @@ def test_a_prompts_file(prior, infer, tmp_path):
         (b"", ["holds no prompt"]),
         (b" \n\n", ["holds no prompt"]),
         (b"caf\xe9", ["not UTF-8"]),
+        (b"# only a comment\n", ["holds no prompt"]),
+        (b'\n[{"prompt": "a"},\n "b"]', ["is a JSON array", "one prompt per line"]),
         (b"one\n{two", ["line 2", "not valid JSON"]),
         (b"[1]\n" + b'{"a":' * 100_000, ["line 2", "not valid JSON"]),
         (b'{"prompt": "a", "seed": 3}', ["line 1", "'seed'", "negative_prompt"]),
