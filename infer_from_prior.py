@@ -22,23 +22,23 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
 import argparse
 import contextlib
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import prior_utils
 from step_skip import cli
-from step_skip.files import InputError, RunError, check_folder
+from step_skip.files import InputError, check_folder
 from step_skip.infer import warn_of_what_differs, warn_of_words
 from step_skip.jobs import run_jobs
-from step_skip.loading import differences_since, pick_device
+from step_skip.like import take_over
+from step_skip.loading import pick_device
 from step_skip.lora import distilled_hint, find_recorded_loras
 from step_skip.media import video_bytes
 from step_skip.models import LoadOptions
 from step_skip.page import write_page
-from step_skip.plan import AUTO, FIXED, Plan, settings_of
-from step_skip.prior import Prior
-from step_skip.steps import DEFAULT_TEXT_SHARE, FORMATION_FILE, is_late
+from step_skip.plan import AUTO, FIXED, settings_of
+from step_skip.steps import DEFAULT_TEXT_SHARE, FORMATION_FILE
 from step_skip.sweep import (
     Group,
     all_jobs,
@@ -48,15 +48,19 @@ from step_skip.sweep import (
     load_inputs,
     make_groups,
     read_inputs,
+    settle_single,
     summarize_jobs,
     sweep_folder,
 )
+from step_skip.tell import (
+    report_failures,
+    say_what_auto_means,
+    say_what_runs,
+    warn_of_doubts,
+    warn_of_old_motion,
+)
 
 log = logging.getLogger("step_skip")
-
-# Clips of the embedded model that showed the new motion, resumed after 6 of 10, by the prior's kind; a full
-# run: 100%. From benchmarks/results/promise/headline.md.
-OBEYED_AFTER_6 = {"prompted": "14% (20% if its prior holds still)", "neutral": "69%"}
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -67,9 +71,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         type=cli.utf8_path,
         nargs="+",
         action="extend",
-        required=True,
         metavar="DIR",
         help="a run_<id> folder of generate_prior.py; several: a sweep over identities",
+    )
+    parser.add_argument(
+        "--like",
+        type=cli.utf8_path,
+        metavar="FILE",
+        help="a clip's .json or .mp4: make it again, or with the flags you give another one",
     )
     parser.add_argument(
         "--verify",
@@ -92,12 +101,17 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         dtype_help="(default: the prior's; any other is refused)",
     )
     args = parser.parse_args(argv)
-    others = sorted(cli.given_flags(argv) - {"--prior_dir", "--verify"})
+    given = cli.given_flags(argv)
+    if args.prior_dir is None and args.like is None:
+        parser.error("the following arguments are required: --prior_dir, or --like")
+    others = sorted(given - {"--prior_dir", "--verify"})
     if args.verify and others:
         parser.error(f"--verify only looks at priors: leave out {others[0]}")
     cli.check_quotes(parser, argv, args.prompt)
     if args.overwrite and args.output is None:
         parser.error("--overwrite replaces what --output names: give --output")
+    if args.like is not None:
+        take_over(args, given)
     may_be_auto = args.prompts_file is not None or [AUTO] in (args.start_step or ())
     if args.text_share is not None and not may_be_auto:
         parser.error("--text_share is what --start_step auto goes by: give that, too")
@@ -247,96 +261,6 @@ def add_checked_arguments(parser: argparse.ArgumentParser) -> None:
         )
 
 
-# --- what the user is told ----------------------------------------------------------------------------------
-
-
-def warn_of_old_motion(groups: Sequence[Group]) -> None:
-    """Say so where a new prompt comes too late to be obeyed: motion is settled early."""
-    starts = ((late_start(job.plan, job.prior), job.prior) for job in all_jobs(groups))
-    late = [(step, prior) for step, prior in starts if step is not None]
-    if not late:
-        return
-    start_step, prior = min(late, key=lambda each: each[0])
-    kind = str(prior.metadata.get("prior_kind"))
-    obeyed = OBEYED_AFTER_6.get(kind, OBEYED_AFTER_6["prompted"])
-    advice = "make the prior again" if prior.is_legacy else "leave --start_step out"
-    log.warning(
-        f"resuming after step {start_step} of {prior.num_inference_steps} is late for a new motion: "
-        f"after 6 of 10, {obeyed} of the embedded model's clips obeyed a new prompt, 100% in a full run; "
-        f"{advice} to have it obeyed in as many steps"
-    )
-
-
-def late_start(plan: Plan, prior: Prior) -> int | None:
-    """The step after which a plan brings a new prompt in, if most of the motion is settled by then."""
-    step = plan.start_step
-    if step is None or plan.prompt == prior.metadata.get("prompt"):
-        return None
-    return step if is_late(step, prior.num_inference_steps) else None
-
-
-def warn_of_doubts(group: Group, *, device: str) -> None:
-    """Say what could not be checked, or what differs from when the prior was made and may change bits."""
-    prior = group.prior
-    if prior.is_legacy:
-        log.warning(
-            f"{prior.directory} is of an older format, so these could not be checked: model "
-            f"({group.plans[0].model} assumed), weights, image, prompts, cfg_scale, seed, checksums, "
-            "versions, device"
-        )
-        return
-    names = ("torch", "diffsynth", "device_name")
-    differ = [
-        f"{name} {now} (then {then!r})"
-        for name, now, then in differences_since(prior.metadata, device, names)
-    ]
-    if differ:
-        log.warning(
-            f"not as when the prior was made: {', '.join(differ)}; the result may differ in the last bits"
-        )
-
-
-def say_what_auto_means(groups: Sequence[Group]) -> None:
-    """Tell the step that each prior chose."""
-    for group in groups:
-        chosen = [plan.auto for plan in group.plans if plan.auto is not None]
-        if chosen:
-            log.info(f"{f'{group.prior.directory}: ' if len(groups) > 1 else ''}auto: {chosen[0]}")
-
-
-def say_what_runs(groups: Sequence[Group], *, there: int | None) -> None:
-    """Tell what will run: a single video's steps, or a sweep's sums."""
-    jobs = all_jobs(groups)
-    if there is not None:
-        log.info(f"{summarize_jobs(jobs)}; {there} are there already")
-        return
-    [job] = jobs
-    total, running = job.prior.num_inference_steps, len(job.plan.steps_to_run)
-    if job.plan.sigmas is not None:
-        log.info(f"runs {running} steps from sigma {job.plan.sigmas[0]:.3f}; the prior's run took {total}")
-        return
-    log.info(
-        f"runs {running} of {total} steps, skips {total - running}"
-        if running
-        else f"step {job.plan.start_step} is the last: nothing left to run, decodes only"
-    )
-
-
-def report_failures(failed: Mapping[Path, Exception], total: int) -> None:
-    """Tell what a sweep could not make.
-
-    Raises:
-        RunError: there is such a video.
-    """
-    for path, error in failed.items():
-        log.warning(f"{path.name} failed: {' '.join(str(error).split())[:200] or type(error).__name__}")
-    if failed:
-        raise RunError(
-            f"{len(failed)} of {total} videos failed, see above; the others are in "
-            f"{next(iter(failed)).parent}; the same command tries only these again"
-        )
-
-
 # --- the run ------------------------------------------------------------------------------------------------
 
 
@@ -405,13 +329,17 @@ def main(argv: list[str] | None = None) -> Path | str:
     say_what_auto_means(groups)
     for group in groups:
         group.inputs = read_inputs(group)
-    made = {job.path for group in groups for job in group.jobs if is_sweep and is_made(job, group)}
+    if not is_sweep:
+        settle_single(groups[0], output=args.output, overwrite=args.overwrite)
+    made = {job.path for group in groups for job in group.jobs if not args.overwrite and is_made(job, group)}
     left = [replace(group, jobs=[job for job in group.jobs if job.path not in made]) for group in groups]
     to_do = [group for group in left if group.jobs]
     if args.dry_run:
         components = ", ".join(components_to_load(all_jobs(to_do))) or "nothing"
         log.info(f"{summarize_jobs(all_jobs(to_do))}; {len(made)} are there already; would load {components}")
         return "\n".join(describe_job(job, made=job.path in made) for job in jobs)
+    if not is_sweep and made:
+        log.info("made before, by the same choices, and whole: nothing to do")
     failed = make_videos(to_do, args, there=len(made) if is_sweep else None) if to_do else {}
     if not is_sweep:
         if failed:

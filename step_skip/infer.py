@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from step_skip.command import command_of, video_tags
 from step_skip.contexts import save_context
 from step_skip.files import InputError, check_free, sha256_file, sha256_tensor, write_json
 from step_skip.loading import Model, describe_machine, installed_versions, model_of
@@ -83,7 +84,8 @@ class Clip:
             check_free(path, path.with_suffix(".json"))
         path.parent.mkdir(parents=True, exist_ok=True)
         begin = time.perf_counter()
-        write_video(self.frames, path, fps=self.report["fps"], overwrite=overwrite)
+        fps, tags = self.report["fps"], video_tags(self.report)
+        write_video(self.frames, path, fps=fps, overwrite=overwrite, tags=tags)
         self.seconds["save"] = time.perf_counter() - begin
         report = self.report | {"seconds": self.seconds, "video_sha256": sha256_file(path)}
         write_json(path.with_suffix(".json"), report, overwrite=overwrite)
@@ -330,8 +332,10 @@ def conditioning_of(plan: Plan, group: Group) -> Conditioning:
 def describe_clip(group: Group, plan: Plan, model: Model, result: RunResult) -> dict[str, Any]:
     """Everything needed to make the video again, and what it cost."""
     prior, options = group.prior, model.options
-    return {
+    report = {
         "prior_dir": str(prior.directory.absolute()),
+        "prior_prompt": prior.metadata.get("prompt"),
+        "prior_image": prior.image_name,
         **describe_settings(group, plan),
         "auto": None if plan.auto is None else dataclasses.asdict(plan.auto),
         "image": str(plan.image.absolute()) if isinstance(plan.image, Path) else None,
@@ -350,3 +354,4 @@ def describe_clip(group: Group, plan: Plan, model: Model, result: RunResult) -> 
         "latents_sha256": sha256_tensor(result.latents),
         "versions": installed_versions(),
     }
+    return report | {"command": command_of(report, prior)}

@@ -68,6 +68,11 @@ def _word(lora: Lora) -> str:
     return "".join(f"{word}=" for word, expert in EXPERTS.items() if expert == lora.expert)
 
 
+def lora_text(lora: Lora) -> str:
+    """A LoRA as `parse_lora` reads it."""
+    return f"{_word(lora)}{lora.path}:{lora.alpha:g}"
+
+
 def check_loras(loras: Iterable[Lora], weights: Iterable[Path]) -> list[str]:
     """Compare LoRAs with the parameters they are for, and look at their values.
 

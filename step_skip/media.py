@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -70,15 +70,27 @@ def read_video(path: Path, *, width: int, height: int, num_frames: int) -> list[
     return frames
 
 
-def write_video(frames: list[Image], path: Path, *, fps: float, overwrite: bool = True) -> None:
-    """Write frames as an .mp4 (H.264), whole or not at all; see `replacing`."""
+def write_video(
+    frames: list[Image],
+    path: Path,
+    *,
+    fps: float,
+    overwrite: bool = True,
+    tags: Mapping[str, str] | None = None,
+) -> None:
+    """Write frames as an .mp4 (H.264), whole or not at all; see `replacing`.
+
+    Args:
+        tags: the video's own metadata, by MP4's names.
+    """
     import imageio
     import numpy as np
 
     cut_off = OSError(errno.EIO, "ffmpeg wrote only a part of it, its own message is above", str(path))
     with replacing(path, overwrite=overwrite) as temporary:
         try:  # imageio takes a first "~" for the user's home
-            writer = imageio.get_writer(temporary.absolute(), fps=fps, quality=8)
+            said = [word for name, text in (tags or {}).items() for word in ("-metadata", f"{name}={text}")]
+            writer = imageio.get_writer(temporary.absolute(), fps=fps, quality=8, output_params=said)
             with writer:
                 for frame in frames:
                     writer.append_data(np.asarray(frame))

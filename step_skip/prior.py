@@ -158,6 +158,11 @@ class Prior:
         return [name for name in (IMAGE_FILE, END_IMAGE_FILE) if self.has(name)]
 
     @property
+    def image_name(self) -> str | None:
+        """What the file of its image was called; None: it has no image, or doesn't say."""
+        return self.metadata.get("images", {}).get(IMAGE_FILE, {}).get("name") or None
+
+    @property
     def identity_names(self) -> list[str]:
         """What it keeps of its images, by the pipeline's names; nothing where there is none."""
         lacks_image = self.family.image == "optional" and not self.has(IMAGE_FILE)

@@ -134,8 +134,8 @@ def make_groups(
     else:
         [(prior, plan)] = plans
         if output is not None:
-            check_output(output, prior, overwrite=overwrite)
-        paths = [output or free_output(plan, prior)]
+            check_output(output, prior)
+        paths = [output or folder_inside(prior.directory, "outputs") / f"{video_name(plan)}.mp4"]
     jobs = [Job(prior, plan, path, overwrite) for (prior, plan), path in zip(plans, paths, strict=True)]
     return [Group(prior, [job for job in jobs if job.prior is prior]) for prior in priors]
 
@@ -223,8 +223,8 @@ def sweep_folder(folder: Path) -> Iterator[None]:
             folder.rmdir()
 
 
-def check_output(path: Path, prior: Prior, *, overwrite: bool) -> None:
-    """Refuse an --output that no video can have; nothing is replaced unasked, the prior's own files never.
+def check_output(path: Path, prior: Prior) -> None:
+    """Refuse an --output that no video can have; the prior's own files are never replaced.
 
     Raises:
         InputError: with what is in the way.
@@ -240,22 +240,40 @@ def check_output(path: Path, prior: Prior, *, overwrite: bool) -> None:
     inside = path.parent.exists() and path.parent.samefile(prior.directory)
     if inside and own & {path.name.lower(), report.name.lower()}:  # some file systems ignore case
         raise InputError(f"--output {path} would replace a file of the prior itself; choose another name")
-    taken = [each for each in (path, report) if os.path.lexists(each)]
-    if taken and not overwrite:
-        raise InputError(f"--output: {taken[0]} exists; choose another name or add --overwrite")
-    if any(each.is_dir() for each in taken):
-        raise InputError(f"--output: {taken[0]} is a folder; choose another name")
+    for each in (path, report):
+        if each.is_dir():
+            raise InputError(f"--output: {each} is a folder; choose another name")
 
 
-def free_output(plan: Plan, prior: Prior) -> Path:
-    """A name in the prior's outputs folder that tells steps and prompt, and that nothing has yet."""
-    return free_path(folder_inside(prior.directory, "outputs") / f"{video_name(plan)}.mp4")
+def settle_single(group: Group, *, output: Path | None, overwrite: bool) -> None:
+    """Give a single video its place: where it is made already, else --output or the next free name.
+
+    Raises:
+        InputError: something else has the name that --output asks for.
+    """
+    [job] = group.jobs
+    if output is None:
+        before = itertools.takewhile(is_taken, names_from(job.path))
+        made = (name for name in before if is_made(dataclasses.replace(job, path=name), group))
+        job.path = next(made, None) or free_path(job.path)
+    elif is_taken(output) and not overwrite and not is_made(job, group):
+        taken = output if os.path.lexists(output) else job.report_path
+        raise InputError(f"--output: {taken} exists; choose another name or add --overwrite")
 
 
 def free_path(path: Path) -> Path:
     """This name or, where a video or a JSON file has it, the next: name_2.mp4 ..."""
-    names = (path.with_stem(f"{path.stem}_{again}") if again > 1 else path for again in itertools.count(1))
-    return next(name for name in names if not any(map(os.path.lexists, (name, name.with_suffix(".json")))))
+    return next(name for name in names_from(path) if not is_taken(name))
+
+
+def names_from(path: Path) -> Iterator[Path]:
+    """name.mp4, name_2.mp4 ..."""
+    return (path.with_stem(f"{path.stem}_{again}") if again > 1 else path for again in itertools.count(1))
+
+
+def is_taken(path: Path) -> bool:
+    """Whether something has a video's name, or that of the JSON file beside it."""
+    return os.path.lexists(path) or os.path.lexists(path.with_suffix(".json"))
 
 
 def video_name(plan: Plan) -> str:

@@ -48,7 +48,8 @@ def doubts_of_words(folder: Path, prompts: Iterable[str], *, most: int) -> list[
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer" / "tokenizer.json"))
-    doubts, unknown = [], {}
+    doubts: list[str] = []
+    unknown: dict[str, None] = {}
     for prompt in prompts:
         found = tokenizer.encode(prompt, add_special_tokens=False)
         for token, (begin, end) in zip(found.tokens, found.offsets, strict=True):
