@@ -43,7 +43,7 @@ from step_skip.generate import (
     what_is_left,
 )
 from step_skip.images import Picture, read_pictures
-from step_skip.loading import load_components, pick_device
+from step_skip.loading import pick_device
 from step_skip.lora import distilled_hint, find_recorded_loras
 from step_skip.media import fetch_example, read_video, video_bytes
 from step_skip.metadata import PriorWriter
@@ -69,6 +69,7 @@ from step_skip.prior import (
 from step_skip.prior_plan import PriorChoices, check_images, check_prior_choices, plan_prior
 from step_skip.results import Clock
 from step_skip.steps import recommended_num_steps
+from step_skip.tell import describe_seconds, load_told
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -199,7 +200,7 @@ def make_priors(args: argparse.Namespace) -> list[Path]:
     if settings.cfg_scale != 1 and (hint := distilled_hint(options.loras, sigmas=False)):
         log.info(hint)
     components = [*planned[0].family.components, *cache_components(settings.skip_cache)]
-    model = load_components(options, components, by_expert=True)
+    model = load_told(options, components, by_expert=True)
     made, failed = [], []
     for each, input_video in zip(wanted, input_videos, strict=True):
         begun: list[Path] = []
@@ -287,7 +288,7 @@ def finish(args: argparse.Namespace, prior: Prior, left: Left) -> Prior:
     model = None
     if left.components:
         check = functools.partial(check_fingerprint, prior)
-        model = load_components(options, left.components, check=check, by_expert=True)
+        model = load_told(options, left.components, check=check, by_expert=True)
     clock.add("load")
     with saying_how_to_go_on(args, [prior.directory]):
         writer = PriorWriter(prior.directory, dict(m))
@@ -319,9 +320,9 @@ def saying_how_to_go_on(args: argparse.Namespace, begun: list[Path]) -> Iterator
 def say_what_was_made(args: argparse.Namespace, prior: Prior, steps_run: int) -> None:
     """Sum up a prior and say what can be done with it."""
     m, directory = prior.metadata, prior.directory
-    steps, seconds = m["num_inference_steps"], sum(m["seconds"].values())
+    steps = m["num_inference_steps"]
     resumed = f'{command_line(args, "infer_from_prior.py", "--prior_dir", directory)} --prompt "..."'
-    log.info(f"{directory}: {steps_run} steps, {m['forwards']} forwards, {seconds:.1f} s")
+    log.info(f"{directory}: {steps_run} steps, {m['forwards']} forwards, {describe_seconds(m['seconds'])}")
     if m["status"] == "stopped":
         preview = directory / denoised_file(prior.whole_steps - 1)
         log.info(f"Stopped after step {prior.whole_steps - 1} of {steps}; what it points at: {preview}")

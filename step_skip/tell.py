@@ -1,13 +1,15 @@
-"""What infer_from_prior.py tells its user: what is doubtful, what will run, what could not be made."""
+"""What a user is told: what is doubtful, what is loaded, what will run, what it took, what failed."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from step_skip.files import RunError
-from step_skip.loading import differences_since
+from step_skip.loading import Model, differences_since, load_components
+from step_skip.models import LoadOptions
 from step_skip.plan import Plan
 from step_skip.prior import Prior
 from step_skip.steps import is_late
@@ -90,6 +92,28 @@ def say_what_runs(groups: Sequence[Group], *, there: int | None) -> None:
         if running
         else f"step {job.plan.start_step} is the last: nothing left to run, decodes only"
     )
+
+
+def load_told(options: LoadOptions, components: Collection[str], **how: Any) -> Model:
+    """`load_components`, with a word before it, because it may take minutes, and the seconds after it."""
+    log.info(f"loading {', '.join(components)} of {options.model} to {options.device} ...")
+    model = load_components(options, components, **how)
+    log.info(f"loaded in {model.seconds:.1f} s")
+    return model
+
+
+def describe_seconds(seconds: Mapping[str, float], *, prior: Prior | None = None) -> str:
+    """Where a run's time went.
+
+    Args:
+        prior: of a video made from it: its own run's seconds of network stand beside the video's.
+    """
+    beside = ""
+    if prior is not None and (recorded := prior.metadata.get("seconds_per_step")):
+        beside = f" (the prior's run: {sum(recorded):.1f} s)"
+    parts = [f"network {seconds.get('denoise', 0.0):.1f} s{beside}"]
+    parts += [f"{name} {seconds[name]:.1f} s" for name in ("encode", "decode", "load") if name in seconds]
+    return f"{sum(seconds.values()):.1f} s: {', '.join(parts)}"
 
 
 def report_failures(failed: Mapping[Path, Exception], total: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -41,6 +42,10 @@ def test_both_scripts_from_another_folder(image, model_dir, tmp_path):
     report = read_json(video.with_suffix(".json"))
     assert (report["start_step"], report["steps_run"]) == (5, [6, 7, 8, 9])
     assert "runs 4 of 10 steps, skips 6" in resumed.stderr
+    assert "loading dit, vae, text_encoder of tiny to cpu ..." in resumed.stderr
+    assert re.search(
+        r"7 forwards, .* network .* \(the prior's run: .* s\), .*decode .*, load ", resumed.stderr
+    )
 
 
 def test_what_diffsynth_prints_goes_to_stderr(run, generate, image, monkeypatch):
