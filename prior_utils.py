@@ -1,6 +1,9 @@
 """What the scripts share, for whoever has a prior in hand: save, load, verify, check the schedule.
 
     python prior_utils.py prior_output/run_*      # looks at every file and says what is still usable
+    python prior_utils.py list                    # those in prior_output: name, prompt, steps, size, clips
+    python prior_utils.py show prior_output/run_mila
+    python prior_utils.py rm prior_output/run_mila --yes      # without --yes it only says what would go
 
 The names here stay; the parts they come from are in step_skip.
 """
@@ -9,10 +12,12 @@ from __future__ import annotations
 
 import argparse
 import logging
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 
 from step_skip.files import DTYPES, InputError, RunError, replacing, sha256_file, sha256_tensor, write_json
+from step_skip.manage import list_priors, remove_priors, show_prior
 from step_skip.metadata import (
     FORMAT_VERSION,
     PriorWriter,
@@ -68,6 +73,12 @@ __all__ = [
 ]
 
 log = logging.getLogger("step_skip")
+
+COMMANDS = {  # by the first word; without one of them priors are verified
+    "list": "List priors: name, prompt, steps, size on disk, clips made from them.",
+    "show": "Show what a prior holds, and the clips made from it.",
+    "rm": "Remove priors with the clips in their outputs; says what would go unless --yes is given.",
+}
 
 
 def verify(directories: Iterable[Path]) -> str:
@@ -159,8 +170,30 @@ def ranges(steps: list[int]) -> str:
     return ", ".join(str(start) if start == end else f"{start}-{end}" for start, end in pairs)
 
 
+def parse_command(argv: list[str]) -> argparse.Namespace:
+    """The words after one of COMMANDS."""
+    parser = argparse.ArgumentParser(prog=f"prior_utils.py {argv[0]}", description=COMMANDS[argv[0]])
+    if argv[0] == "list":
+        place = "a prior, or a folder of priors (default: prior_output)"
+        default = [Path("prior_output")]
+        parser.add_argument("prior_dir", type=Path, nargs="*", default=default, metavar="DIR", help=place)
+    else:
+        parser.add_argument("prior_dir", type=Path, nargs="+", metavar="DIR", help="a run_<id> folder")
+    if argv[0] == "rm":
+        parser.add_argument("--yes", action="store_true", help="remove them; without it nothing is removed")
+    return parser.parse_args(argv[1:])
+
+
 def main(argv: list[str] | None = None) -> str:
-    """Verify priors, as infer_from_prior.py --verify does."""
+    """List, show or remove priors, or verify them, as infer_from_prior.py --verify does."""
+    argv = sys.argv[1:] if argv is None else argv
+    if argv and argv[0] in COMMANDS:
+        args = parse_command(argv)
+        if argv[0] == "rm":
+            return remove_priors(args.prior_dir, sure=args.yes)
+        if argv[0] == "list":
+            return list_priors(args.prior_dir)
+        return "\n\n".join(map(show_prior, args.prior_dir))
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -154,7 +154,8 @@ def add_output_arguments(parser: argparse.ArgumentParser) -> None:
         "--run_id",
         nargs="+",
         metavar="ID",
-        help="letters, digits, . _ and -, one for each image (default: the date and time)",
+        help="letters, digits, . _ and -, one for each image (default: the image's name, mila, mila_2 ...; "
+        "without an image the prompt's)",
     )
     group.add_argument(
         "--start_step",

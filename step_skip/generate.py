@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from step_skip.families import FAMILIES, MODEL_NAMES, Family
 from step_skip.files import InputError, locked, sha256_tensor
-from step_skip.images import Picture, read_own_image, read_pictures
+from step_skip.images import Picture, name_of, read_own_image, read_pictures
 from step_skip.loading import Model, differences_since, model_of
 from step_skip.media import write_video
 from step_skip.metadata import PriorWriter, check_progress, read_run
@@ -81,7 +81,7 @@ def generate_prior(
         image: the identity, the first frame of every video; None for a model that takes none.
         prompt: what happens in the prior's own video; best is one that holds still.
         end_image: the last frame, for a model that takes one.
-        run_id: None: the date and time.
+        run_id: None: after the image's file or, without one, the prompt or the time.
         input_video: with a denoising_strength below 1, the frames to start from, of the video's size.
         callback_on_step_end: called after each step with (step, steps, denoised).
         on_begin: called with the prior's folder once generate_prior.py --resume could finish it.
@@ -111,7 +111,7 @@ def generate_prior(
         warn_of_embedded(options, texts, metadata)
         clock = Clock()
         clock.include({"load": model.seconds})
-        directory, run_id = create_run_dir(Path(output_dir), run_id)
+        directory, run_id = create_run_dir(Path(output_dir), run_id, name=name_of(pictures, prompt))
         begun: dict[str, Any] = {
             "run_id": run_id,
             "prompt": prompt,

@@ -266,6 +266,12 @@ def read_pictures(
     return choices, pictures
 
 
+def name_of(pictures: Mapping[str, Picture], prompt: str) -> str:
+    """What a prior is called after: the file of its image, without an image its prompt."""
+    image = pictures.get(IMAGE_FILE)
+    return prompt if image is None else Path(image.name).stem
+
+
 def read_as_before(given: Path | Image, prior: Prior) -> Image:
     """An image as the prior's own was read and fitted; an older prior's was stretched.
 

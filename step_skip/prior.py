@@ -29,6 +29,7 @@ import hashlib
 import math
 import re
 import time
+import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -275,14 +276,23 @@ def check_run_id(output_dir: Path, run_id: str | None) -> None:
         )
 
 
-def create_run_dir(output_dir: Path, run_id: str | None) -> tuple[Path, str]:
-    """Make an empty `run_<id>` below `output_dir`; without an id, one from the clock that is still free.
+def id_from_name(name: str) -> str:
+    """A run id of at most 40 of a name's letters and digits, as far as they are ASCII; "" of others."""
+    letters = unicodedata.normalize("NFKD", name).encode("ascii", "ignore").decode().lower()
+    return re.sub(r"[^a-z0-9]+", "_", letters)[:40].strip("_")
+
+
+def create_run_dir(output_dir: Path, run_id: str | None, *, name: str = "") -> tuple[Path, str]:
+    """Make an empty `run_<id>` below `output_dir`; without an id, one from a name that is still free.
+
+    Args:
+        name: of the image, or what else tells this prior from others; of no letters: the date and time.
 
     Raises:
         InputError: the id is taken, or the folder can't be written.
     """
     check_run_id(output_dir, run_id)
-    wanted = run_id or time.strftime("%Y%m%d_%H%M%S")
+    wanted = run_id or id_from_name(name) or time.strftime("%Y%m%d_%H%M%S")
     candidate, tries = wanted, 1
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
