@@ -54,10 +54,12 @@ from step_skip.models import (
     family_name,
     model_defaults,
 )
+from step_skip.preview import check_previewable, preview_to
 from step_skip.prior import (
     END_IMAGE_FILE,
     IMAGE_FILE,
     METADATA_FILE,
+    PREVIEW_FILE,
     Prior,
     RunSettings,
     bytes_of_prior,
@@ -74,10 +76,12 @@ from step_skip.tell import describe_seconds, load_told
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+    from step_skip.schedule import ProgressCallback
+
 log = logging.getLogger("step_skip")
 
 EXAMPLE_IMAGE = ROOT / "data" / "examples" / "wan" / "input_image.jpg"
-RESUME_FLAGS = {"--resume", "--model_dir", "--device", "--vram"}
+RESUME_FLAGS = {"--resume", "--model_dir", "--device", "--vram", "--preview"}
 
 
 @dataclass(frozen=True)
@@ -127,6 +131,8 @@ def read_prior_choices(args: argparse.Namespace) -> PriorChoices:
     family = FAMILIES[family_name(args.model, args.model_dir)]
     has_image = args.image is not None or args.download_example
     check_images(args.model, family, image=has_image, end_image=args.end_image is not None)
+    if args.preview and not has_image:
+        raise InputError("--preview takes its colours from an image, and there is none: leave it out")
     if args.denoising_strength < 1 and args.input_video is None:
         raise InputError(
             f"--denoising_strength {args.denoising_strength} starts from a video: give --input_video"
@@ -215,6 +221,7 @@ def make_priors(args: argparse.Namespace) -> list[Path]:
                     run_id=each.run_id,
                     input_video=input_video,
                     on_begin=begun.append,
+                    callback_on_step_end=preview_in(begun) if args.preview else None,
                     **dataclasses.asdict(each.choices),
                 )
         except RunError as error:  # NaN, for example: the next image may do better
@@ -279,6 +286,8 @@ def finish(args: argparse.Namespace, prior: Prior, left: Left) -> Prior:
     check_same_machine(prior, device)
     check_installed_schedule(prior)
     check_folder(prior.directory, bytes_needed(prior, videos=len(left.videos)))
+    if args.preview:
+        check_previewable(prior)
     start = read_own_images(prior) if left.start_step is None else None
     loras = find_recorded_loras(m.get("lora", [])) if left.components else ()
     options = LoadOptions(m["model"], device, m["dtype"], args.vram, args.model_dir, loras)
@@ -292,8 +301,14 @@ def finish(args: argparse.Namespace, prior: Prior, left: Left) -> Prior:
     clock.add("load")
     with saying_how_to_go_on(args, [prior.directory]):
         writer = PriorWriter(prior.directory, dict(m))
-        run_what_is_left(writer, left, model=model, start=start, clock=clock)
+        callback = preview_in([prior.directory]) if args.preview else None
+        run_what_is_left(writer, left, model=model, start=start, clock=clock, callback=callback)
     return writer.prior
+
+
+def preview_in(begun: list[Path]) -> ProgressCallback:
+    """What writes the preview of a prior; by the time a step has run its folder is the first of these."""
+    return lambda *step: preview_to(begun[0], begun[0] / PREVIEW_FILE)(*step)
 
 
 # --- what the user is told ----------------------------------------------------------------------------------

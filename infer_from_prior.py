@@ -38,6 +38,7 @@ from step_skip.media import video_bytes
 from step_skip.models import LoadOptions
 from step_skip.page import write_page
 from step_skip.plan import AUTO, FIXED, settings_of
+from step_skip.preview import check_previewable
 from step_skip.steps import DEFAULT_TEXT_SHARE, FORMATION_FILE
 from step_skip.sweep import (
     Group,
@@ -238,6 +239,11 @@ def add_output_arguments(parser: argparse.ArgumentParser) -> None:
         help="frames per second it is played at; their number is fixed by the prior (default: the prior's)",
     )
     group.add_argument(
+        "--preview",
+        action="store_true",
+        help="show what each step points at as soon as it has run, in a small moving .webp beside the video",
+    )
+    group.add_argument(
         "--dry_run",
         action="store_true",
         help="load no model, make nothing: print the videos as JSON lines, with forwards and the seconds to "
@@ -325,6 +331,9 @@ def main(argv: list[str] | None = None) -> Path | str:
         is_sweep=is_sweep,
     )
     jobs = all_jobs(groups)
+    for job in jobs if args.preview else ():
+        check_previewable(job.prior)
+        job.preview = True
     is_sweep = is_sweep or len(jobs) > 1
     say_what_auto_means(groups)
     for group in groups:

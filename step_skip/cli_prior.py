@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from step_skip import cli
+from step_skip.prior import PREVIEW_FILE
 from step_skip.prior_plan import FITS
 
 
@@ -28,8 +29,8 @@ def add_identity_arguments(parser: argparse.ArgumentParser) -> None:
         "--resume",
         type=cli.utf8_path,
         metavar="RUN_DIR",
-        help="finish this prior; its settings are recorded, so only --model_dir, --device and --vram go with "
-        "it",
+        help="finish this prior; its settings are recorded, so only --model_dir, --device, --vram and "
+        "--preview go with it",
     )
     group.add_argument(
         "--end_image",
@@ -163,6 +164,11 @@ def add_output_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="where infer_from_prior.py resumes this prior unless told otherwise; does not change this run "
         "(default: it runs 3 of 10 steps differentially)",
+    )
+    group.add_argument(
+        "--preview",
+        action="store_true",
+        help=f"show what each step points at as soon as it has run, in a small moving {PREVIEW_FILE}",
     )
     group.add_argument(
         "--save_decoded_videos", action="store_true", help="also a video of each step's denoised estimate"

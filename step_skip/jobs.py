@@ -16,6 +16,7 @@ from step_skip.infer import encode_new, make_clip, run_plan
 from step_skip.loading import ENCODERS, EXPERTS, Model
 from step_skip.models import COMPONENTS, SKIP_BRANCH, LoadOptions
 from step_skip.plan import needed_components
+from step_skip.preview import preview_to
 from step_skip.prior import check_fingerprint
 from step_skip.results import Clock
 from step_skip.sweep import Group, Job, all_jobs, expected_seconds_of_each, free_path
@@ -126,12 +127,15 @@ def run_job(
     from step_skip.pipeline import Pause
 
     experts = experts_of(job.plan.steps_to_run, job.plan.sigmas, group.prior)
-    pause = pauses.pop(job.path, None)
+    pause, callback = pauses.pop(job.path, None), None
+    if job.preview:
+        job.path.parent.mkdir(parents=True, exist_ok=True)
+        callback = preview_to(job.prior, job.path.with_suffix(".webp"))
     if pause is None and expert is not None and len(set(experts)) > 1:
         pauses[job.path] = pause = Pause(experts.count(expert))
-        run_plan(group, job.plan, model.pipe, pause=pause)
+        run_plan(group, job.plan, model.pipe, callback=callback, pause=pause)
         return
-    clip = make_clip(group, job.plan, model, pause=pause)
+    clip = make_clip(group, job.plan, model, callback=callback, pause=pause)
     clip.seconds |= shared
     while True:
         try:

@@ -12,6 +12,7 @@ A prior is a folder `run_<id>/`:
     input_image.png          the input image as the model saw it, if there was one
     end_image.png            likewise, of a model that takes a last frame, too
     input_image_crop.png     what of the image was cropped away, in the dark; no part of the prior
+    preview.webp             with --preview: what the last step so far points at; no part of the prior
     output_full.mp4          the prior's own video
     formation.png            how it took shape, step by step (steps.py)
     denoised_0000.mp4 ...    with --save_decoded_videos or --stop_after: what step i points at, decoded
@@ -52,6 +53,7 @@ INITIAL_LATENTS_FILE = "initial_latents.pt"
 IMAGE_FILE = "input_image.png"
 END_IMAGE_FILE = "end_image.png"
 OUTPUT_FILE = "output_full.mp4"
+PREVIEW_FILE = "preview.webp"
 SCHEDULE_FLAGS = ("num_inference_steps", "denoising_strength", "sigma_shift")  # what fixes it
 
 

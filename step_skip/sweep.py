@@ -64,6 +64,7 @@ class Job:
     plan: Plan
     path: Path  # the .mp4; of a single video the next free name where another run has taken it
     overwrite: bool = True  # what has the name by then
+    preview: bool = False  # a .webp beside it shows what each step points at
 
     @property
     def report_path(self) -> Path:
