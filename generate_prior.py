@@ -63,6 +63,7 @@ from step_skip.prior import (
     Prior,
     RunSettings,
     bytes_of_prior,
+    bytes_of_steps,
     check_files,
     check_fingerprint,
     check_run_id,
@@ -153,8 +154,10 @@ def read_wanted(args: argparse.Namespace, choices: PriorChoices) -> list[Wanted]
         InputError: an image that can't be used, a --run_id given twice, or as many prompts or ids as fit
             no reading.
     """
-    paths = args.image or [None] * len(args.prompt)
-    number, what = len(paths), "image" if args.image else "prompt"
+    paths, what = args.image or [None], "image"
+    if len(paths) == 1:  # a prior of each prompt
+        paths, what = paths * len(args.prompt), "prompt"
+    number = len(paths)
     prompts = args.prompt * number if len(args.prompt) == 1 else args.prompt
     end_paths = args.end_image or [None]
     end_paths = end_paths * number if len(end_paths) == 1 else end_paths
@@ -173,7 +176,7 @@ def read_wanted(args: argparse.Namespace, choices: PriorChoices) -> list[Wanted]
         sized, pictures = read_pictures(given, choices, defaults=defaults, family=family)
         return Wanted(name, pictures, prompt, run_id, sized)
 
-    names = map(str, args.image or args.prompt)
+    names = map(str, args.prompt if what == "prompt" and number > 1 else args.image or args.prompt)
     return list(itertools.starmap(read, zip(names, paths, end_paths, prompts, run_ids, strict=True)))
 
 
@@ -205,6 +208,7 @@ def make_priors(args: argparse.Namespace) -> list[Path]:
     settings = planned[0].settings
     if settings.cfg_scale != 1 and (hint := distilled_hint(options.loras, sigmas=False)):
         log.info(hint)
+    say_what_it_costs(planned[0], len(planned))
     components = [*planned[0].family.components, *cache_components(settings.skip_cache)]
     model = load_told(options, components, by_expert=True)
     made, failed = [], []
@@ -330,6 +334,18 @@ def saying_how_to_go_on(args: argparse.Namespace, begun: list[Path]) -> Iterator
             again = command_line(args, "generate_prior.py", "--resume", begun[0])
             log.info(f"every whole step is kept; go on with: {again}")
         raise
+
+
+def say_what_it_costs(planned: Prior, number: int) -> None:
+    """Tell what priors cost once, and what each new prompt will."""
+    steps = planned.num_inference_steps
+    forwards = sum(1 if scale == 1 else 2 for scale in planned.guidance)
+    chosen = recommended_num_steps(steps)
+    each = chosen if forwards == steps else 2 * chosen - 1
+    log.info(
+        f"{number} x {steps} steps, {forwards} forwards and about {bytes_of_steps(planned) / 1e6:.0f} MB "
+        f"each; a new prompt then takes {each} forwards, and prior_utils.py prune makes a prior smaller"
+    )
 
 
 def say_what_was_made(args: argparse.Namespace, prior: Prior, steps_run: int) -> None:

@@ -28,6 +28,7 @@ from pathlib import Path
 
 import prior_utils
 from step_skip import cli
+from step_skip.closeness import CLOSENESS, DEFAULT_CLOSENESS
 from step_skip.files import InputError, check_folder
 from step_skip.infer import warn_of_what_differs, warn_of_words
 from step_skip.jobs import run_jobs
@@ -46,9 +47,9 @@ from step_skip.sweep import (
     components_to_load,
     describe_job,
     is_made,
-    load_inputs,
+    load_all_inputs,
     make_groups,
-    read_inputs,
+    read_all_inputs,
     settle_single,
     summarize_jobs,
     sweep_folder,
@@ -73,7 +74,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         nargs="+",
         action="extend",
         metavar="DIR",
-        help="a run_<id> folder of generate_prior.py; several: a sweep over identities",
+        help="a run_<id> folder of generate_prior.py; several: a sweep over identities, or with --nearest "
+        "priors of one identity to choose from",
+    )
+    parser.add_argument(
+        "--nearest",
+        action="store_true",
+        help="of the priors with the same image, size, seed and settings let each video follow the one that "
+        "is nearest to its prompt, by the first step's velocity, which costs nothing; make them with "
+        "generate_prior.py --image FILE --prompt TEXT TEXT ...",
     )
     parser.add_argument(
         "--like",
@@ -144,11 +153,12 @@ def add_method_arguments(parser: argparse.ArgumentParser) -> None:
     )
     method.add_argument(
         "--num_steps",
-        type=cli.positive_int,
+        type=cli.number_of_steps,
         metavar="N",
         help="like --steps, so many, denser to the end where the noise falls fastest: of 10 steps 2 are 0 8, "
         "3 are 0 6 9, 4 are 0 4 7 9; 1, 2, 3, 4 and 6 steps are 1, 3, 5, 7 and 11 forwards; 6 come near "
-        "to a full run, 1 is enough for a mouth",
+        "to a full run, 1 is enough for a mouth; auto: after the first, as few as are expected to reach "
+        "--closeness",
     )
     method.add_argument(
         "--sigmas",
@@ -164,6 +174,13 @@ def add_method_arguments(parser: argparse.ArgumentParser) -> None:
         type=cli.positive_int,
         metavar="N",
         help="with --start_step: N steps from there to the end, spaced as a full run's, not those left",
+    )
+    group.add_argument(
+        "--closeness",
+        type=cli.closeness,
+        metavar="X",
+        help=f"with --num_steps auto: how near to a full run, {', '.join(CLOSENESS)} or PSNR in dB, as "
+        f"measured on the embedded model (default: {DEFAULT_CLOSENESS})",
     )
     group.add_argument(
         "--text_share",
@@ -281,7 +298,7 @@ def load_all(groups: Sequence[Group]) -> str:
     dtypes: dict[str, Path] = {}
     for group in groups:
         check_installed_schedule(group.prior)
-        dtypes.setdefault(load_inputs(group), group.prior.directory)
+        dtypes.setdefault(load_all_inputs(group), group.prior.directory)
     if len(dtypes) > 1:
         raise InputError(f"{' and '.join(map(str, dtypes.values()))} differ in dtype; sweep them apart")
     return next(iter(dtypes))
@@ -329,6 +346,7 @@ def main(argv: list[str] | None = None) -> Path | str:
         output_dir=args.output_dir,
         overwrite=args.overwrite,
         is_sweep=is_sweep,
+        nearest=args.nearest,
     )
     jobs = all_jobs(groups)
     for job in jobs if args.preview else ():
@@ -336,8 +354,7 @@ def main(argv: list[str] | None = None) -> Path | str:
         job.preview = True
     is_sweep = is_sweep or len(jobs) > 1
     say_what_auto_means(groups)
-    for group in groups:
-        group.inputs = read_inputs(group)
+    read_all_inputs(groups)
     if not is_sweep:
         settle_single(groups[0], output=args.output, overwrite=args.overwrite)
     made = {job.path for group in groups for job in group.jobs if not args.overwrite and is_made(job, group)}

@@ -1,9 +1,10 @@
 """What the scripts share, for whoever has a prior in hand: save, load, verify, check the schedule.
 
-    python prior_utils.py prior_output/run_*      # looks at every file and says what is still usable
-    python prior_utils.py list                    # those in prior_output: name, prompt, steps, size, clips
+    python prior_utils.py prior_output/run_*          # looks at every file and says what is still usable
+    python prior_utils.py list                        # those in prior_output: name, prompt, steps, clips
     python prior_utils.py show prior_output/run_mila
-    python prior_utils.py rm prior_output/run_mila --yes      # without --yes it only says what would go
+    python prior_utils.py prune prior_output/run_*    # what could go of them; with --yes it goes
+    python prior_utils.py rm prior_output/run_mila    # likewise, all of it
 
 The names here stay; the parts they come from are in step_skip.
 """
@@ -16,6 +17,7 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
+from step_skip import cli, prune
 from step_skip.files import DTYPES, InputError, RunError, replacing, sha256_file, sha256_tensor, write_json
 from step_skip.manage import list_priors, remove_priors, show_prior
 from step_skip.metadata import (
@@ -41,6 +43,7 @@ from step_skip.prior import (
     load_latents,
     noise_pred_file,
     noise_pred_nega_file,
+    ranges,
     step_file,
 )
 
@@ -151,7 +154,8 @@ def usable(prior: Prior, problems: dict[str, str]) -> str:
     steps = [
         step
         for step in range(prior.num_inference_steps if prior.is_complete else prior.whole_steps)
-        if not problems.keys() & {step_file(step), noise_pred_nega_file(step + 1)}
+        if (prior.is_legacy or prior.has(step_file(step)))
+        and not problems.keys() & {step_file(step), noise_pred_nega_file(step + 1)}
     ]
     return f"it can be resumed after steps {ranges(steps)}" if steps else "it can't be resumed"
 
@@ -162,12 +166,34 @@ def own_conditioning(prior: Prior) -> list[str]:
     return [*map(identity_file, prior.identity_names), *prompts]
 
 
-def ranges(steps: list[int]) -> str:
-    """Steps as a person would write them: 0-2, 4-9."""
-    starts = [step for step in steps if step - 1 not in steps]
-    ends = [step for step in steps if step + 1 not in steps]
-    pairs = zip(starts, ends, strict=True)
-    return ", ".join(str(start) if start == end else f"{start}-{end}" for start, end in pairs)
+def prune_priors(argv: list[str]) -> str:
+    """Take out of priors what the chosen steps don't need, or say what that would be."""
+    parser = cli.Parser(prune.__doc__ or "")
+    parser.prog += " prune"
+    parser.add_argument("prior_dir", type=cli.utf8_path, nargs="+", metavar="DIR", help="a run_<id> folder")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument(
+        "--num_steps",
+        type=cli.positive_int,
+        nargs="+",
+        metavar="N",
+        help="keep what infer_from_prior.py needs with these --num_steps (default: those that --num_steps "
+        "auto chooses among, 1 2 3 4 6)",
+    )
+    which.add_argument(
+        "--steps", type=cli.non_negative_int, nargs="+", metavar="N", help="keep what these --steps need"
+    )
+    parser.add_argument("--yes", action="store_true", help="remove it; without, only say what would go")
+    args = parser.parse_args(argv)
+    for directory in args.prior_dir:
+        gone = prune.prune_prior(directory, num_steps=args.num_steps, steps=args.steps, dry_run=not args.yes)
+        verb = "removed" if args.yes else "would remove"
+        log.info(f"{directory}: {verb} {len(gone)} files, {sum(gone.values()) / 1e6:.1f} MB")
+    if not args.yes:
+        log.info(
+            "nothing was changed; add --yes to remove it: what goes can only be made again by a full run"
+        )
+    return "\n".join(map(str, args.prior_dir))
 
 
 def parse_command(argv: list[str]) -> argparse.Namespace:
@@ -185,8 +211,10 @@ def parse_command(argv: list[str]) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> str:
-    """List, show or remove priors, or verify them, as infer_from_prior.py --verify does."""
+    """List, show, remove or prune priors, or verify them, as infer_from_prior.py --verify does."""
     argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["prune"]:
+        return prune_priors(argv[1:])
     if argv and argv[0] in COMMANDS:
         args = parse_command(argv)
         if argv[0] == "rm":
@@ -202,6 +230,4 @@ def main(argv: list[str] | None = None) -> str:
 
 
 if __name__ == "__main__":
-    from step_skip import cli
-
     cli.run_script(main)

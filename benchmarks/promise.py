@@ -93,35 +93,39 @@ def measure_case(
     case = make_case(pipe, defaults, index, seed, cfg_scale)
     kinds = {method.prior for method in methods} & PRIORS.keys()
     priors = {kind: PRIORS[kind](case) for kind in sorted(kinds)}
-    full, full_found = None, None
+    full = None
     for method in methods:
         result = method.run(case, priors.get(method.prior))
-        frames = as_array(result.frames)
-        found = world.measure(frames, case.identity)
-        if full is None:  # the first method is the full run
-            full, full_found = frames, found
-        yield {
-            "index": index,
-            "seed": seed,
-            "cfg_scale": cfg_scale,
-            "old_motion": case.old_motion,
-            "new_motion": case.new_motion,
-            "method": method.name,
-            "prior": method.prior,
-            "forwards": result.forwards,
-            "block_evaluations": result.block_evaluations,
-            "shown": found.motion,
-            "obeyed": int(found.motion == case.new_motion),
-            "old_kept": int(found.motion == case.old_motion),
-            "identity_error": round(found.identity_error, 4),
-            "sharpness": round(found.sharpness, 4),
-            "bloom_error": round(found.bloom_error, 4),
-            "decided": round(found.decided, 4),
-            "psnr": round(psnr(frames, full), 3),
-            "ssim": round(ssim(frames, full), 5),
-            "shared_with_full": round(world.agreement(found, full_found), 4),
-            "denoise_seconds": round(result.seconds.get("denoise", float("nan")), 3),
-        }
+        full = as_array(result.frames) if full is None else full  # the first method is the full run
+        yield rate(case, method, result, full)
+
+
+def rate(case: Case, method: Method, result, full: np.ndarray) -> dict:
+    """A method's line: what it cost and what came out, against the full run's frames."""
+    frames = as_array(result.frames)
+    found, full_found = (world.measure(each, case.identity) for each in (frames, full))
+    return {
+        "index": case.index,
+        "seed": case.seed,
+        "cfg_scale": case.settings.cfg_scale,
+        "old_motion": case.old_motion,
+        "new_motion": case.new_motion,
+        "method": method.name,
+        "prior": method.prior,
+        "forwards": result.forwards,
+        "block_evaluations": result.block_evaluations,
+        "shown": found.motion,
+        "obeyed": int(found.motion == case.new_motion),
+        "old_kept": int(found.motion == case.old_motion),
+        "identity_error": round(found.identity_error, 4),
+        "sharpness": round(found.sharpness, 4),
+        "bloom_error": round(found.bloom_error, 4),
+        "decided": round(found.decided, 4),
+        "psnr": round(psnr(frames, full), 3),
+        "ssim": round(ssim(frames, full), 5),
+        "shared_with_full": round(world.agreement(found, full_found), 4),
+        "denoise_seconds": round(result.seconds.get("denoise", float("nan")), 3),
+    }
 
 
 class FastDecoder:

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from step_skip.closeness import CLOSENESS
 from step_skip.command import own_command, quote_prompt
 from step_skip.families import MODEL_NAMES
 from step_skip.files import DTYPES, InputError
@@ -197,6 +198,16 @@ def start_steps(text: str) -> list[int | str]:
     return list(range(first, last + 1))
 
 
+def number_of_steps(text: str) -> int | str:
+    """An argparse type: 1, 2, 3 ..., or auto."""
+    return AUTO if text == AUTO else positive_int(text)
+
+
+def closeness(text: str) -> float:
+    """An argparse type: draft, good, best, or a PSNR in dB."""
+    return CLOSENESS[text] if text in CLOSENESS else positive_float(text)
+
+
 def positive_float(text: str) -> float:
     """An argparse type: a finite number above 0."""
     value = _number(float, text, "a number above 0")
@@ -250,7 +261,8 @@ OVERRIDES = {  # what a JSON line of --prompts_file may set, and the type of eac
     "cfg_scale_2": positive_float,
     "start_step": start_steps,
     "steps": non_negative_int,
-    "num_steps": positive_int,
+    "num_steps": number_of_steps,
+    "closeness": closeness,
     "sigmas": strength,
 }
 LISTS = ("cfg_scale", "start_step", "steps", "sigmas")  # of those, what may be a list
@@ -276,7 +288,7 @@ def read_choices(args: argparse.Namespace) -> list[Choices]:
 def _choices_of_line(given: dict[str, Any], line: dict[str, Any]) -> Iterator[Choices]:
     """One start step at a time."""
     if line.keys() & set(METHOD_FLAGS):
-        given = given | dict.fromkeys(METHOD_FLAGS)
+        given = given | dict.fromkeys((*METHOD_FLAGS, "closeness"))
     chosen = given | line
     for start_step in itertools.chain(*chosen["start_step"] or [[None]]):
         yield Choices(**{**chosen, "start_step": start_step})

@@ -23,7 +23,7 @@ teaches. docs/method.md derives it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -72,15 +72,21 @@ class DifferentialScheduler(ReportingScheduler):
     Args:
         trajectory: the prior's.
         cfg_scale: the new run's, or one for each step.
+        choose: given the first velocity, [B, C, T, H, W], the trajectory to go on with, which begins at the
+            same step and latents; None: the same.
     """
 
-    def __init__(self, trajectory: Trajectory, cfg_scale: float | Sequence[float] = 1.0):
-        super().__init__(lambda _: trajectory.steps)
+    def __init__(
+        self,
+        trajectory: Trajectory,
+        cfg_scale: float | Sequence[float] = 1.0,
+        *,
+        choose: Callable[[torch.Tensor], Trajectory] | None = None,
+    ):
+        super().__init__(lambda _: self.trajectory.steps)
         self.trajectory = trajectory
-        self.cfg_scales, self.old_cfg_scales = (
-            list(each) if isinstance(each, Sequence) else [each] * len(trajectory.steps)
-            for each in (cfg_scale, trajectory.cfg_scale)
-        )
+        self.cfg_scale = cfg_scale
+        self.choose = choose
         self.offset: torch.Tensor | float = 0.0  # float32: in bfloat16 small differences would be lost
         self.before: tuple[Velocity, Velocity] | None = None  # new and old, at the step before
         self.estimates: tuple[torch.Tensor, torch.Tensor] | None = None  # likewise
@@ -89,6 +95,9 @@ class DifferentialScheduler(ReportingScheduler):
         self, place: int, model_output: torch.Tensor, timestep: torch.Tensor, sample: torch.Tensor
     ) -> torch.Tensor:
         """Add what the new prompt changes to the offset and go on at the next chosen step."""
+        if place == 0 and self.choose is not None:
+            self.trajectory = self.choose(model_output)
+            self.cut_schedule()
         sigmas, path = [*self.sigmas.tolist(), 0.0], self.trajectory
         sigma, ahead = sigmas[place], sigmas[place + 1] - sigmas[place]
         here, there = (path.latents[i].to(sample.device).float() for i in (place, place + 1))
@@ -107,8 +116,8 @@ class DifferentialScheduler(ReportingScheduler):
         old_nega = path.noise_pred_nega[place] if known and path.noise_pred_nega is not None else None
         old = path.noise_pred[place].to(model_output.device)
         return (
-            Velocity.split(model_output, nega if known else None, self.cfg_scales[place]),
-            Velocity.split(old, old_nega, self.old_cfg_scales[place]),
+            Velocity.split(model_output, nega if known else None, value_at(self.cfg_scale, place)),
+            Velocity.split(old, old_nega, value_at(path.cfg_scale, place)),
         )
 
     def change_and_rest(
@@ -151,6 +160,11 @@ class DifferentialScheduler(ReportingScheduler):
         apart = (moves[0] - moves[1]).square().sum(1, keepdim=True)
         all_moves = sum(each.square().sum(1, keepdim=True) for each in (*moves, rest))
         return torch.where(apart > 0, 1 - apart / all_moves, 1.0).clamp(min=0)
+
+
+def value_at(values: float | Sequence[float], place: int) -> float:
+    """Of one value for all steps, or one for each, a step's."""
+    return values[place] if isinstance(values, Sequence) else values
 
 
 def nearest_sum(parts: Sequence[torch.Tensor], target: torch.Tensor) -> list[float]:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from step_skip.families import FAMILIES, MODEL_NAMES, Family
 from step_skip.files import InputError, locked, sha256_tensor
-from step_skip.images import Picture, name_of, read_own_image, read_pictures
+from step_skip.images import Picture, id_of, read_own_image, read_pictures
 from step_skip.loading import Model, differences_since, model_of
 from step_skip.media import write_video
 from step_skip.metadata import PriorWriter, check_progress, read_run
@@ -111,7 +111,7 @@ def generate_prior(
         warn_of_embedded(options, texts, metadata)
         clock = Clock()
         clock.include({"load": model.seconds})
-        directory, run_id = create_run_dir(Path(output_dir), run_id, name=name_of(pictures, prompt))
+        directory, run_id = create_run_dir(Path(output_dir), run_id, name=id_of(pictures, prompt))
         begun: dict[str, Any] = {
             "run_id": run_id,
             "prompt": prompt,

@@ -8,6 +8,8 @@ from __future__ import annotations
 import io
 import logging
 import math
+import re
+import unicodedata
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -266,10 +268,16 @@ def read_pictures(
     return choices, pictures
 
 
-def name_of(pictures: Mapping[str, Picture], prompt: str) -> str:
-    """What a prior is called after: the file of its image, without an image its prompt."""
+def id_of(pictures: Mapping[str, Picture], prompt: str) -> str:
+    """A run id made of the name of the image's file, without an image of the prompt; "" of no letters."""
     image = pictures.get(IMAGE_FILE)
-    return prompt if image is None else Path(image.name).stem
+    return id_from_name(prompt if image is None else Path(image.name).stem)
+
+
+def id_from_name(name: str) -> str:
+    """A run id of at most 40 of a name's letters and digits, as far as they are ASCII; "" of others."""
+    letters = unicodedata.normalize("NFKD", name).encode("ascii", "ignore").decode().lower()
+    return re.sub(r"[^a-z0-9]+", "_", letters)[:40].strip("_")
 
 
 def read_as_before(given: Path | Image, prior: Prior) -> Image:

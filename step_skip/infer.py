@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import functools
 import logging
+import math
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -17,6 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from step_skip.bank import check_one_bank, plan_for_bank
+from step_skip.closeness import FirstLook
 from step_skip.command import command_of, video_tags
 from step_skip.contexts import save_context
 from step_skip.files import InputError, check_free, sha256_file, sha256_tensor, write_json
@@ -33,17 +36,24 @@ from step_skip.plan import (
     nega_files,
     part_of_step,
     settings_of,
-    velocity_files,
 )
-from step_skip.prior import Prior, identity_file
+from step_skip.prior import (
+    Prior,
+    identity_file,
+    latents_before_file,
+    noise_pred_file,
+    noise_pred_nega_file,
+    step_file,
+)
 from step_skip.results import RunResult
 from step_skip.steps import FORMATION_KEY, guidance_decay
 from step_skip.sweep import (
     Group,
     Job,
     describe_settings,
-    load_inputs,
-    read_inputs,
+    load_all_inputs,
+    make_group,
+    read_all_inputs,
 )
 from step_skip.words import warn_of_embedded
 
@@ -52,6 +62,7 @@ if TYPE_CHECKING:
     from diffsynth.pipelines.wan_video import WanVideoPipeline
     from PIL.Image import Image
 
+    from step_skip.differential import Trajectory
     from step_skip.hooks import Conditioning
     from step_skip.pipeline import Pause
     from step_skip.schedule import ProgressCallback
@@ -94,14 +105,15 @@ class Clip:
 
 def infer_from_prior(
     pipe: WanVideoPipeline | Model,
-    prior: Prior | str | Path,
+    prior: Prior | str | Path | Sequence[Prior | str | Path],
     prompt: str | None = None,
     *,
     negative_prompt: str | None = None,
     cfg_scale: float | Sequence[float] | None = None,
     cfg_scale_2: float | None = None,
     steps: Sequence[int] | None = None,
-    num_steps: int | None = None,
+    num_steps: int | Literal["auto"] | None = None,
+    closeness: float | None = None,
     start_step: int | Literal["auto"] | None = None,
     num_steps_after: int | None = None,
     text_share: float | None = None,
@@ -118,11 +130,12 @@ def infer_from_prior(
 
     Args:
         pipe: any WanVideoPipeline, or what `load` gives; it is left as it was found.
-        prior: what `generate_prior` returned, or its folder.
+        prior: what `generate_prior` returned, or its folder; of several that begin alike the nearest.
         prompt: the new motion; None: the prior's own prompt, which gives the prior's own video, bit for bit.
         negative_prompt, cfg_scale: None: the prior's; cfg_scale may have one value for each step that runs.
         cfg_scale_2: of two experts the low-noise one's.
         steps, num_steps: a differential resume at these steps, or at so many; the default is 3 of 10.
+        closeness: with num_steps "auto": to a full run, in dB; as few steps as are expected to reach it.
         start_step: a resume after this step instead, or "auto" (with text_share, 0 ... 1).
         num_steps_after: with start_step: in so many steps to the end.
         sigmas: a schedule of its own instead (1 is noise), begun on the prior's path.
@@ -138,7 +151,9 @@ def infer_from_prior(
     from step_skip.schedule import check_installed_schedule
 
     model = model_of(pipe)
-    prior = prior if isinstance(prior, Prior) else read_prior(Path(prior))
+    given = [prior] if isinstance(prior, Prior | str | Path) else prior
+    bank = [each if isinstance(each, Prior) else read_prior(Path(each)) for each in given]
+    check_one_bank(bank)
     choices = Choices(
         prompt=prompt,
         negative_prompt=negative_prompt,
@@ -146,6 +161,7 @@ def infer_from_prior(
         cfg_scale_2=cfg_scale_2,
         steps=steps,
         num_steps=num_steps,
+        closeness=closeness,
         start_step=start_step,
         num_steps_after=num_steps_after,
         text_share=text_share,
@@ -158,12 +174,13 @@ def infer_from_prior(
         lora=model.options.loras,
         dtype=model.options.dtype,
     )
-    group = Group(prior, [Job(prior, make_plan(choices, prior), Path())])
+    plan = plan_for_bank(make_plan(choices, bank[0]), bank)
+    group = make_group(bank, [Job(bank[0], plan, Path())])
     with contextlib.redirect_stdout(sys.stderr):
-        check_installed_schedule(prior)
-        group.inputs = read_inputs(group)
-        load_inputs(group)
-        model.check(prior)
+        check_installed_schedule(group.prior)
+        read_all_inputs([group])
+        load_all_inputs(group)
+        model.check(group.prior)
         warn_of_what_differs(group)
         warn_of_words([group], model.options)
         begin = time.perf_counter()
@@ -270,7 +287,6 @@ def run_plan(
     Args:
         pause: to run the steps of one expert, and in another call those of the other.
     """
-    from step_skip.differential import Trajectory
     from step_skip.pipeline import run_differential, run_from, run_on_sigmas
     from step_skip.schedule import reporting_to
 
@@ -290,12 +306,30 @@ def run_plan(
             run_from, start_step=plan.start_step, latents=latents[0], known_nega=known_nega
         )
     else:
-        velocities = [tensors[name] for name in velocity_files(plan)]
-        path = Trajectory(
-            plan.steps_to_run, latents, velocities, **guidance_of(prior, plan.steps_to_run, negas)
-        )
-        run = functools.partial(run_differential, trajectory=path, known_nega=known_nega)
+        run = functools.partial(run_differential, paths=first_look(group, plan), known_nega=known_nega)
     return run(pipe, settings, conditioning=conditioning, on_step=on_step, progress=progress, pause=pause)
+
+
+def first_look(group: Group, plan: Plan) -> FirstLook:
+    """The paths that a differential resume may take, of a prior or of each of a bank."""
+    paths = [tuple(plan.steps_to_run)] if plan.paths is None else plan.paths
+    trajectories = [
+        {len(steps): trajectory_of(member, plan, steps) for steps in paths} for member in group.members
+    ]
+    return FirstLook(trajectories, math.inf if plan.closeness is None else plan.closeness)
+
+
+def trajectory_of(group: Group, plan: Plan, steps: Sequence[int]) -> Trajectory:
+    """A prior's own path at these of its steps."""
+    from step_skip.differential import Trajectory
+
+    prior, tensors = group.prior, group.inputs.tensors
+    last = step_file(prior.num_inference_steps - 1)
+    latents = [tensors[name] for name in (*map(latents_before_file, steps), last)]
+    velocities = [tensors[noise_pred_file(step)] for step in steps]
+    known = prior.keeps_nega and plan.cfg_scale != 1
+    negas = [tensors[noise_pred_nega_file(step)] for step in steps] if known else []
+    return Trajectory(steps, latents, velocities, **guidance_of(prior, steps, negas))
 
 
 def guidance_of(prior: Prior, steps: Sequence[int], negas: Sequence[torch.Tensor]) -> dict[str, Any]:
@@ -331,12 +365,15 @@ def conditioning_of(plan: Plan, group: Group) -> Conditioning:
 
 def describe_clip(group: Group, plan: Plan, model: Model, result: RunResult) -> dict[str, Any]:
     """Everything needed to make the video again, and what it cost."""
-    prior, options = group.prior, model.options
+    look, options = result.first_look, model.options
+    prior = group.members[look.nearest if look else 0].prior
     report = {
         "prior_dir": str(prior.directory.absolute()),
         "prior_prompt": prior.metadata.get("prompt"),
         "prior_image": prior.image_name,
         **describe_settings(group, plan),
+        "prior_run_id": prior.metadata["run_id"],
+        **(look.describe() if look else {}),
         "auto": None if plan.auto is None else dataclasses.asdict(plan.auto),
         "image": str(plan.image.absolute()) if isinstance(plan.image, Path) else None,
         "model_dir": None if options.model_dir is None else str(options.model_dir.absolute()),

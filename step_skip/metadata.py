@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from step_skip.files import InputError, RunError, read_file, replacing, sha256_file, write_json
-from step_skip.prior import METADATA_FILE, Prior, round_sizes, step_files
+from step_skip.prior import METADATA_FILE, Prior, ranges, round_sizes, step_files
 from step_skip.schema import Metadata, Schedule, check_entries, short
 
 if TYPE_CHECKING:
@@ -145,7 +145,8 @@ def _check_whole_steps(prior: Prior) -> None:
     """Refuse a prior whose status promises more steps than it lists files of."""
     m = prior.metadata
     needed = {"complete": m["num_inference_steps"], "stopped": 1, "running": 0}
-    for step in range(needed[m["status"]]):
+    steps = range(needed[m["status"]]) if prior.kept_steps is None else ()  # a pruned one: see make_plan
+    for step in steps:
         for name in step_files(step):
             if name not in m["files"]:
                 raise InputError(f"{METADATA_FILE} lists no {name}; the prior is incomplete: make it again")
@@ -163,6 +164,8 @@ def check_progress(prior: Prior) -> None:
     if prior.is_legacy:
         raise InputError("its format is an older one, which records no settings; make it again")
     m = prior.metadata
+    if prior.kept_steps is not None:
+        raise InputError(f"it was pruned to steps {ranges(prior.kept_steps)}; make it again")
     for key in PROGRESS_KEYS:
         if key not in m:
             raise InputError(f"{METADATA_FILE} lacks {key!r}; it is older, or was edited: make it again")

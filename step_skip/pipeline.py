@@ -32,8 +32,9 @@ from PIL import Image
 from tqdm import tqdm
 
 from step_skip.cheaper import LEFT_TO_MODEL_FN, BlockCounter, GuidanceByStep, TellTeaCache, skip_cache
+from step_skip.closeness import FirstLook
 from step_skip.conditioning import check_conditioning
-from step_skip.differential import DifferentialScheduler, Trajectory
+from step_skip.differential import DifferentialScheduler
 from step_skip.files import RunError
 from step_skip.hooks import (
     CheckExperts,
@@ -191,29 +192,39 @@ def run_differential(
     pipe: WanVideoPipeline,
     settings: RunSettings,
     *,
-    trajectory: Trajectory,
+    paths: FirstLook,
     conditioning: Conditioning,
     known_nega: torch.Tensor | None = None,
     on_step: StepCallback | None = None,
     progress: bool = True,
     pause: Pause | None = None,
 ) -> RunResult:
-    """Run only the trajectory's steps, spent on what the new conditioning changes (DifferentialScheduler).
+    """Run only a path's steps, spent on what the new conditioning changes (DifferentialScheduler).
+
+    Where there are several paths the first velocity chooses one. Are they of different lengths, the pipeline
+    is called a second time for what then follows.
 
     Raises:
         RunError: latents became NaN or infinite; names the step.
     """
-    return run_scheduler(
+    trajectory = paths.first
+    run = functools.partial(
+        run_scheduler,
         pipe,
         settings,
-        scheduler=DifferentialScheduler(trajectory, settings.cfg_scale),
+        scheduler=DifferentialScheduler(trajectory, settings.cfg_scale, choose=paths.choose),
         latents=trajectory.latents[0],
         conditioning=conditioning,
         known_nega=known_nega,
         on_step=on_step,
         progress=progress,
-        pause=pause,
     )
+    if paths.differ_in_length:
+        pause = Pause(1)
+        run(pause=pause)
+    result = run(pause=pause)
+    result.first_look = result.first_look or paths
+    return result
 
 
 def run_on_sigmas(

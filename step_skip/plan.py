@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal
 
+from step_skip.closeness import CLOSENESS, DEFAULT_CLOSENESS, FIT
 from step_skip.experts import check_tea_cache_experts, choose_guidance, experts_of
 from step_skip.files import InputError
 from step_skip.lora import Lora, check_lora_experts, describe_loras, parse_recorded_loras
@@ -30,6 +31,7 @@ from step_skip.prior import (
     latents_before_file,
     noise_pred_file,
     noise_pred_nega_file,
+    ranges,
     step_file,
 )
 from step_skip.steps import (
@@ -49,7 +51,7 @@ if TYPE_CHECKING:
 
 CHEAPER_NAMES = ("skip_cache", "tea_cache_l1_thresh", "tea_cache_model_id")
 FIXED: Final = ("seed", "num_frames", "height", "width")  # by the prior's latents
-AUTO: Final = "auto"  # a --start_step that each prior decides for itself
+AUTO: Final = "auto"  # a --start_step that each prior decides for itself, a --num_steps that each clip does
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +64,8 @@ class Choices:
     cfg_scale_2: float | None = None  # of the second of two experts; None: cfg_scale, if that is given
     start_step: int | Literal["auto"] | None = None  # a step, or AUTO
     steps: Sequence[int] | None = None
-    num_steps: int | None = None
+    num_steps: int | Literal["auto"] | None = None
+    closeness: float | None = None  # with num_steps AUTO: to a full run, PSNR in dB
     sigmas: Sequence[float] | None = None
     num_steps_after: int | None = None  # with start_step
     text_share: float | None = None  # with start_step AUTO
@@ -105,6 +108,15 @@ class Plan:
     dtype: str | None  # None: the one an older prior's latents are in
     auto: AutoStep | None = None  # where start_step comes from, if it was left to the prior
     knows_nega: bool = False  # the first step's negative branch is the prior's own, and read
+    closeness: float | None = None  # in dB: the first step chooses the shortest path expected to reach it
+    paths: tuple[tuple[int, ...], ...] | None = None  # likewise: to choose among; steps_to_run is the longest
+    nearest_of: tuple[str, ...] | None = None  # run ids of the priors of which the first step chooses one
+
+    @property
+    def steps_to_read(self) -> list[int]:
+        """The steps of the prior that a differential resume may follow."""
+        paths = self.paths or [self.steps_to_run]
+        return sorted(set(itertools.chain(*paths))) if self.method == "differential" else []
 
     @property
     def texts(self) -> list[str]:
@@ -115,7 +127,7 @@ class Plan:
 
     @property
     def forwards(self) -> int:
-        """Network evaluations."""
+        """Network evaluations; the most, where the first one decides how many."""
         steps = len(self.steps_to_run)
         scales = self.cfg_scale if isinstance(self.cfg_scale, tuple) else (self.cfg_scale,) * steps
         return sum(1 if scale == 1 else 2 for scale in scales) - self.knows_nega
@@ -164,7 +176,22 @@ def make_plan(choices: Choices, prior: Prior) -> Plan:
         model=model,
         dtype=choices.dtype or prior.metadata.get("dtype"),
     )
-    return dataclasses.replace(plan, knows_nega=knows_first_nega(plan, prior))
+    plan = dataclasses.replace(plan, knows_nega=knows_first_nega(plan, prior))
+    check_kept(plan, prior)
+    return plan
+
+
+def check_kept(plan: Plan, prior: Prior) -> None:
+    """Refuse steps that were taken out of a pruned prior.
+
+    Raises:
+        InputError: with those that are left.
+    """
+    if prior.kept_steps is not None and not all(map(prior.has, input_files(plan, prior))):
+        raise InputError(
+            f"{prior.directory} was pruned to steps {ranges(prior.kept_steps)}, and this needs others; "
+            "choose among them with --steps, or make the prior again"
+        )
 
 
 def knows_first_nega(plan: Plan, prior: Prior) -> bool:
@@ -243,6 +270,8 @@ def choose_steps(choices: Choices, prior: Prior) -> dict[str, Any]:
     if choices.sigmas is not None:
         return own_sigmas(choices.sigmas, prior)
     differential = choices.steps is not None or choices.num_steps is not None
+    if choices.closeness is not None and choices.num_steps != AUTO:
+        raise InputError("--closeness is what --num_steps auto goes by: give that, too")
     if prior.is_legacy and differential:
         raise InputError(
             "--steps needs the prior's velocities, which this older format lacks; use --start_step"
@@ -261,12 +290,36 @@ def choose_steps(choices: Choices, prior: Prior) -> dict[str, Any]:
         return remaining_steps(start_step, prior, num_steps=choices.num_steps_after)
     if choices.num_steps_after is not None:
         raise InputError("--num_steps_after spaces anew what is left after a step: give --start_step, too")
+    paths = auto_paths(choices, prior) if choices.num_steps == AUTO else None
     return {
         "method": "differential",
         "start_step": None,
-        "steps_to_run": differential_steps(choices, prior),
+        "steps_to_run": differential_steps(choices, prior) if paths is None else list(paths[-1]),
         "sigmas": None,
+        "paths": paths,
+        "closeness": None if paths is None else choices.closeness or CLOSENESS[DEFAULT_CLOSENESS],
     }
+
+
+def auto_paths(choices: Choices, prior: Prior) -> tuple[tuple[int, ...], ...]:
+    """The paths among which the first evaluation chooses, few steps first.
+
+    Raises:
+        InputError: what runs in two parts can't have them, or the prior has none of them.
+    """
+    for name in ("skip_cache", "tea_cache_l1_thresh"):
+        if getattr(choices, name) is not None:
+            raise InputError(
+                f"--num_steps auto and --{name} can't be had together: give --num_steps a number"
+            )
+    if isinstance(choices.cfg_scale, Sequence) and len(choices.cfg_scale) > 1:
+        raise InputError("--num_steps auto: give one --cfg_scale; how many steps run is not known before")
+    if len(prior.family.experts) > 1:
+        raise InputError("--num_steps auto: a model of two experts can't; give --num_steps a number")
+    total = prior.num_inference_steps
+    paths = (tuple(spread_steps(total, number)) for number in FIT if number <= total)
+    kept = [path for path in paths if prior.kept_steps is None or set(path) <= set(prior.kept_steps)]
+    return tuple(kept) or (tuple(prior.kept_steps or ()),)
 
 
 def own_sigmas(sigmas: Sequence[float], prior: Prior) -> dict[str, Any]:
@@ -342,10 +395,13 @@ def differential_steps(choices: Choices, prior: Prior) -> list[int]:
         InputError: the prior has no such steps.
     """
     total = prior.num_inference_steps
-    num_steps = recommended_num_steps(total) if choices.num_steps is None else choices.num_steps
+    num_steps = recommended_num_steps(total) if choices.num_steps is None else int(choices.num_steps)
     if not 1 <= num_steps <= total:
         raise InputError(f"--num_steps {num_steps}: the prior has only {total} steps")
     steps = list(choices.steps or spread_steps(total, num_steps))
+    is_chosen = choices.steps is not None or choices.num_steps is not None
+    if prior.kept_steps is not None and not is_chosen and not set(steps) <= set(prior.kept_steps):
+        steps = list(prior.kept_steps)
     if sorted(set(steps)) != steps or not 0 <= steps[0] <= steps[-1] < total:
         raise InputError(f"--steps {steps}: expected increasing steps between 0 and {total - 1}")
     return steps
@@ -369,7 +425,7 @@ def latents_files(plan: Plan, prior: Prior) -> list[str]:
     """
     if plan.start_step is None:  # a differential resume
         last = step_file(prior.num_inference_steps - 1)
-        return [*map(latents_before_file, plan.steps_to_run), last]
+        return list(dict.fromkeys([*map(latents_before_file, plan.steps_to_read), last]))
     begin = latents_before_file(plan.start_step + 1)
     return [begin, step_file(plan.start_step + 1)] if part_of_step(plan, prior) else [begin]
 
@@ -383,13 +439,13 @@ def part_of_step(plan: Plan, prior: Prior) -> float:
 
 def velocity_files(plan: Plan) -> list[str]:
     """The prior's velocities a plan needs: those of the steps of a differential resume."""
-    return [] if plan.method != "differential" else list(map(noise_pred_file, plan.steps_to_run))
+    return list(map(noise_pred_file, plan.steps_to_read))
 
 
 def nega_files(plan: Plan, prior: Prior) -> list[str]:
     """The prior's velocities of the negative branch that a plan needs."""
     if plan.method == "differential" and prior.keeps_nega and plan.cfg_scale != 1:
-        return list(map(noise_pred_nega_file, plan.steps_to_run))
+        return list(map(noise_pred_nega_file, plan.steps_to_read))
     return [noise_pred_nega_file(plan.steps_to_run[0])] if plan.knows_nega else []
 
 

@@ -30,7 +30,6 @@ import hashlib
 import math
 import re
 import time
-import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -54,6 +53,7 @@ IMAGE_FILE = "input_image.png"
 END_IMAGE_FILE = "end_image.png"
 OUTPUT_FILE = "output_full.mp4"
 PREVIEW_FILE = "preview.webp"
+BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 SCHEDULE_FLAGS = ("num_inference_steps", "denoising_strength", "sigma_shift")  # what fixes it
 
 
@@ -110,7 +110,7 @@ class Prior:
     @property
     def whole_steps(self) -> int:
         """How many steps are recorded, from the first one on, each with latents and velocity."""
-        if self.is_legacy:
+        if self.is_legacy or self.kept_steps is not None:
             return self.num_inference_steps
         return leading_steps(self.metadata["files"], self.num_inference_steps, nega=self.keeps_nega)
 
@@ -118,6 +118,11 @@ class Prior:
     def keeps_nega(self) -> bool:
         """Whether the velocity of each step's negative branch is saved, too; older priors lack it."""
         return self.metadata.get("keeps_nega", False)
+
+    @property
+    def kept_steps(self) -> list[int] | None:
+        """The steps that can be followed of a prior that was pruned to them; None: all."""
+        return self.metadata.get("kept_steps")
 
     @property
     def settings(self) -> RunSettings:
@@ -211,6 +216,14 @@ def leading_steps(names: Iterable[str], num_inference_steps: int, *, nega: bool 
     return next(lacking, num_inference_steps)
 
 
+def ranges(steps: Sequence[int]) -> str:
+    """Steps as a person would write them: 0-2, 4-9."""
+    starts = [step for step in steps if step - 1 not in steps]
+    ends = [step for step in steps if step + 1 not in steps]
+    pairs = zip(starts, ends, strict=True)
+    return ", ".join(str(start) if start == end else f"{start}-{end}" for start, end in pairs)
+
+
 def denoised_file(step: int) -> str:
     """Name of the video of what `step` points at."""
     return f"denoised_{step:04d}.mp4"
@@ -242,8 +255,13 @@ def latents_shape(
 
 def bytes_of_prior(prior: Prior) -> int:
     """A safe upper bound of what a prior takes on disk, without its videos."""
-    saved = 3 * prior.num_inference_steps + 4  # latents and velocities of each step, the noise, y
-    return saved * math.prod(prior.latents_shape) * 4 + 32 * 2**20
+    return bytes_of_steps(prior) * 4 // BYTES[prior.metadata["dtype"]] + 32 * 2**20
+
+
+def bytes_of_steps(prior: Prior) -> int:
+    """What the latents and velocities of its steps take on disk, about."""
+    saved = 3 * prior.num_inference_steps + 4  # of each step, the noise, y
+    return saved * math.prod(prior.latents_shape) * BYTES[prior.metadata["dtype"]]
 
 
 def round_sizes(
@@ -278,23 +296,17 @@ def check_run_id(output_dir: Path, run_id: str | None) -> None:
         )
 
 
-def id_from_name(name: str) -> str:
-    """A run id of at most 40 of a name's letters and digits, as far as they are ASCII; "" of others."""
-    letters = unicodedata.normalize("NFKD", name).encode("ascii", "ignore").decode().lower()
-    return re.sub(r"[^a-z0-9]+", "_", letters)[:40].strip("_")
-
-
 def create_run_dir(output_dir: Path, run_id: str | None, *, name: str = "") -> tuple[Path, str]:
     """Make an empty `run_<id>` below `output_dir`; without an id, one from a name that is still free.
 
     Args:
-        name: of the image, or what else tells this prior from others; of no letters: the date and time.
+        name: an id that another may have; "": the date and time.
 
     Raises:
         InputError: the id is taken, or the folder can't be written.
     """
     check_run_id(output_dir, run_id)
-    wanted = run_id or id_from_name(name) or time.strftime("%Y%m%d_%H%M%S")
+    wanted = run_id or name or time.strftime("%Y%m%d_%H%M%S")
     candidate, tries = wanted, 1
     try:
         output_dir.mkdir(parents=True, exist_ok=True)

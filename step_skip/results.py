@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     import torch
     from PIL import Image
 
+    from step_skip.closeness import FirstLook
+
 
 @dataclass
 class RunResult:
@@ -23,17 +25,19 @@ class RunResult:
     block_evaluations: int = 0  # of transformer blocks; a full forward runs all of them
     seconds: dict[str, float] = field(default_factory=dict)  # by phase: encode, denoise, ...
     seconds_per_step: list[float] = field(default_factory=list)
+    first_look: FirstLook | None = None  # of a differential resume
 
     def then(self, later: RunResult) -> RunResult:
         """This run and what came after it, as one."""
         return RunResult(
             later.frames,
-            later.latents,
+            later.latents if later.steps else self.latents,
             self.steps + later.steps,
             self.forwards + later.forwards,
             self.block_evaluations + later.block_evaluations,
             {phase: s + later.seconds.get(phase, 0.0) for phase, s in self.seconds.items()},
             self.seconds_per_step + later.seconds_per_step,
+            self.first_look or later.first_look,
         )
 
 

@@ -82,9 +82,15 @@ class ReportingScheduler(FlowMatchScheduler):
     def set_timesteps(self, num_inference_steps: int = 100, **kwargs: Any) -> None:
         """Compute the full schedule, then keep the chosen steps of it."""
         super().set_timesteps(num_inference_steps, **kwargs)
-        self.steps = list(self.keep(num_inference_steps))
+        self.schedule = self.timesteps, self.sigmas
+        self.cut_schedule()
+
+    def cut_schedule(self) -> None:
+        """Keep the chosen steps of the full schedule."""
+        timesteps, sigmas = self.schedule
+        self.steps = list(self.keep(len(timesteps)))
         # DiffSynth looks a step's place up in timesteps and reads its sigma there: both are cut alike.
-        self.timesteps, self.sigmas = self.timesteps[self.steps], self.sigmas[self.steps]
+        self.timesteps, self.sigmas = timesteps[self.steps], sigmas[self.steps]
 
     @property
     def timesteps_to_run(self) -> list[float]:

@@ -206,6 +206,7 @@ class Metadata(Schedule):
     stop_after: int | None = None
     save_decoded_videos: bool = False
     keeps_nega: bool = False
+    kept_steps: PerStep[Count] | None = None  # of a prior that was pruned
     cfg_scale_2: Positive | None = None  # of two experts, as the next
     switch_DiT_boundary: (
         Annotated[Positive, AfterValidator(_must("at most 1", lambda value: value <= 1))] | None
@@ -228,6 +229,11 @@ class Metadata(Schedule):
             raise ValueError(f"has start_step = {short(self.start_step)}, beyond its own steps")
         if self.stop_after is not None and not 0 <= self.stop_after < self.num_inference_steps:
             raise ValueError(f"has stop_after = {short(self.stop_after)}, expected a step; make it again")
+        kept = self.kept_steps
+        if kept is not None and not (
+            kept and sorted(set(kept)) == kept and kept[-1] < self.num_inference_steps
+        ):
+            raise ValueError(f"has kept_steps = {short(kept)}, expected some of its steps; make it again")
         return self
 
     @model_validator(mode="after")

@@ -14,11 +14,12 @@ import json
 import os
 import re
 import statistics
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from step_skip.bank import gather_banks, plan_for_bank
 from step_skip.contexts import is_context_known, load_context
 from step_skip.families import MODEL_NAMES
 from step_skip.files import InputError, dtype_name, folder_inside, locked, read_file, sha256_file
@@ -90,6 +91,12 @@ class Group:
     prior: Prior
     jobs: list[Job]
     inputs: Inputs = field(default_factory=Inputs)  # empty until they are checked
+    others: Sequence[Group] = ()  # of a bank: its other priors, with the same jobs (bank.py)
+
+    @property
+    def members(self) -> list[Group]:
+        """It and the others."""
+        return [self, *self.others]
 
     @property
     def plans(self) -> list[Plan]:
@@ -112,6 +119,7 @@ def make_groups(
     output_dir: Path | None = None,
     overwrite: bool = False,
     is_sweep: bool = False,
+    nearest: bool = False,
 ) -> list[Group]:
     """Every prior with the videos that were chosen, each with its place; the same video once.
 
@@ -120,13 +128,15 @@ def make_groups(
         output: of a single video; None: a name in the prior's outputs folder.
         output_dir: of a sweep; None: one in the first prior's outputs folder.
         is_sweep: put them into a folder of their own even where there is only one.
+        nearest: let each video follow the nearest of the priors that begin alike.
 
     Raises:
         InputError: see `read_prior`, `make_plan` and `check_output`; priors that need different models; or an
             output that doesn't fit what is asked for.
     """
     priors = [read_prior(directory) for directory in dict.fromkeys(directories)]
-    plans = [(prior, plan) for prior in priors for plan in make_plans(prior, choices)]
+    banks = gather_banks(priors) if nearest else [[prior] for prior in priors]
+    plans = [(bank[0], plan_for_bank(plan, bank)) for bank in banks for plan in make_plans(bank[0], choices)]
     check_one_model(plans)
     if len(plans) > 1 or is_sweep:
         if output is not None:
@@ -138,7 +148,13 @@ def make_groups(
             check_output(output, prior)
         paths = [output or folder_inside(prior.directory, "outputs") / f"{video_name(plan)}.mp4"]
     jobs = [Job(prior, plan, path, overwrite) for (prior, plan), path in zip(plans, paths, strict=True)]
-    return [Group(prior, [job for job in jobs if job.prior is prior]) for prior in priors]
+    return [make_group(bank, [job for job in jobs if job.prior is bank[0]]) for bank in banks]
+
+
+def make_group(bank: Sequence[Prior], jobs: list[Job]) -> Group:
+    """A prior, or a bank of them, with the videos to make from it."""
+    first, *others = bank
+    return Group(first, jobs, others=[Group(prior, jobs) for prior in others])
 
 
 def make_plans(prior: Prior, choices: Iterable[Choices]) -> list[Plan]:
@@ -279,7 +295,9 @@ def is_taken(path: Path) -> bool:
 
 def video_name(plan: Plan) -> str:
     """A file name, without suffix, that tells steps and prompt, and differs for every choice."""
-    if plan.sigmas is not None:
+    if plan.closeness is not None:
+        start = f"close{plan.closeness:g}"
+    elif plan.sigmas is not None:
         start = f"sigma{plan.sigmas[0]:.3f}-{len(plan.sigmas)}steps"
     elif plan.method == "resume":
         start = f"step{plan.start_step:02d}"
@@ -287,6 +305,7 @@ def video_name(plan: Plan) -> str:
         start = "steps" + "-".join(map(str, plan.steps_to_run))
     else:
         start = f"{len(plan.steps_to_run)}steps"
+    start = f"nearest-{start}" if plan.nearest_of else start
     digest = hashlib.sha256(json.dumps(describe_choices(plan)).encode()).hexdigest()[:8]
     return f"{start}_{slug(plan.prompt)}_{digest}"
 
@@ -301,12 +320,19 @@ def slug(text: str) -> str:
 # --- what a prior gives -----------------------------------------------------------------------------------
 
 
-def read_inputs(group: Group) -> Inputs:
-    """Check every file that the plans of one prior need, and read the image; no tensor is loaded yet.
+def read_all_inputs(groups: Iterable[Group]) -> None:
+    """Check every file that the plans need, and read the images; no tensor is loaded yet.
 
     Raises:
         InputError: something is missing, damaged, or not the prior's.
     """
+    for group in groups:
+        for member in group.members:
+            member.inputs = read_inputs(member)
+
+
+def read_inputs(group: Group) -> Inputs:
+    """The same for one prior."""
     image = group.plans[0].image
     names = dict.fromkeys(name for plan in group.plans for name in input_files(plan, group.prior))
     return Inputs(
@@ -321,8 +347,8 @@ def sha256_image(image: Path | Image) -> str:
     return sha256_file(image) if isinstance(image, Path) else hashlib.sha256(image.tobytes()).hexdigest()
 
 
-def load_inputs(group: Group) -> str:
-    """Load every tensor that the plans of one prior need, each once, and the contexts the prior knows.
+def load_all_inputs(group: Group) -> str:
+    """Load every tensor that the plans of a prior or a bank need, each once, and the contexts it knows.
 
     Returns:
         The latents' dtype, "bfloat16" for example.
@@ -330,6 +356,14 @@ def load_inputs(group: Group) -> str:
     Raises:
         InputError: a file holds something else, or not in --dtype.
     """
+    for other in group.others:
+        load_inputs(other)
+        group.inputs.contexts |= other.inputs.contexts
+    return load_inputs(group)
+
+
+def load_inputs(group: Group) -> str:
+    """The same for one prior."""
     prior, inputs = group.prior, group.inputs
     for plan in group.plans:
         latents = [*latents_files(plan, prior), *velocity_files(plan), *nega_files(plan, prior)]
@@ -372,7 +406,9 @@ def describe_choices(plan: Plan) -> dict[str, Any]:
     """A plan's entries that decide the video, as they stand in a result's JSON; the image has a checksum."""
     entries = dataclasses.asdict(plan)
     del entries["image"], entries["auto"], entries["knows_nega"]  # none of them changes the latents
-    entries["steps_run"] = entries.pop("steps_to_run")
+    steps = entries.pop("steps_to_run")
+    if plan.paths is None:  # else the run decides
+        entries["steps_run"] = steps
     return {name: value for name, value in entries.items() if value is not None or name == "start_step"}
 
 
@@ -381,12 +417,22 @@ def describe_settings(group: Group, plan: Plan) -> dict[str, Any]:
     inputs, settings = group.inputs, dataclasses.asdict(settings_of(plan, group.prior))
     if settings["switch_DiT_boundary"] is None:  # one network: as it was before there were two
         del settings["switch_DiT_boundary"]
+    own = {} if group.others else {"prior_run_id": group.prior.metadata["run_id"]}
     return {
-        "prior_run_id": group.prior.metadata["run_id"],
-        "prior_files": {name: inputs.prior_files[name] for name in input_files(plan, group.prior)},
+        **own,
+        "prior_files": describe_files(group, plan),
         "image_sha256": inputs.image_sha256,
         **settings,
         **describe_choices(plan),
+    }
+
+
+def describe_files(group: Group, plan: Plan) -> dict[str, str]:
+    """The SHA-256 of every file of the prior that a plan needs; of a bank's by run id and name."""
+    return {
+        f"{member.prior.metadata['run_id']}/{name}" if group.others else name: member.inputs.prior_files[name]
+        for member in group.members
+        for name in input_files(plan, member.prior)
     }
 
 

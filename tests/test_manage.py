@@ -7,7 +7,8 @@ import shutil
 import pytest
 from helpers import PROMPT, edit_metadata
 
-from step_skip.prior import create_run_dir, id_from_name
+from step_skip.images import id_from_name
+from step_skip.prior import create_run_dir
 
 
 @pytest.mark.parametrize(

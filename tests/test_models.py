@@ -140,7 +140,7 @@ def test_diffsynth_gets_the_files_that_were_found(gpu, asked, tmp_path, monkeypa
     from diffsynth.pipelines.wan_video import WanVideoPipeline
 
     calls = []
-    pipe = SimpleNamespace(dit=torch.nn.Linear(1, 1), torch_dtype=torch.bfloat16, device="cpu")
+    pipe = SimpleNamespace(dit=torch.nn.Linear(1, 1), dit2=None, torch_dtype=torch.bfloat16, device="cpu")
     monkeypatch.setattr(WanVideoPipeline, "from_pretrained", lambda **kwargs: calls.append(kwargs) or pipe)
     with_published_files(tmp_path, "I2V-480P")
     for free, vram in ((80, "auto"), (24, "auto"), (80, "low"), (8, "plain")):

@@ -1,0 +1,97 @@
+"""What a differential resume's first evaluation tells: the nearest prior, and how near its clip will come.
+
+Priors of one image, size, seed and model begin at the same noise. The new prompt's first velocity there is
+evaluated anyway; how far it is from each prior's own says which of them to follow, and how much there is to
+change. A few steps bring a clip the nearer to a full run the less there is, by FIT:
+
+    predicted PSNR to the full run, dB = a - b * log10(apart),   a, b by the number of steps
+
+    apart = |new velocity - prior's velocity| / |prior's velocity|,   norms over all of the latents
+
+FIT is fitted to the embedded model's clips by benchmarks/bank.py; docs/method.md shows how far off it is. Of
+another model the order holds, the numbers only say what as much change meant there.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+if TYPE_CHECKING:
+    import torch
+
+    from step_skip.differential import Trajectory
+
+FIT: Final[Mapping[int, tuple[float, float]]] = {
+    1: (15.0, 20.0),
+    2: (20.0, 20.0),
+    3: (25.0, 20.0),
+    4: (27.0, 20.0),
+    6: (30.0, 20.0),
+}
+MOST = 60.0  # dB; no prediction is above, the prior's own clip's neither
+CLOSENESS: Final[Mapping[str, float]] = {"draft": 34.0, "good": 38.0, "best": 42.0}  # dB
+DEFAULT_CLOSENESS: Final = "good"
+
+
+def velocities_apart(new: torch.Tensor, old: torch.Tensor) -> float:
+    """How far a new velocity is from a prior's, relative to the prior's; [B, C, T, H, W], both."""
+    import torch
+
+    old = old.to(new.device).float()
+    return float(torch.linalg.vector_norm(new.float() - old) / torch.linalg.vector_norm(old))
+
+
+def predicted_closeness(apart: float, num_steps: int) -> float:
+    """The PSNR to a full run, in dB, that so many steps are expected to reach; at most MOST."""
+    a, b = FIT[min(num_steps, max(FIT))]
+    return MOST if apart == 0 else min(MOST, a - b * math.log10(apart))
+
+
+@dataclass
+class FirstLook:
+    """The paths a run may follow, and what its first velocity tells of them.
+
+    Args:
+        paths: of each prior that begins here one trajectory by number of steps, few first.
+        closeness: in dB; the fewest steps that are expected to reach it are taken, else the most.
+    """
+
+    paths: Sequence[Mapping[int, Trajectory]]
+    closeness: float = math.inf
+    apart: list[float] | None = None  # of each prior, once the first velocity is known
+    num_steps: int | None = None  # likewise
+
+    @property
+    def first(self) -> Trajectory:
+        """The path to begin on: all have the same first step."""
+        return self.paths[0][max(self.paths[0])]
+
+    @property
+    def differ_in_length(self) -> bool:
+        """Whether the number of steps is chosen, too."""
+        return len(self.paths[0]) > 1
+
+    @property
+    def nearest(self) -> int:
+        """The place of the prior that is followed."""
+        return 0 if self.apart is None else min(range(len(self.apart)), key=self.apart.__getitem__)
+
+    def choose(self, noise_pred: torch.Tensor) -> Trajectory:
+        """The path to follow from the first velocity on, [B, C, T, H, W]."""
+        self.apart = [
+            velocities_apart(noise_pred, next(iter(each.values())).noise_pred[0]) for each in self.paths
+        ]
+        path, apart = self.paths[self.nearest], self.apart[self.nearest]
+        enough = (n for n in path if predicted_closeness(apart, n) >= self.closeness)
+        self.num_steps = next(enough, max(path))
+        return path[self.num_steps]
+
+    def describe(self) -> dict[str, Any]:
+        """For a result's JSON; empty where nothing is predicted: the run began further down the path."""
+        if self.apart is None or self.num_steps is None or self.first.steps[0] != 0:
+            return {}
+        apart = self.apart[self.nearest]
+        return {"apart": apart, "predicted_closeness": predicted_closeness(apart, self.num_steps)}

@@ -1,0 +1,87 @@
+"""Leave of a prior what chosen steps need: a prior of 50 steps is large, and a clip follows a few of them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from step_skip.closeness import FIT
+from step_skip.files import InputError, locked
+from step_skip.metadata import PriorWriter, read_prior
+from step_skip.prior import Prior, latents_before_file, ranges, step_file, step_files
+from step_skip.steps import spread_steps
+
+OF_A_STEP = re.compile(r"(step|noise_pred|noise_pred_nega)_\d+\.pt")
+
+
+def steps_to_keep(prior: Prior, *, num_steps: Sequence[int] | None, steps: Sequence[int] | None) -> list[int]:
+    """The steps that differential resumes of these numbers of steps follow, or these themselves.
+
+    Args:
+        num_steps: None: as many as `--num_steps auto` chooses among.
+
+    Raises:
+        InputError: the prior hasn't so many, or has none of these.
+    """
+    total = prior.num_inference_steps
+    if steps is not None:
+        if not set(steps) <= set(range(total)):
+            raise InputError(f"--steps {steps}: {prior.directory} has steps 0 to {total - 1}")
+        return sorted(set(steps))
+    numbers = [number for number in FIT if number <= total] if num_steps is None else num_steps
+    if max(numbers) > total:
+        raise InputError(f"--num_steps {max(numbers)}: {prior.directory} has only {total} steps")
+    return sorted({step for number in numbers for step in spread_steps(total, number)})
+
+
+def files_to_remove(prior: Prior, steps: Sequence[int]) -> dict[str, int]:
+    """The files that no differential resume at these steps reads, and the bytes of each.
+
+    Raises:
+        InputError: a prior that isn't whole, is of an older format, or lacks one of the steps already.
+    """
+    if prior.is_legacy or not prior.is_complete:
+        raise InputError(
+            f"{prior.directory} isn't whole, or of an older format; only whole priors are pruned"
+        )
+    needed = {step_file(prior.num_inference_steps - 1)}
+    for step in steps:
+        _, *velocities = step_files(step, nega=prior.keeps_nega)
+        needed |= {latents_before_file(step), *velocities}
+    lacking = sorted(name for name in needed if not prior.has(name))
+    if lacking:
+        raise InputError(
+            f"{prior.directory} was pruned to steps {ranges(prior.kept_steps or [])} and lacks {lacking[0]}; "
+            "keep some of these"
+        )
+    extra = [name for name in prior.metadata["files"] if OF_A_STEP.fullmatch(name) and name not in needed]
+    paths = {name: prior.directory / name for name in extra}
+    return {name: path.lstat().st_size if path.exists() else 0 for name, path in paths.items()}
+
+
+def prune_prior(
+    directory: Path, *, num_steps: Sequence[int] | None, steps: Sequence[int] | None, dry_run: bool = False
+) -> dict[str, int]:
+    """Remove what differential resumes at these steps don't read; the metadata first, so that it stays true.
+
+    Returns:
+        The files that are gone, or would be, and the bytes of each.
+
+    Raises:
+        InputError: see `steps_to_keep` and `files_to_remove`.
+    """
+    prior = read_prior(directory)
+    kept = steps_to_keep(prior, num_steps=num_steps, steps=steps)
+    extra = files_to_remove(prior, kept)
+    if dry_run:
+        return extra
+    with locked(directory):
+        metadata = dict(prior.metadata) | {"kept_steps": kept}
+        for entry in ("files", "shapes"):
+            metadata[entry] = {name: value for name, value in metadata[entry].items() if name not in extra}
+        PriorWriter(directory, metadata).write_metadata()
+        for path in directory.iterdir():
+            if OF_A_STEP.fullmatch(path.name) and path.name not in metadata["files"]:
+                path.unlink()  # one of an interrupted prune before, too
+    return extra
