@@ -122,7 +122,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("--overwrite replaces what --output names: give --output")
     if args.like is not None:
         take_over(args, given)
-    may_be_auto = args.prompts_file is not None or [AUTO] in (args.start_step or ())
+    may_be_auto = args.prompts_file is not None or any(AUTO in each for each in args.start_step or ())
     if args.text_share is not None and not may_be_auto:
         parser.error("--text_share is what --start_step auto goes by: give that, too")
     return args
@@ -153,12 +153,14 @@ def add_method_arguments(parser: argparse.ArgumentParser) -> None:
     )
     method.add_argument(
         "--num_steps",
-        type=cli.number_of_steps,
+        type=cli.numbers_of_steps,
+        nargs="+",
+        action="extend",
         metavar="N",
         help="like --steps, so many, denser to the end where the noise falls fastest: of 10 steps 2 are 0 8, "
         "3 are 0 6 9, 4 are 0 4 7 9; 1, 2, 3, 4 and 6 steps are 1, 3, 5, 7 and 11 forwards; 6 come near "
         "to a full run, 1 is enough for a mouth; auto: after the first, as few as are expected to reach "
-        "--closeness",
+        "--closeness; several, 2 3 4 or 2-4: a sweep",
     )
     method.add_argument(
         "--sigmas",
@@ -218,11 +220,12 @@ def add_prompt_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--cfg_scale",
-        type=cli.positive_float,
+        type=cli.alternatives,
         nargs="+",
         metavar="X",
         help="how strongly the prompt is followed; 1 switches guidance off and halves the cost; one, or one "
-        "for each step that runs: 5 5 1 drops the second forward of the third (default: the prior's)",
+        "for each step that runs: 5 5 1 drops the second forward of the third; between commas, 2,3: a sweep "
+        "(default: the prior's)",
     )
     group.add_argument(
         "--cfg_scale_2",

@@ -188,19 +188,32 @@ def period(text: str) -> int:
 
 
 def start_steps(text: str) -> list[int | str]:
-    """An argparse type: 6, or 2-8 for 2 to 8, or auto."""
-    if text == AUTO:
-        return [AUTO]
-    ends = re.fullmatch(r"(\d+)-(\d+)", text)
-    first, last = map(int, ends.groups()) if ends else [non_negative_int(text)] * 2
-    if not first <= last < MAX_STEPS:
-        raise argparse.ArgumentTypeError(f"{text} is no range of steps; write 2-8 for 2 to 8")
-    return list(range(first, last + 1))
+    """An argparse type: 6, 2-8 for 2 to 8, auto, or several of them between commas."""
+    return _ranges(text, non_negative_int)
 
 
-def number_of_steps(text: str) -> int | str:
-    """An argparse type: 1, 2, 3 ..., or auto."""
-    return AUTO if text == AUTO else positive_int(text)
+def numbers_of_steps(text: str) -> list[int | str]:
+    """An argparse type: 3, 2-4 for 2 to 4, auto, or several of them between commas."""
+    return _ranges(text, positive_int)
+
+
+def _ranges(text: str, kind: Callable[[str], int]) -> list[int | str]:
+    values: list[int | str] = []
+    for part in text.split(","):
+        ends = re.fullmatch(r"(\d+)-(\d+)", part)
+        if part == AUTO:
+            values.append(AUTO)
+            continue
+        first, last = map(kind, ends.groups()) if ends else [kind(part)] * 2
+        if not first <= last < MAX_STEPS:
+            raise argparse.ArgumentTypeError(f"{part} is no range of steps; write 2-8 for 2 to 8")
+        values += range(first, last + 1)
+    return values
+
+
+def alternatives(text: str) -> list[float]:
+    """An argparse type: a number above 0, or several between commas, to be tried in turn."""
+    return [positive_float(part) for part in text.split(",")]
 
 
 def closeness(text: str) -> float:
@@ -257,20 +270,20 @@ METHOD_FLAGS = ("start_step", "steps", "num_steps", "sigmas")
 OVERRIDES = {  # what a JSON line of --prompts_file may set, and the type of each value
     "prompt": utf8_text,
     "negative_prompt": utf8_text,
-    "cfg_scale": positive_float,
+    "cfg_scale": alternatives,
     "cfg_scale_2": positive_float,
     "start_step": start_steps,
     "steps": non_negative_int,
-    "num_steps": number_of_steps,
+    "num_steps": numbers_of_steps,
     "closeness": closeness,
     "sigmas": strength,
 }
-LISTS = ("cfg_scale", "start_step", "steps", "sigmas")  # of those, what may be a list
+LISTS = ("cfg_scale", "start_step", "steps", "num_steps", "sigmas")  # of those, what may be a list
 MAX_PROMPTS_BYTES = 16 * 2**20
 
 
 def read_choices(args: argparse.Namespace) -> list[Choices]:
-    """What infer_from_prior.py's flags ask for, one video each: every prompt x start step.
+    """What infer_from_prior.py's flags ask for, one video each: every prompt x start step x cfg_scale.
 
     A line's own entries come before the command line's.
 
@@ -286,12 +299,15 @@ def read_choices(args: argparse.Namespace) -> list[Choices]:
 
 
 def _choices_of_line(given: dict[str, Any], line: dict[str, Any]) -> Iterator[Choices]:
-    """One start step at a time."""
+    """One start step or number of steps, and one cfg_scale (or one for each step), at a time."""
     if line.keys() & set(METHOD_FLAGS):
         given = given | dict.fromkeys((*METHOD_FLAGS, "closeness"))
     chosen = given | line
-    for start_step in itertools.chain(*chosen["start_step"] or [[None]]):
-        yield Choices(**{**chosen, "start_step": start_step})
+    starts, counts = (itertools.chain(*chosen[name] or [[None]]) for name in ("start_step", "num_steps"))
+    scales = itertools.product(*chosen["cfg_scale"]) if chosen["cfg_scale"] else [None]
+    for start, count, scale in itertools.product(starts, counts, scales):
+        each = {"start_step": start, "num_steps": count, "cfg_scale": None if scale is None else list(scale)}
+        yield Choices(**{**chosen, **each})
 
 
 def read_prompts(path: Path) -> list[dict[str, Any]]:

@@ -136,7 +136,8 @@ def test_the_defaults_in_the_help_are_those_that_hold(tmp_path):
     text = " ".join(run_as_user(ROOT / "generate_prior.py", "--help", cwd=tmp_path).stdout.split())
     real, large, tiny = (model_defaults(name) for name in ("I2V-480P", "I2V-720P", "tiny"))
     for line in (
-        f"({real.height} x {real.width}; I2V-720P: {large.height} x {large.width}) and {real.num_frames} frames; "
+        f"({real.height} x {real.width}; I2V-720P: {large.height} x {large.width}) and {real.num_frames} "
+        "frames; "
         f"tiny keeps {tiny.height} x {tiny.width}, {tiny.num_frames};",
         f"frames per second (default: {real.fps}; tiny: {tiny.fps})",
         f"halves the cost (default: {real.cfg_scale:g}; tiny: {tiny.cfg_scale:g})",
