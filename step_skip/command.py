@@ -91,9 +91,9 @@ def flags_of(report: Mapping[str, Any], prior: Prior) -> dict[str, Any]:
         if given not in (None, default):
             flags[name] = given
     if prior.is_legacy:
-        flags["image"] = report["image"]
-    if report["lora"] != m.get("lora", []):
-        flags["lora"] = [lora_text(lora) for lora in parse_recorded_loras(report["lora"])]
+        flags |= {name: report[name] for name in ("image", "model")}
+    if (loras := report.get("lora", [])) != m.get("lora", []):
+        flags["lora"] = [lora_text(lora) for lora in parse_recorded_loras(loras)]
     return flags
 
 

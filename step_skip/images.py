@@ -255,7 +255,7 @@ def read_pictures(
         choices = choose_size(choices, image.size, defaults=defaults, family=family)
         sizes = {name: getattr(choices, name) or getattr(defaults, name) for name in ("width", "height")}
         sizes = round_sizes(**sizes, num_frames=1, family=family)
-        name = Path(each).name if isinstance(each, str | Path) else ""
+        name = Path(each).name.encode(errors="replace").decode() if isinstance(each, str | Path) else ""
         pictures[file] = fit_picture(
             image,
             width=sizes["width"],

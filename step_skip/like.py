@@ -50,6 +50,7 @@ def _as_given(name: str, value: Any, where: str) -> Any:
         "skip_cache": cli.period,
         "tea_cache_l1_thresh": cli.positive_float,
         "tea_cache_model_id": cli.utf8_text,
+        "model": cli.utf8_text,
         "model_dir": cli.utf8_path,
         "image": cli.utf8_path,
         "lora": cli.lora_argument,

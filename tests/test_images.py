@@ -123,6 +123,14 @@ def test_a_transparent_picture_on_the_command_line(generate, tmp_path):
     assert record["background"] == "#00ff00"
 
 
+def test_a_name_that_is_no_text_leaves_the_prior_readable(generate, infer, image, tmp_path):
+    path = tmp_path / "caf\udce9.png"
+    shutil.copy(image, path)
+    made = generate("--image", path, "--num_inference_steps", 1)
+    assert made.path.name == "run_caf"
+    assert infer(made.path, "--start_step", 0).report["prior_image"] == "caf?.png"
+
+
 def test_a_background_that_is_no_colour(generate, refused, image):
     refused(lambda: generate("--image", image, "--background", "nice"), "--background nice", "a colour")
 
