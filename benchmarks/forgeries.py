@@ -69,7 +69,7 @@ OTHERS = (None, True, False, [], {}, [1], ["x"], [[]], {"x": 1}, {"load": "x"}, 
 SPECIAL = (float("nan"), float("inf"), -float("inf"))
 KNOWN = ("running", "stopped", "complete", "float16", "bfloat16", "i2v", "tiny", "I2V-480P", "neutral")
 VALUES = (*TEXTS, *NUMBERS, *OTHERS, *SPECIAL, *KNOWN)
-COMMANDS = ("clip", "path", "sweep", "plan", "verify", "resume", "page")
+COMMANDS = {"sweep": 1, "page": 1, "clip": 2, "path": 2, "resume": 3, "plan": 4, "verify": 4}  # how often
 
 
 class TooLong(BaseException):
@@ -219,6 +219,8 @@ def forge(prior: Path, home: Path, rng: random.Random) -> tuple[str, str]:
         path = rng.choice(reports)
         return "result", f"{path.name}: {edit_entries(path, rng)}"
     entries = [*prior.rglob("*"), prior / ".lock", prior / "contexts", prior / "outputs"]
+    if rng.random() < 0.3:  # what commands write to or look into, more often than the many tensors
+        entries = [metadata, *(path for path in entries if path.is_dir() or not path.exists())]
     path, kind = rng.choice(sorted(entries)), rng.choice(KINDS)
     lay(path, kind, home, rng)
     data = json.loads(metadata.read_text()) if metadata.is_file() and path != metadata else {}
@@ -241,7 +243,8 @@ def state(folder: Path) -> list[tuple[object, ...]]:
 
 def try_one(campaign: Campaign, rng: random.Random) -> tuple[str, str | None, str]:
     """Forge a prior and run a command on it: kind and end, what went wrong if anything, and the case."""
-    original, command = rng.choice((campaign.new, campaign.new, campaign.old)), rng.choice(COMMANDS)
+    original = rng.choice((campaign.new, campaign.new, campaign.old))
+    [command] = rng.choices(list(COMMANDS), COMMANDS.values())
     prior = campaign.folder / "run_forged"
     shutil.copytree(original, prior)
     kind, done = forge(prior, campaign.home, rng)

@@ -302,9 +302,9 @@ def check_files(prior: Prior, names: Iterable[str]) -> dict[str, str]:
     digests = {}
     for name in names:
         path = prior.directory / name
+        digests[name] = found = sha256_file(path, most=largest_file(prior, name), follow=False)
         if not prior.is_legacy and not prior.has(name):
             raise InputError(f"{METADATA_FILE} lists no {name}; the prior is incomplete: make it again")
-        digests[name] = found = sha256_file(path, most=largest_file(prior, name), follow=False)
         check_sha256(path, found, recorded_sha256(prior, name) or found)
     return digests
 

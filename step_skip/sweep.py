@@ -203,6 +203,8 @@ def sweep_paths(plans: list[tuple[Prior, Plan]], folder: Path | None) -> list[Pa
         folder = folder_inside(plans[0][0].directory, "outputs", f"sweep_{digest}")
     if (folder / METADATA_FILE).exists():
         raise InputError(f"--output_dir {folder} is a prior; name another folder")
+    for prior, _ in plans:
+        check_way(folder, prior)
     return [folder / name for name in named]
 
 
@@ -230,6 +232,7 @@ def check_output(path: Path, prior: Prior, *, overwrite: bool) -> None:
     """
     if path.suffix != ".mp4":
         raise InputError(f"--output {path}: expected a name that ends in .mp4")
+    check_way(path.parent, prior)
     report = path.with_suffix(".json")
     if len(report.name.encode()) > MAX_NAME_BYTES:
         raise InputError(
@@ -244,6 +247,17 @@ def check_output(path: Path, prior: Prior, *, overwrite: bool) -> None:
         raise InputError(f"--output: {taken[0]} exists; choose another name or add --overwrite")
     if any(each.is_dir() for each in taken):
         raise InputError(f"--output: {taken[0]} is a folder; choose another name")
+
+
+def check_way(folder: Path, prior: Prior) -> None:
+    """Refuse a folder inside a prior to which a link leads: whoever made the prior may have laid it.
+
+    Raises:
+        InputError: with the link.
+    """
+    whole, inside = prior.directory.absolute(), folder.absolute()
+    if inside.is_relative_to(whole):
+        folder_inside(prior.directory, *inside.relative_to(whole).parts)
 
 
 def free_output(plan: Plan, prior: Prior) -> Path:
@@ -313,10 +327,12 @@ def load_inputs(group: Group) -> str:
     prior, inputs = group.prior, group.inputs
     for plan in group.plans:
         latents = [*latents_files(plan, prior), *velocity_files(plan), *nega_files(plan, prior)]
-        for name in set(latents) - inputs.tensors.keys():  # as they were when `read_inputs` looked at them
-            inputs.tensors[name] = load_latents(prior, name, sha256=inputs.prior_files[name])
-        for name in set(conditioning_files(plan, prior)) - inputs.tensors.keys():
-            inputs.tensors[name] = load_conditioning(prior, name)
+        for name in latents:  # as they were when `read_inputs` looked at them
+            if name not in inputs.tensors:
+                inputs.tensors[name] = load_latents(prior, name, sha256=inputs.prior_files[name])
+        for name in conditioning_files(plan, prior):
+            if name not in inputs.tensors:
+                inputs.tensors[name] = load_conditioning(prior, name)
         found = dtype_name(inputs.tensors[latents[0]])
         if plan.dtype not in (None, found):
             raise InputError(f"--dtype {plan.dtype}: the prior's latents are {found}; leave the flag out")

@@ -32,6 +32,7 @@ DISK_ERRORS = (  # the disk's or the user's fault, not the program's
     errno.EIO,
     errno.EROFS,
     errno.EACCES,
+    errno.EEXIST,  # where a folder is to be
     errno.EPERM,
     errno.ENAMETOOLONG,
     errno.ELOOP,

@@ -135,6 +135,8 @@ def test_a_prompts_file(prior, infer, tmp_path):
         (b"", ["holds no prompt"]),
         (b" \n\n", ["holds no prompt"]),
         (b"caf\xe9", ["not UTF-8"]),
+        ("A boat.".encode("utf-16"), ["not UTF-8"]),
+        ("A boat.".encode("utf-16-le"), ["zero bytes", "save it as UTF-8"]),
         (b"one\n{two", ["line 2", "not valid JSON"]),
         (b"[1]\n" + b'{"a":' * 100_000, ["line 2", "not valid JSON"]),
         (b'{"prompt": "a", "seed": 3}', ["line 1", "'seed'", "negative_prompt"]),
