@@ -233,7 +233,7 @@ def forge(prior: Path, home: Path, rng: random.Random) -> tuple[str, str]:
 def state(folder: Path) -> list[tuple[object, ...]]:
     """All that can be changed below a folder without running code."""
     entries = [folder, *sorted(folder.rglob("*"))]
-    contents = [path.read_text() if path.is_file() else "" for path in entries]
+    contents = [path.read_bytes() if path.is_file() else b"" for path in entries]
     stats = [path.lstat() for path in entries]
     return [
         (str(path), content, stat.st_mode, stat.st_ino, stat.st_mtime_ns if path.is_file() else 0)

@@ -37,6 +37,7 @@ from step_skip.families import DEFAULT_FAMILY, FAMILIES, MODELS, Family, expert_
 from step_skip.files import (
     InputError,
     check_sha256,
+    folder_inside,
     read_file,
     sha256_file,
 )
@@ -288,6 +289,18 @@ def create_run_dir(output_dir: Path, run_id: str | None) -> tuple[Path, str]:
         raise InputError(
             f"cannot write to {output_dir}: {error.strerror}; name a folder that can be written"
         ) from error
+
+
+def check_way(folder: Path) -> None:
+    """Refuse a folder inside a prior to which a link leads: whoever made the prior may have laid it.
+
+    Raises:
+        InputError: with the link.
+    """
+    whole = folder.absolute()
+    for parent in whole.parents:
+        if (parent / METADATA_FILE).is_file():
+            folder_inside(parent, *whole.relative_to(parent).parts)
 
 
 # --- whole files --------------------------------------------------------------------------------------------

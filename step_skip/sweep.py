@@ -43,6 +43,7 @@ from step_skip.prior import (
     OUTPUT_FILE,
     Prior,
     check_files,
+    check_way,
     context_file,
     load_conditioning,
     load_latents,
@@ -203,8 +204,7 @@ def sweep_paths(plans: list[tuple[Prior, Plan]], folder: Path | None) -> list[Pa
         folder = folder_inside(plans[0][0].directory, "outputs", f"sweep_{digest}")
     if (folder / METADATA_FILE).exists():
         raise InputError(f"--output_dir {folder} is a prior; name another folder")
-    for prior, _ in plans:
-        check_way(folder, prior)
+    check_way(folder)
     return [folder / name for name in named]
 
 
@@ -232,7 +232,7 @@ def check_output(path: Path, prior: Prior, *, overwrite: bool) -> None:
     """
     if path.suffix != ".mp4":
         raise InputError(f"--output {path}: expected a name that ends in .mp4")
-    check_way(path.parent, prior)
+    check_way(path.parent)
     report = path.with_suffix(".json")
     if len(report.name.encode()) > MAX_NAME_BYTES:
         raise InputError(
@@ -247,17 +247,6 @@ def check_output(path: Path, prior: Prior, *, overwrite: bool) -> None:
         raise InputError(f"--output: {taken[0]} exists; choose another name or add --overwrite")
     if any(each.is_dir() for each in taken):
         raise InputError(f"--output: {taken[0]} is a folder; choose another name")
-
-
-def check_way(folder: Path, prior: Prior) -> None:
-    """Refuse a folder inside a prior to which a link leads: whoever made the prior may have laid it.
-
-    Raises:
-        InputError: with the link.
-    """
-    whole, inside = prior.directory.absolute(), folder.absolute()
-    if inside.is_relative_to(whole):
-        folder_inside(prior.directory, *inside.relative_to(whole).parts)
 
 
 def free_output(plan: Plan, prior: Prior) -> Path:

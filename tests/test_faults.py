@@ -434,6 +434,16 @@ def test_a_link_in_place_of_the_outputs_folder(prior_copy, infer, refused, tmp_p
     refused(lambda: infer(prior_copy, *flags), "outputs is a symbolic link")
 
 
+def test_a_link_in_place_of_a_sweeps_folder_has_no_page(prior_copy, infer, run, tmp_path):
+    sweep = prior_copy / "outputs" / "sweep"
+    infer(prior_copy, "--start_step", 9, "--output_dir", sweep).path.rename(tmp_path / "elsewhere")
+    sweep.symlink_to(tmp_path / "elsewhere")
+    before = listing(tmp_path)
+    outcome = run("step_skip.page", sweep)
+    assert outcome.code == 2 and "sweep is a symbolic link" in outcome.error
+    assert listing(tmp_path) == before
+
+
 def test_a_link_in_place_of_the_contexts_folder(prior_copy, infer, tmp_path):
     (tmp_path / "elsewhere").mkdir()
     (prior_copy / "contexts").symlink_to(tmp_path / "elsewhere")
