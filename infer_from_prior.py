@@ -34,7 +34,7 @@ from step_skip.infer import warn_of_what_differs, warn_of_words
 from step_skip.jobs import run_jobs
 from step_skip.like import take_over
 from step_skip.loading import pick_device
-from step_skip.lora import distilled_hint, find_recorded_loras
+from step_skip.lora import Lora, describe_loras, distilled_hint, find_recorded_loras
 from step_skip.media import video_bytes
 from step_skip.models import LoadOptions
 from step_skip.page import write_page
@@ -43,6 +43,7 @@ from step_skip.preview import check_previewable
 from step_skip.steps import DEFAULT_TEXT_SHARE, FORMATION_FILE
 from step_skip.sweep import (
     Group,
+    Job,
     all_jobs,
     components_to_load,
     describe_job,
@@ -307,6 +308,19 @@ def load_all(groups: Sequence[Group]) -> str:
     return next(iter(dtypes))
 
 
+def find_loras(jobs: Sequence[Job]) -> tuple[Lora, ...]:
+    """The LoRAs that a prior records; its videos' JSON describes them as they are applied now.
+
+    Raises:
+        InputError: see `find_recorded_loras`.
+    """
+    loras = find_recorded_loras(jobs[0].plan.lora)
+    described = describe_loras(loras)
+    for job in jobs:
+        job.plan = replace(job.plan, lora=described)
+    return loras
+
+
 def make_videos(
     groups: Sequence[Group], args: argparse.Namespace, *, there: int | None
 ) -> dict[Path, Exception]:
@@ -318,11 +332,11 @@ def make_videos(
     jobs = all_jobs(groups)
     model, folder = jobs[0].plan.model, jobs[0].path.parent
     device = pick_device(model, args.device)
+    loras = find_loras(jobs) if args.lora is None else tuple(args.lora)
     for group in groups:
         warn_of_doubts(group, device=device)
         warn_of_what_differs(group)
     warn_of_old_motion(groups)
-    loras = find_recorded_loras(jobs[0].plan.lora) if args.lora is None else tuple(args.lora)
     dtype = load_all(groups)
     sizes = [video_bytes(settings_of(job.plan, job.prior)) for job in jobs]
     check_folder(folder, sum(sizes) + 2**20)

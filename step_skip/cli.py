@@ -331,6 +331,8 @@ def read_prompts(path: Path) -> list[dict[str, Any]]:
             f"--prompts_file {path} is a JSON array; write one prompt per line, as text or as "
             '{"prompt": "..."}'
         )
+    if "\0" in text:
+        raise InputError(f"--prompts_file {path} holds zero bytes, as UTF-16 text does; save it as UTF-8")
     numbered = [(number, line.strip()) for number, line in enumerate(text.split("\n"), 1)]
     prompts = [
         read_overrides(line, f"--prompts_file {path}, line {number}")

@@ -22,7 +22,7 @@ from urllib.parse import quote
 from step_skip.files import InputError, read_file, replacing
 from step_skip.media import THUMB_HEIGHT, read_thumbs
 from step_skip.metadata import MAX_METADATA_BYTES, read_prior
-from step_skip.prior import METADATA_FILE, OUTPUT_FILE, check_files
+from step_skip.prior import METADATA_FILE, OUTPUT_FILE, check_files, check_way
 from step_skip.schema import is_number
 from step_skip.steps import is_late
 
@@ -247,8 +247,9 @@ def write_page(folder: Path) -> Path:
         folder: where infer_from_prior.py wrote videos, each with its JSON beside it.
 
     Raises:
-        InputError: no folder, a prior, or no video in it.
+        InputError: no folder, a prior, no video in it, or a link in a prior leads to it.
     """
+    check_way(folder)
     sections, strays = read_folder(folder)
     with replacing(folder / SHEET_FILE) as temporary:
         draw_sheet(sections, strays).save(temporary)

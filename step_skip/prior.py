@@ -39,6 +39,7 @@ from step_skip.families import DEFAULT_FAMILY, FAMILIES, MODELS, Family, expert_
 from step_skip.files import (
     InputError,
     check_sha256,
+    folder_inside,
     read_file,
     sha256_file,
 )
@@ -325,6 +326,18 @@ def create_run_dir(output_dir: Path, run_id: str | None, *, name: str = "") -> t
         ) from error
 
 
+def check_way(folder: Path) -> None:
+    """Refuse a folder inside a prior to which a link leads: whoever made the prior may have laid it.
+
+    Raises:
+        InputError: with the link.
+    """
+    whole = folder.absolute()
+    for parent in whole.parents:
+        if (parent / METADATA_FILE).is_file():
+            folder_inside(parent, *whole.relative_to(parent).parts)
+
+
 # --- whole files --------------------------------------------------------------------------------------------
 
 
@@ -337,9 +350,9 @@ def check_files(prior: Prior, names: Iterable[str]) -> dict[str, str]:
     digests = {}
     for name in names:
         path = prior.directory / name
+        digests[name] = found = sha256_file(path, most=largest_file(prior, name), follow=False)
         if not prior.is_legacy and not prior.has(name):
             raise InputError(f"{METADATA_FILE} lists no {name}; the prior is incomplete: make it again")
-        digests[name] = found = sha256_file(path, most=largest_file(prior, name), follow=False)
         check_sha256(path, found, recorded_sha256(prior, name) or found)
     return digests
 

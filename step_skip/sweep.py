@@ -45,6 +45,7 @@ from step_skip.prior import (
     OUTPUT_FILE,
     Prior,
     check_files,
+    check_way,
     context_file,
     load_conditioning,
     load_latents,
@@ -221,6 +222,7 @@ def sweep_paths(plans: list[tuple[Prior, Plan]], folder: Path | None) -> list[Pa
         folder = folder_inside(plans[0][0].directory, "outputs", f"sweep_{digest}")
     if (folder / METADATA_FILE).exists():
         raise InputError(f"--output_dir {folder} is a prior; name another folder")
+    check_way(folder)
     return [folder / name for name in named]
 
 
@@ -248,6 +250,7 @@ def check_output(path: Path, prior: Prior) -> None:
     """
     if path.suffix != ".mp4":
         raise InputError(f"--output {path}: expected a name that ends in .mp4")
+    check_way(path.parent)
     report = path.with_suffix(".json")
     if len(report.name.encode()) > MAX_NAME_BYTES:
         raise InputError(
@@ -367,10 +370,12 @@ def load_inputs(group: Group) -> str:
     prior, inputs = group.prior, group.inputs
     for plan in group.plans:
         latents = [*latents_files(plan, prior), *velocity_files(plan), *nega_files(plan, prior)]
-        for name in set(latents) - inputs.tensors.keys():  # as they were when `read_inputs` looked at them
-            inputs.tensors[name] = load_latents(prior, name, sha256=inputs.prior_files[name])
-        for name in set(conditioning_files(plan, prior)) - inputs.tensors.keys():
-            inputs.tensors[name] = load_conditioning(prior, name)
+        for name in latents:  # as they were when `read_inputs` looked at them
+            if name not in inputs.tensors:
+                inputs.tensors[name] = load_latents(prior, name, sha256=inputs.prior_files[name])
+        for name in conditioning_files(plan, prior):
+            if name not in inputs.tensors:
+                inputs.tensors[name] = load_conditioning(prior, name)
         found = dtype_name(inputs.tensors[latents[0]])
         if plan.dtype not in (None, found):
             raise InputError(f"--dtype {plan.dtype}: the prior's latents are {found}; leave the flag out")

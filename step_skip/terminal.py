@@ -32,6 +32,7 @@ DISK_ERRORS = (  # the disk's or the user's fault, not the program's
     errno.EIO,
     errno.EROFS,
     errno.EACCES,
+    errno.EEXIST,  # where a folder is to be
     errno.EPERM,
     errno.ENAMETOOLONG,
     errno.ELOOP,
@@ -151,7 +152,7 @@ def run_script(main: Callable[[], Path | str]) -> NoReturn:
             raise
         except BaseException as error:
             # an import that a signal cuts short may end in an error of its own
-            ending = SIGNAL_ENDINGS[received[0]] if received else _ending(error)
+            ending = SIGNAL_ENDINGS[received[0]] if received else ending_of(error)
             if ending is None:
                 raise
             code, message = ending
@@ -192,7 +193,7 @@ def _tell_result(result: str) -> tuple[int, str]:
     return 0, ""
 
 
-def _ending(error: BaseException) -> tuple[int, str] | None:
+def ending_of(error: BaseException) -> tuple[int, str] | None:
     """Exit code and message of an error; None: a mistake of the program, which keeps its traceback."""
     if isinstance(error, KeyboardInterrupt):
         return SIGNAL_ENDINGS[type(error)]

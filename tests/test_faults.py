@@ -59,6 +59,14 @@ def test_damage_is_refused_or_does_not_matter(ground):
     assert {kind.split(": ")[1] for kind in kinds} == {"refused", "exact"}
 
 
+def test_forgeries_are_refused_or_do_no_harm(ground):
+    import forgeries
+
+    kinds = Counter()
+    assert forgeries.forgeries(ground, 60, seed=2, kinds=kinds) == []
+    assert {kind.split(": ")[1] for kind in kinds} == {"refused", "done"}
+
+
 # --- every write call fails once ----------------------------------------------------------------------------
 
 
@@ -409,12 +417,31 @@ def test_what_was_put_in_place_of_the_temporary_file_is_not_taken(tmp_path, prec
     assert precious.read_text() == "export PATH"
 
 
-@pytest.mark.parametrize("flags", [(), ("--start_step", "5", "6")])
-def test_a_link_in_place_of_the_outputs_folder(prior_copy, infer, refused, tmp_path, flags):
+@pytest.mark.parametrize(
+    "flags",
+    [
+        (),
+        ("--start_step", "5", "6"),
+        ("--output", "run_copy/outputs/video.mp4"),
+        ("--output_dir", "run_copy/outputs/sweep"),
+    ],
+)
+def test_a_link_in_place_of_the_outputs_folder(prior_copy, infer, refused, tmp_path, monkeypatch, flags):
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere" / ".tmp_thesis.tex").write_text("years of work")
     (prior_copy / "outputs").symlink_to(tmp_path / "elsewhere")
     refused(lambda: infer(prior_copy, *flags), "outputs is a symbolic link")
+
+
+def test_a_link_in_place_of_a_sweeps_folder_has_no_page(prior_copy, infer, run, tmp_path):
+    sweep = prior_copy / "outputs" / "sweep"
+    infer(prior_copy, "--start_step", 9, "--output_dir", sweep).path.rename(tmp_path / "elsewhere")
+    sweep.symlink_to(tmp_path / "elsewhere")
+    before = listing(tmp_path)
+    outcome = run("step_skip.page", sweep)
+    assert outcome.code == 2 and "sweep is a symbolic link" in outcome.error
+    assert listing(tmp_path) == before
 
 
 def test_a_link_in_place_of_the_contexts_folder(prior_copy, infer, tmp_path):

@@ -168,6 +168,8 @@ def test_what_cannot_be_swept(prior_copy, infer, refused, flags, words):
         (b"caf\xe9", ["not UTF-8"]),
         (b"# only a comment\n", ["holds no prompt"]),
         (b'\n[{"prompt": "a"},\n "b"]', ["is a JSON array", "one prompt per line"]),
+        ("A boat.".encode("utf-16"), ["not UTF-8"]),
+        ("A boat.".encode("utf-16-le"), ["zero bytes", "save it as UTF-8"]),
         (b"one\n{two", ["line 2", "not valid JSON"]),
         (b"[1]\n" + b'{"a":' * 100_000, ["line 2", "not valid JSON"]),
         (b'{"prompt": "a", "seed": 3}', ["line 1", "'seed'", "negative_prompt"]),
