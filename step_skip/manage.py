@@ -76,7 +76,7 @@ def show_prior(directory: Path) -> str:
     ):
         if (directory / file).is_file():
             rows.append((name, str(directory / file)))
-    rows.append(("made from it", f"{len(clips)} clips"))
+    rows.append(("made from it", f"clips: {len(clips)}"))
     rows += [("", str(path)) for path in clips]
     return table([(name, one_line(value)) for name, value in rows])
 
@@ -94,7 +94,7 @@ def remove_priors(directories: Sequence[Path], *, sure: bool) -> str:
             )
     for directory in directories:
         clips = len(clips_of(directory))
-        what = f"{directory}: {size_of(directory)}, {clips} clips made from it"
+        what = f"{directory}: {size_of(directory)}, and the clips made from it: {clips}"
         if not sure:
             log.info(f"would remove {what}")
             continue

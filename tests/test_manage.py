@@ -71,14 +71,14 @@ def test_a_damaged_or_unfinished_prior_is_listed_or_told(run, kept):
 
 def test_show(run, kept):
     out = run("prior_utils", "show", kept).out
-    for line in (f"prompt        {PROMPT}", "image         identity.png", "made from it  1 clips"):
+    for line in (f"prompt        {PROMPT}", "image         identity.png", "made from it  clips: 1"):
         assert line in out
     assert str(kept / "input_image.png") in out and str(kept / "outputs" / "sweep_1" / "clip.mp4") in out
 
 
 def test_rm_asks_first(run, kept):
     outcome = run("prior_utils", "rm", kept)
-    assert "would remove" in outcome.err and "1 clips made from it" in outcome.err and "--yes" in outcome.err
+    assert "would remove" in outcome.err and "clips made from it: 1" in outcome.err and "--yes" in outcome.err
     assert kept.exists()
     outcome = run("prior_utils", "rm", kept, "--yes")
     assert outcome.code == 0 and not kept.exists()
