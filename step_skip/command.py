@@ -110,11 +110,14 @@ def command_of(report: Mapping[str, Any], prior: Prior) -> str:
 
 
 def video_tags(report: Mapping[str, Any]) -> dict[str, str]:
-    """A video's own metadata, by MP4's names; without what is too long."""
+    """A video's own metadata, by MP4's names, but for what is too long; the prior is named, not its place."""
     told = {name: report[name] for name in EMBEDDED if report.get(name) is not None}
+    words = shlex.split(report["command"])
+    place = words.index("--prior_dir") + 1
+    told["command"] = shlex.join([*words[:place], Path(words[place]).name, *words[place + 1 :]])
     tags = {
         "title": report["prompt"][:200],
-        "description": report["command"],
+        "description": told["command"],
         "comment": json.dumps(told, ensure_ascii=False),
     }
     plain = {name: text.replace("\0", "").encode(errors="replace") for name, text in tags.items()}
