@@ -1,7 +1,7 @@
 """Make a prior: one full run for an identity, with the latents of every step kept.
 
     python generate_prior.py --model tiny --image data/tiny_wan_i2v/inputs/mila.png
-    python generate_prior.py --download_example --prompt "A small boat sails bravely through the waves."
+    python generate_prior.py --download_example
     python generate_prior.py --image ann.jpg ben.jpg --stop_after 3
     python generate_prior.py --resume prior_output/run_<id>
 
@@ -13,10 +13,16 @@ damaged. The last lines on stdout are the priors' folders.
 
 from __future__ import annotations
 
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until all is imported: nothing is there yet to be told
+
 import argparse
 import contextlib
 import dataclasses
 import functools
+import itertools
 import logging
 import shlex
 from collections.abc import Iterator
@@ -36,9 +42,10 @@ from step_skip.generate import (
     run_what_is_left,
     what_is_left,
 )
-from step_skip.loading import load_components, pick_device
+from step_skip.images import Picture, read_pictures
+from step_skip.loading import pick_device
 from step_skip.lora import distilled_hint, find_recorded_loras
-from step_skip.media import fetch_example, read_image, read_video, video_bytes
+from step_skip.media import fetch_example, read_video, video_bytes
 from step_skip.metadata import PriorWriter
 from step_skip.models import (
     ROOT,
@@ -47,8 +54,12 @@ from step_skip.models import (
     family_name,
     model_defaults,
 )
+from step_skip.preview import check_previewable, preview_to
 from step_skip.prior import (
+    END_IMAGE_FILE,
+    IMAGE_FILE,
     METADATA_FILE,
+    PREVIEW_FILE,
     Prior,
     RunSettings,
     bytes_of_prior,
@@ -61,14 +72,17 @@ from step_skip.prior import (
 from step_skip.prior_plan import PriorChoices, check_images, check_prior_choices, plan_prior
 from step_skip.results import Clock
 from step_skip.steps import recommended_num_steps
+from step_skip.tell import describe_seconds, load_told
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+    from step_skip.schedule import ProgressCallback
+
 log = logging.getLogger("step_skip")
 
 EXAMPLE_IMAGE = ROOT / "data" / "examples" / "wan" / "input_image.jpg"
-RESUME_FLAGS = {"--resume", "--model_dir", "--device", "--vram"}
+RESUME_FLAGS = {"--resume", "--model_dir", "--device", "--vram", "--preview"}
 
 
 @dataclass(frozen=True)
@@ -76,10 +90,10 @@ class Wanted:
     """One prior to make."""
 
     name: str  # its image's, without one its prompt
-    image: Image | None  # of the video's size, as the next
-    end_image: Image | None
+    images: dict[str, Picture]  # by file
     prompt: str
     run_id: str | None
+    choices: PriorChoices  # with the size of its image
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -96,6 +110,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         dtype_help="(default: bfloat16; tiny: float32)",
     )
     args = parser.parse_args(argv)
+    cli.check_quotes(parser, argv, args.prompt)
     args.dtype = args.dtype or model_defaults(args.model, args.model_dir).dtype
     if args.resume is not None:
         settings = sorted(cli.given_flags(argv) - RESUME_FLAGS)
@@ -117,6 +132,8 @@ def read_prior_choices(args: argparse.Namespace) -> PriorChoices:
     family = FAMILIES[family_name(args.model, args.model_dir)]
     has_image = args.image is not None or args.download_example
     check_images(args.model, family, image=has_image, end_image=args.end_image is not None)
+    if args.preview and not has_image:
+        raise InputError("--preview takes its colours from an image, and there is none: leave it out")
     if args.denoising_strength < 1 and args.input_video is None:
         raise InputError(
             f"--denoising_strength {args.denoising_strength} starts from a video: give --input_video"
@@ -130,8 +147,8 @@ def read_prior_choices(args: argparse.Namespace) -> PriorChoices:
     return choices
 
 
-def read_wanted(args: argparse.Namespace, settings: RunSettings) -> list[Wanted]:
-    """The priors to make: one for each image, each with its prompt.
+def read_wanted(args: argparse.Namespace, choices: PriorChoices) -> list[Wanted]:
+    """The priors to make: one for each image, each with its prompt. Neither torch nor a model is needed.
 
     Raises:
         InputError: an image that can't be used, a --run_id given twice, or as many prompts or ids as fit
@@ -151,15 +168,16 @@ def read_wanted(args: argparse.Namespace, settings: RunSettings) -> list[Wanted]
     for run_id in run_ids:
         if run_id is not None and run_ids.count(run_id) > 1:
             raise InputError(f"--run_id {run_id}: given twice; every prior needs its own")
+    defaults = model_defaults(args.model, args.model_dir)
+    family = FAMILIES[family_name(args.model, args.model_dir)]
 
-    def read(path: Path | None, label: str) -> Image | None:
-        size = (settings.width, settings.height)
-        return None if path is None else read_image(path, width=size[0], height=size[1], label=label)
+    def read(name: str, path: Path | None, end_path: Path | None, prompt: str, run_id: str | None) -> Wanted:
+        given = {IMAGE_FILE: path, END_IMAGE_FILE: end_path}
+        sized, pictures = read_pictures(given, choices, defaults=defaults, family=family)
+        return Wanted(name, pictures, prompt, run_id, sized)
 
-    images = [read(path, "--image") for path in paths]
-    ends = [read(path, "--end_image") for path in end_paths]
     names = map(str, args.prompt if what == "prompt" and number > 1 else args.image or args.prompt)
-    return [Wanted(*each) for each in zip(names, images, ends, prompts, run_ids, strict=True)]
+    return list(itertools.starmap(read, zip(names, paths, end_paths, prompts, run_ids, strict=True)))
 
 
 def read_input_video(args: argparse.Namespace, settings: RunSettings) -> list[Image] | None:
@@ -176,37 +194,39 @@ def read_input_video(args: argparse.Namespace, settings: RunSettings) -> list[Im
 def make_priors(args: argparse.Namespace) -> list[Path]:
     """Make a prior of every image on one loaded pipeline, and return their folders."""
     choices, family = read_prior_choices(args), family_name(args.model, args.model_dir)
+    wanted = [] if args.download_example else read_wanted(args, choices)
     options = dataclasses.replace(cli.load_options(args), device=pick_device(args.model, args.device))
-    planned = Prior(args.output_dir, plan_prior(options, choices, family=family))
-    settings = planned.settings
-    rounded = {name: getattr(settings, name) for name in ("height", "width", "num_frames")}
-    choices = dataclasses.replace(choices, **rounded)
-    videos = 1 + (settings.num_inference_steps if args.save_decoded_videos else 0)
     if args.download_example:
+        plan_prior(options, choices, family=family)
         args.image = [fetch_example(EXAMPLE_IMAGE, root=ROOT)]
-    number = max(len(args.image or ()), len(args.prompt))
-    check_folder(args.output_dir, number * bytes_needed(planned, videos=videos))
-    wanted, input_video = read_wanted(args, settings), read_input_video(args, settings)
+        wanted = read_wanted(args, choices)
+    wanted, planned = plan_all(wanted, options, family)
+    videos = 1 + (choices.num_inference_steps if args.save_decoded_videos else 0)
+    check_folder(args.output_dir, sum(bytes_needed(each, videos=videos) for each in planned))
+    read = functools.cache(functools.partial(read_input_video, args))
+    input_videos = [read(each.settings) for each in planned]
+    settings = planned[0].settings
     if settings.cfg_scale != 1 and (hint := distilled_hint(options.loras, sigmas=False)):
         log.info(hint)
-    say_what_it_costs(planned, number)
-    components = [*planned.family.components, *cache_components(settings.skip_cache)]
-    model = load_components(options, components, by_expert=True)
+    say_what_it_costs(planned[0], len(planned))
+    components = [*planned[0].family.components, *cache_components(settings.skip_cache)]
+    model = load_told(options, components, by_expert=True)
     made, failed = [], []
-    for each in wanted:
+    for each, input_video in zip(wanted, input_videos, strict=True):
         begun: list[Path] = []
         try:
             with saying_how_to_go_on(args, begun):
                 prior = step_skip.generate_prior(
                     model,
-                    each.image,
+                    each.images.get(IMAGE_FILE),
                     each.prompt,
-                    end_image=each.end_image,
+                    end_image=each.images.get(END_IMAGE_FILE),
                     output_dir=args.output_dir,
                     run_id=each.run_id,
                     input_video=input_video,
                     on_begin=begun.append,
-                    **dataclasses.asdict(choices),
+                    callback_on_step_end=preview_in(begun) if args.preview else None,
+                    **dataclasses.asdict(each.choices),
                 )
         except RunError as error:  # NaN, for example: the next image may do better
             if len(wanted) == 1:
@@ -218,6 +238,22 @@ def make_priors(args: argparse.Namespace) -> list[Path]:
     if failed:
         raise RunError(f"{len(failed)} of {len(wanted)} priors failed: {'; '.join(failed)}")
     return made
+
+
+def plan_all(wanted: list[Wanted], options: LoadOptions, family: str) -> tuple[list[Wanted], list[Prior]]:
+    """Every prior with its sizes rounded as the model needs, and what will be known of it, each size once.
+
+    Raises:
+        InputError: see `plan_prior`.
+    """
+    rounded, planned, sizes = [], [], ("height", "width", "num_frames")
+    plan = functools.cache(lambda choices: plan_prior(options, choices, family=family))
+    for each in wanted:
+        prior = Prior(Path(each.name), plan(each.choices))
+        known = {name: prior.metadata[name] for name in sizes}
+        rounded.append(dataclasses.replace(each, choices=dataclasses.replace(each.choices, **known)))
+        planned.append(prior)
+    return rounded, planned
 
 
 def bytes_needed(prior: Prior, *, videos: int) -> int:
@@ -254,8 +290,10 @@ def finish(args: argparse.Namespace, prior: Prior, left: Left) -> Prior:
     check_same_machine(prior, device)
     check_installed_schedule(prior)
     check_folder(prior.directory, bytes_needed(prior, videos=len(left.videos)))
+    if args.preview:
+        check_previewable(prior)
     start = read_own_images(prior) if left.start_step is None else None
-    loras = find_recorded_loras(m.get("lora", []))
+    loras = find_recorded_loras(m.get("lora", [])) if left.components else ()
     options = LoadOptions(m["model"], device, m["dtype"], args.vram, args.model_dir, loras)
     log.info(f"{len(left.steps)} of {prior.num_inference_steps} steps are left to run")
     clock = Clock()
@@ -263,12 +301,18 @@ def finish(args: argparse.Namespace, prior: Prior, left: Left) -> Prior:
     model = None
     if left.components:
         check = functools.partial(check_fingerprint, prior)
-        model = load_components(options, left.components, check=check, by_expert=True)
+        model = load_told(options, left.components, check=check, by_expert=True)
     clock.add("load")
     with saying_how_to_go_on(args, [prior.directory]):
         writer = PriorWriter(prior.directory, dict(m))
-        run_what_is_left(writer, left, model=model, start=start, clock=clock)
+        callback = preview_in([prior.directory]) if args.preview else None
+        run_what_is_left(writer, left, model=model, start=start, clock=clock, callback=callback)
     return writer.prior
+
+
+def preview_in(begun: list[Path]) -> ProgressCallback:
+    """What writes the preview of a prior; by the time a step has run its folder is the first of these."""
+    return lambda *step: preview_to(begun[0], begun[0] / PREVIEW_FILE)(*step)
 
 
 # --- what the user is told ----------------------------------------------------------------------------------
@@ -307,27 +351,23 @@ def say_what_it_costs(planned: Prior, number: int) -> None:
 def say_what_was_made(args: argparse.Namespace, prior: Prior, steps_run: int) -> None:
     """Sum up a prior and say what can be done with it."""
     m, directory = prior.metadata, prior.directory
-    steps, seconds = m["num_inference_steps"], sum(m["seconds"].values())
+    steps = m["num_inference_steps"]
     resumed = f'{command_line(args, "infer_from_prior.py", "--prior_dir", directory)} --prompt "..."'
-    log.info(f"{directory}: {steps_run} steps, {m['forwards']} forwards, {seconds:.1f} s")
+    log.info(f"{directory}: {steps_run} steps, {m['forwards']} forwards, {describe_seconds(m['seconds'])}")
     if m["status"] == "stopped":
         preview = directory / denoised_file(prior.whole_steps - 1)
-        log.info(
-            f"Stopped after step {prior.whole_steps - 1} of {steps}; what it points at: {preview}\n"
-            f"Finished with a new prompt:\n"
-            f"  {resumed}\n"
-            f"Or with its own, as if never stopped:\n"
-            f"  {command_line(args, 'generate_prior.py', '--resume', directory)}"
-        )
+        log.info(f"Stopped after step {prior.whole_steps - 1} of {steps}; what it points at: {preview}")
+        log.info("Finished with a new prompt:")
+        log.info(f"  {resumed}")
+        log.info("Or with its own, as if never stopped:")
+        log.info(f"  {command_line(args, 'generate_prior.py', '--resume', directory)}")
         return
     start_step, num_steps = m["start_step"], recommended_num_steps(steps)
     differential = f" --num_steps {num_steps}" if m.get("start_step_chosen") else ""
-    log.info(
-        f"A new prompt in {num_steps} of {steps} steps:\n"
-        f"  {resumed}{differential}\n"
-        f"Or resumed after step {start_step}, {steps - start_step - 1} of {steps} steps:\n"
-        f"  {resumed} --start_step {start_step}"
-    )
+    log.info(f"A new prompt in {num_steps} of {steps} steps:")
+    log.info(f"  {resumed}{differential}")
+    log.info(f"Or resumed after step {start_step}, {steps - start_step - 1} of {steps} steps:")
+    log.info(f"  {resumed} --start_step {start_step}")
 
 
 def command_line(args: argparse.Namespace, name: str, *words: object) -> str:

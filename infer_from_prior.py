@@ -1,7 +1,7 @@
 """Make new videos of a prior's identity, in a fraction of the steps.
 
-    python infer_from_prior.py --prior_dir prior_output/run_<id> --prompt "She looks up."
-    python infer_from_prior.py --prior_dir prior_output/run_<id> --prompt "She looks up." --start_step 6
+    python infer_from_prior.py --prior_dir prior_output/run_<id> --prompt "she speaks"
+    python infer_from_prior.py --prior_dir prior_output/run_<id> --prompt "she speaks" --start_step 6
     python infer_from_prior.py --prior_dir prior_output/run_* --prompts_file prompts.txt --start_step 2-8
 
 The first runs 3 of 10 steps, spread over the schedule and spent on what the new prompt changes: a
@@ -14,29 +14,36 @@ beside each video says how it was made.
 
 from __future__ import annotations
 
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until all is imported: nothing is there yet to be told
+
 import argparse
 import contextlib
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import prior_utils
 from step_skip import cli
 from step_skip.closeness import CLOSENESS, DEFAULT_CLOSENESS
-from step_skip.files import InputError, RunError, check_folder
-from step_skip.infer import warn_of_what_differs
+from step_skip.files import InputError, check_folder
+from step_skip.infer import warn_of_what_differs, warn_of_words
 from step_skip.jobs import run_jobs
-from step_skip.loading import differences_since, pick_device
-from step_skip.lora import distilled_hint, parse_recorded_loras
+from step_skip.like import take_over
+from step_skip.loading import pick_device
+from step_skip.lora import Lora, describe_loras, distilled_hint, find_recorded_loras
 from step_skip.media import video_bytes
 from step_skip.models import LoadOptions
 from step_skip.page import write_page
-from step_skip.plan import AUTO, Plan, settings_of
-from step_skip.prior import Prior
-from step_skip.steps import DEFAULT_TEXT_SHARE, FORMATION_FILE, is_late
+from step_skip.plan import AUTO, FIXED, settings_of
+from step_skip.preview import check_previewable
+from step_skip.steps import DEFAULT_TEXT_SHARE, FORMATION_FILE
 from step_skip.sweep import (
     Group,
+    Job,
     all_jobs,
     components_to_load,
     describe_job,
@@ -44,15 +51,19 @@ from step_skip.sweep import (
     load_all_inputs,
     make_groups,
     read_all_inputs,
+    settle_single,
     summarize_jobs,
     sweep_folder,
 )
+from step_skip.tell import (
+    report_failures,
+    say_what_auto_means,
+    say_what_runs,
+    warn_of_doubts,
+    warn_of_old_motion,
+)
 
 log = logging.getLogger("step_skip")
-
-# Clips of the embedded model that showed the new motion, resumed after 6 of 10, by the prior's kind; a full
-# run: 100%. From benchmarks/results/promise/headline.md.
-OBEYED_AFTER_6 = {"prompted": "14% (20% if its prior holds still)", "neutral": "69%"}
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -63,7 +74,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         type=cli.utf8_path,
         nargs="+",
         action="extend",
-        required=True,
         metavar="DIR",
         help="a run_<id> folder of generate_prior.py; several: a sweep over identities, or with --nearest "
         "priors of one identity to choose from",
@@ -74,6 +84,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="of the priors with the same image, size, seed and settings let each video follow the one that "
         "is nearest to its prompt, by the first step's velocity, which costs nothing; make them with "
         "generate_prior.py --image FILE --prompt TEXT TEXT ...",
+    )
+    parser.add_argument(
+        "--like",
+        type=cli.utf8_path,
+        metavar="FILE",
+        help="a clip's .json or .mp4: make it again, or with the flags you give another one",
     )
     parser.add_argument(
         "--verify",
@@ -96,12 +112,18 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         dtype_help="(default: the prior's; any other is refused)",
     )
     args = parser.parse_args(argv)
-    others = sorted(cli.given_flags(argv) - {"--prior_dir", "--verify"})
+    given = cli.given_flags(argv)
+    if args.prior_dir is None and args.like is None:
+        parser.error("the following arguments are required: --prior_dir, or --like")
+    others = sorted(given - {"--prior_dir", "--verify"})
     if args.verify and others:
         parser.error(f"--verify only looks at priors: leave out {others[0]}")
+    cli.check_quotes(parser, argv, args.prompt)
     if args.overwrite and args.output is None:
         parser.error("--overwrite replaces what --output names: give --output")
-    may_be_auto = args.prompts_file is not None or [AUTO] in (args.start_step or ())
+    if args.like is not None:
+        take_over(args, given)
+    may_be_auto = args.prompts_file is not None or any(AUTO in each for each in args.start_step or ())
     if args.text_share is not None and not may_be_auto:
         parser.error("--text_share is what --start_step auto goes by: give that, too")
     return args
@@ -132,12 +154,14 @@ def add_method_arguments(parser: argparse.ArgumentParser) -> None:
     )
     method.add_argument(
         "--num_steps",
-        type=cli.number_of_steps,
+        type=cli.numbers_of_steps,
+        nargs="+",
+        action="extend",
         metavar="N",
         help="like --steps, so many, denser to the end where the noise falls fastest: of 10 steps 2 are 0 8, "
         "3 are 0 6 9, 4 are 0 4 7 9; 1, 2, 3, 4 and 6 steps are 1, 3, 5, 7 and 11 forwards; 6 come near "
         "to a full run, 1 is enough for a mouth; auto: after the first, as few as are expected to reach "
-        "--closeness",
+        "--closeness; several, 2 3 4 or 2-4: a sweep",
     )
     method.add_argument(
         "--sigmas",
@@ -185,8 +209,8 @@ def add_prompt_arguments(parser: argparse.ArgumentParser) -> None:
         "--prompts_file",
         type=Path,
         metavar="FILE",
-        help="more prompts, one per line; a line that begins with { is JSON and may set what holds for it "
-        'alone: {"prompt": "She nods.", "cfg_scale": 3, "start_step": "2-4"}; it knows '
+        help="more prompts, one per line; # begins a comment; a line that begins with { is JSON and may set "
+        'what holds for it alone: {"prompt": "she speaks", "cfg_scale": 3, "start_step": "2-4"}; it knows '
         f"{', '.join(cli.OVERRIDES)}",
     )
     group.add_argument(
@@ -197,11 +221,12 @@ def add_prompt_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--cfg_scale",
-        type=cli.positive_float,
+        type=cli.alternatives,
         nargs="+",
         metavar="X",
         help="how strongly the prompt is followed; 1 switches guidance off and halves the cost; one, or one "
-        "for each step that runs: 5 5 1 drops the second forward of the third (default: the prior's)",
+        "for each step that runs: 5 5 1 drops the second forward of the third; between commas, 2,3: a sweep "
+        "(default: the prior's)",
     )
     group.add_argument(
         "--cfg_scale_2",
@@ -229,6 +254,17 @@ def add_output_arguments(parser: argparse.ArgumentParser) -> None:
         "prior's outputs folder, named after all choices)",
     )
     group.add_argument(
+        "--fps",
+        type=cli.limited("fps", float),
+        metavar="X",
+        help="frames per second it is played at; their number is fixed by the prior (default: the prior's)",
+    )
+    group.add_argument(
+        "--preview",
+        action="store_true",
+        help="show what each step points at as soon as it has run, in a small moving .webp beside the video",
+    )
+    group.add_argument(
         "--dry_run",
         action="store_true",
         help="load no model, make nothing: print the videos as JSON lines, with forwards and the seconds to "
@@ -245,95 +281,10 @@ def add_checked_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--num_inference_steps", type=cli.positive_int, metavar="N")
     group.add_argument("--denoising_strength", type=cli.strength, metavar="X")
     group.add_argument("--sigma_shift", type=cli.positive_float, metavar="X")
-
-
-# --- what the user is told ----------------------------------------------------------------------------------
-
-
-def warn_of_old_motion(groups: Sequence[Group]) -> None:
-    """Say so where a new prompt comes too late to be obeyed: motion is settled early."""
-    starts = ((late_start(job.plan, job.prior), job.prior) for job in all_jobs(groups))
-    late = [(step, prior) for step, prior in starts if step is not None]
-    if not late:
-        return
-    start_step, prior = min(late, key=lambda each: each[0])
-    kind = str(prior.metadata.get("prior_kind"))
-    obeyed = OBEYED_AFTER_6.get(kind, OBEYED_AFTER_6["prompted"])
-    advice = "make the prior again" if prior.is_legacy else "leave --start_step out"
-    log.warning(
-        f"resuming after step {start_step} of {prior.num_inference_steps} is late for a new motion: "
-        f"after 6 of 10, {obeyed} of the embedded model's clips obeyed a new prompt, 100% in a full run; "
-        f"{advice} to have it obeyed in as many steps"
-    )
-
-
-def late_start(plan: Plan, prior: Prior) -> int | None:
-    """The step after which a plan brings a new prompt in, if most of the motion is settled by then."""
-    step = plan.start_step
-    if step is None or plan.prompt == prior.metadata.get("prompt"):
-        return None
-    return step if is_late(step, prior.num_inference_steps) else None
-
-
-def warn_of_doubts(group: Group, *, device: str) -> None:
-    """Say what could not be checked, or what differs from when the prior was made and may change bits."""
-    prior = group.prior
-    if prior.is_legacy:
-        log.warning(
-            f"{prior.directory} is of an older format, so these could not be checked: model "
-            f"({group.plans[0].model} assumed), weights, image, prompts, cfg_scale, seed, checksums, "
-            "versions, device"
-        )
-        return
-    names = ("torch", "diffsynth", "device_name")
-    differ = [
-        f"{name} {now} (then {then!r})"
-        for name, now, then in differences_since(prior.metadata, device, names)
-    ]
-    if differ:
-        log.warning(
-            f"not as when the prior was made: {', '.join(differ)}; the result may differ in the last bits"
-        )
-
-
-def say_what_auto_means(groups: Sequence[Group]) -> None:
-    """Tell the step that each prior chose."""
-    for group in groups:
-        chosen = [plan.auto for plan in group.plans if plan.auto is not None]
-        if chosen:
-            log.info(f"{f'{group.prior.directory}: ' if len(groups) > 1 else ''}auto: {chosen[0]}")
-
-
-def say_what_runs(groups: Sequence[Group], *, there: int | None) -> None:
-    """Tell what will run: a single video's steps, or a sweep's sums."""
-    jobs = all_jobs(groups)
-    if there is not None:
-        log.info(f"{summarize_jobs(jobs)}; {there} are there already")
-        return
-    [job] = jobs
-    total, running = job.prior.num_inference_steps, len(job.plan.steps_to_run)
-    if job.plan.sigmas is not None:
-        log.info(f"runs {running} steps from sigma {job.plan.sigmas[0]:.3f}; the prior's run took {total}")
-        return
-    log.info(
-        f"runs {running} of {total} steps, skips {total - running}"
-        if running
-        else f"step {job.plan.start_step} is the last: nothing left to run, decodes only"
-    )
-
-
-def report_failures(failed: Mapping[Path, Exception], total: int) -> None:
-    """Tell what a sweep could not make.
-
-    Raises:
-        RunError: there is such a video.
-    """
-    for path, error in failed.items():
-        log.warning(f"{path.name} failed: {' '.join(str(error).split())[:200] or type(error).__name__}")
-    if failed:
-        raise RunError(
-            f"{len(failed)} of {total} videos failed, see above; the others are in "
-            f"{next(iter(failed)).parent}; the same command tries only these again"
+    for name in FIXED:
+        flag = f"--{name}"
+        group.add_argument(
+            flag, type=cli.limited(name, int), metavar="N", help=f"another needs another prior: its {flag}"
         )
 
 
@@ -357,6 +308,19 @@ def load_all(groups: Sequence[Group]) -> str:
     return next(iter(dtypes))
 
 
+def find_loras(jobs: Sequence[Job]) -> tuple[Lora, ...]:
+    """The LoRAs that a prior records; its videos' JSON describes them as they are applied now.
+
+    Raises:
+        InputError: see `find_recorded_loras`.
+    """
+    loras = find_recorded_loras(jobs[0].plan.lora)
+    described = describe_loras(loras)
+    for job in jobs:
+        job.plan = replace(job.plan, lora=described)
+    return loras
+
+
 def make_videos(
     groups: Sequence[Group], args: argparse.Namespace, *, there: int | None
 ) -> dict[Path, Exception]:
@@ -368,6 +332,7 @@ def make_videos(
     jobs = all_jobs(groups)
     model, folder = jobs[0].plan.model, jobs[0].path.parent
     device = pick_device(model, args.device)
+    loras = find_loras(jobs) if args.lora is None else tuple(args.lora)
     for group in groups:
         warn_of_doubts(group, device=device)
         warn_of_what_differs(group)
@@ -376,11 +341,11 @@ def make_videos(
     sizes = [video_bytes(settings_of(job.plan, job.prior)) for job in jobs]
     check_folder(folder, sum(sizes) + 2**20)
     say_what_runs(groups, there=there)
-    loras = parse_recorded_loras(jobs[0].plan.lora)
     guided = args.lora and any(job.plan.cfg_scale != 1 for job in jobs)
     if guided and (hint := distilled_hint(loras, sigmas=True)):
         log.info(hint)
     options = LoadOptions(model, device, dtype, args.vram, args.model_dir, loras)
+    warn_of_words(groups, options)
     with contextlib.nullcontext() if there is None else sweep_folder(folder):
         return run_jobs(groups, options=options)
 
@@ -401,20 +366,31 @@ def main(argv: list[str] | None = None) -> Path | str:
         nearest=args.nearest,
     )
     jobs = all_jobs(groups)
+    for job in jobs if args.preview else ():
+        check_previewable(job.prior)
+        job.preview = True
     is_sweep = is_sweep or len(jobs) > 1
     say_what_auto_means(groups)
     read_all_inputs(groups)
-    made = {job.path for group in groups for job in group.jobs if is_sweep and is_made(job, group)}
+    if not is_sweep:
+        settle_single(groups[0], output=args.output, overwrite=args.overwrite)
+    made = {job.path for group in groups for job in group.jobs if not args.overwrite and is_made(job, group)}
     left = [replace(group, jobs=[job for job in group.jobs if job.path not in made]) for group in groups]
     to_do = [group for group in left if group.jobs]
     if args.dry_run:
         components = ", ".join(components_to_load(all_jobs(to_do))) or "nothing"
         log.info(f"{summarize_jobs(all_jobs(to_do))}; {len(made)} are there already; would load {components}")
         return "\n".join(describe_job(job, made=job.path in made) for job in jobs)
+    if not is_sweep and made:
+        log.info("made before, by the same choices, and whole: nothing to do")
     failed = make_videos(to_do, args, there=len(made) if is_sweep else None) if to_do else {}
     if not is_sweep:
         if failed:
             raise next(iter(failed.values()))
+        if args.output not in (None, jobs[0].path):
+            raise InputError(
+                f"--output: another run made {args.output} meanwhile; this run's clip is {jobs[0].path}"
+            )
         return jobs[0].path
     folder = jobs[0].path.parent
     if len(failed) < len(jobs):

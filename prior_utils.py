@@ -1,7 +1,10 @@
 """What the scripts share, for whoever has a prior in hand: save, load, verify, check the schedule.
 
     python prior_utils.py prior_output/run_*          # looks at every file and says what is still usable
+    python prior_utils.py list                        # those in prior_output: name, prompt, steps, clips
+    python prior_utils.py show prior_output/run_mila
     python prior_utils.py prune prior_output/run_*    # what could go of them; with --yes it goes
+    python prior_utils.py rm prior_output/run_mila    # likewise, all of it
 
 The names here stay; the parts they come from are in step_skip.
 """
@@ -16,6 +19,7 @@ from pathlib import Path
 
 from step_skip import cli, prune
 from step_skip.files import DTYPES, InputError, RunError, replacing, sha256_file, sha256_tensor, write_json
+from step_skip.manage import list_priors, remove_priors, show_prior
 from step_skip.metadata import (
     FORMAT_VERSION,
     PriorWriter,
@@ -73,6 +77,12 @@ __all__ = [
 
 log = logging.getLogger("step_skip")
 
+COMMANDS = {  # by the first word; without one of them priors are verified
+    "list": "List priors: name, prompt, steps, size on disk, clips made from them.",
+    "show": "Show what a prior holds, and the clips made from it.",
+    "rm": "Remove priors with the clips in their outputs; says what would go unless --yes is given.",
+}
+
 
 def verify(directories: Iterable[Path]) -> str:
     """Check every file of priors: SHA-256, shape, dtype, finite values; tell it file by file.
@@ -126,11 +136,12 @@ def find_problems(prior: Prior) -> dict[str, str]:
     problems = {}
     for name in recorded_files(prior):
         try:
-            check_files(prior, [name])
             if name.endswith(".pt"):
                 is_latents = name.startswith(("step_", "noise_pred_", INITIAL_LATENTS_FILE))
                 load = load_latents if is_latents else load_conditioning
                 load(prior, name)
+            else:
+                check_files(prior, [name])
         except InputError as error:
             problems[name] = str(error)
     return problems
@@ -185,11 +196,32 @@ def prune_priors(argv: list[str]) -> str:
     return "\n".join(map(str, args.prior_dir))
 
 
+def parse_command(argv: list[str]) -> argparse.Namespace:
+    """The words after one of COMMANDS."""
+    parser = argparse.ArgumentParser(prog=f"prior_utils.py {argv[0]}", description=COMMANDS[argv[0]])
+    if argv[0] == "list":
+        place = "a prior, or a folder of priors (default: prior_output)"
+        default = [Path("prior_output")]
+        parser.add_argument("prior_dir", type=Path, nargs="*", default=default, metavar="DIR", help=place)
+    else:
+        parser.add_argument("prior_dir", type=Path, nargs="+", metavar="DIR", help="a run_<id> folder")
+    if argv[0] == "rm":
+        parser.add_argument("--yes", action="store_true", help="remove them; without it nothing is removed")
+    return parser.parse_args(argv[1:])
+
+
 def main(argv: list[str] | None = None) -> str:
-    """Verify priors, as infer_from_prior.py --verify does; or after a word do what it says."""
+    """List, show, remove or prune priors, or verify them, as infer_from_prior.py --verify does."""
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] == ["prune"]:
         return prune_priors(argv[1:])
+    if argv and argv[0] in COMMANDS:
+        args = parse_command(argv)
+        if argv[0] == "rm":
+            return remove_priors(args.prior_dir, sure=args.yes)
+        if argv[0] == "list":
+            return list_priors(args.prior_dir)
+        return "\n\n".join(map(show_prior, args.prior_dir))
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

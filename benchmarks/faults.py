@@ -11,6 +11,8 @@ metadata changed in value and type (some with a checksum that agrees). infer_fro
 prior up to the loading of the model: it has to refuse in one line, or to have exactly the tensors and
 choices of the undamaged prior. What generate_prior.py --resume reads is tried, too.
 
+Forgeries: what a stranger would make of a prior, with checksums that agree; see forgeries.py.
+
 Exits 1 if anything was lost or wrong. tests/test_faults.py runs a short form.
 """
 
@@ -39,6 +41,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 os.environ["TQDM_DISABLE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import forgeries
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
@@ -421,6 +424,18 @@ def damage(
     one()
 
 
+def forge(ground: Ground, number: int, *, seed: int, note: Callable[..., None]) -> list[str]:
+    """Forge priors so often; notes and returns what went wrong."""
+    kinds = Counter()
+
+    def progress(wrong: list[str]) -> None:
+        note(forged=sum(kinds.values()), forgeries=dict(sorted(kinds.items())), wrong_forgeries=list(wrong))
+
+    wrong = forgeries.forgeries(ground, number, seed=seed, kinds=kinds, progress=progress)
+    progress(wrong)
+    return wrong
+
+
 def main() -> None:
     """Run the campaign and write down what was run."""
     parser = argparse.ArgumentParser(
@@ -428,6 +443,7 @@ def main() -> None:
     )
     parser.add_argument("--kills", type=int, default=300)
     parser.add_argument("--damages", type=int, default=10_000)
+    parser.add_argument("--forgeries", type=int, default=20_000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=HERE / "out" / "faults.json")
     args = parser.parse_args()
@@ -450,6 +466,8 @@ def main() -> None:
         if args.kills:
             wrong = kill(ground, args.kills, seed=args.seed, progress=lambda counts: note(kills=counts))
             note(wrong_after_kills=wrong)
+        if args.forgeries:
+            wrong += forge(ground, args.forgeries, seed=args.seed, note=note)
     print(json.dumps(result, indent=2))
     sys.exit(1 if wrong else 0)
 

@@ -34,8 +34,8 @@ from promise_methods import (
 )
 
 from step_skip.cli import Parser, add_model_arguments, run_script
+from step_skip.images import read_image
 from step_skip.loading import load_pipeline, pick_device
-from step_skip.media import read_image
 from step_skip.models import LoadOptions, model_defaults, weight_files
 from step_skip.prior import RunSettings, latents_shape
 from step_skip.steps import recommended_num_steps, recommended_start_step

@@ -13,6 +13,7 @@ from step_skip.generate import generate_prior
 from step_skip.infer import Clip, infer_from_prior
 from step_skip.loading import Model, load
 from step_skip.metadata import read_prior
+from step_skip.preview import preview_to
 from step_skip.prior import Prior
 
 __all__ = [
@@ -25,5 +26,6 @@ __all__ = [
     "generate_prior",
     "infer_from_prior",
     "load",
+    "preview_to",
     "read_prior",
 ]

@@ -1,118 +1,35 @@
-"""What both scripts share: flags, prompts files, exit codes, and who may write to stdout.
+"""What both scripts share: flags and prompts files.
 
-Results go to stdout, everything else to stderr, DiffSynth's own prints included.
-Exit codes: 0 done; 1 the run failed (network, memory, NaN); 2 bad input; 130 interrupted;
-143 terminated (SIGTERM).
 Importing this module is cheap; what needs torch is imported inside functions.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
-import errno
 import itertools
 import json
-import logging
 import math
 import re
-import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from tqdm import tqdm
-
 from step_skip.closeness import CLOSENESS
+from step_skip.command import own_command, quote_prompt
 from step_skip.families import MODEL_NAMES
-from step_skip.files import DTYPES, DiskError, InputError, RunError
+from step_skip.files import DTYPES, InputError
 from step_skip.lora import Lora, parse_lora
 from step_skip.models import LoadOptions
 from step_skip.plan import AUTO, Choices
 from step_skip.schema import LIMITS, MAX_STEPS, is_utf8
+from step_skip.terminal import Terminated as Terminated  # the scripts' and tests' door
+from step_skip.terminal import one_line
+from step_skip.terminal import run_script as run_script
 
 if TYPE_CHECKING:
     from _typeshed import SupportsWrite
-
-DISK_ERRORS = (  # the disk's or the user's fault, not the program's
-    errno.ENOSPC,
-    errno.EDQUOT,
-    errno.EFBIG,
-    errno.EIO,
-    errno.EROFS,
-    errno.EACCES,
-    errno.EPERM,
-    errno.ENAMETOOLONG,
-    errno.ELOOP,
-    errno.ENOTDIR,
-    errno.EPIPE,
-    errno.ESTALE,  # a network drive that went away
-    errno.ENODEV,
-    errno.ENXIO,
-    errno.ENOTCONN,
-    errno.ETIMEDOUT,
-)
-OUT_OF_MEMORY = re.compile("out of memory|can't allocate memory")  # how torch's allocators say it
-
-
-class Terminated(KeyboardInterrupt):
-    """SIGTERM, which a machine sends before it is taken away: ends a run as Ctrl-C does."""
-
-
-def _terminate(*_: object) -> NoReturn:
-    raise Terminated
-
-
-class MessageHandler(logging.Handler):
-    """Tells on stderr what the package has to say, above a progress bar that may be there."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        prefix = "warning: " if record.levelno >= logging.WARNING else ""
-        tqdm.write(f"{prefix}{record.getMessage()}", file=sys.stderr)
-
-
-def show_messages() -> None:
-    """Let every message of the package reach the user, once."""
-    package = logging.getLogger("step_skip")
-    package.setLevel(logging.INFO)
-    package.handlers = [MessageHandler()]
-    package.propagate = False
-
-
-def run_script(main: Callable[[], Path | str]) -> NoReturn:
-    """Run a script's main, print what it returns, the path it made, last on stdout, exit with its code."""
-    signal.signal(signal.SIGTERM, _terminate)
-    show_messages()
-    try:
-        with contextlib.redirect_stdout(sys.stderr):
-            result = main()
-        print(result, flush=True)
-        sys.exit(0)
-    except InputError as error:
-        _exit(2, str(error))
-    except OSError as error:
-        if error.errno not in DISK_ERRORS and not isinstance(error, DiskError):
-            raise
-        what = f"{error.filename or 'the output'}: {error.strerror}"
-        _exit(2, f"cannot read or write {what}; use another disk or folder")
-    except RunError as error:
-        _exit(1, str(error))
-    except Terminated:
-        _exit(143, "terminated")
-    except KeyboardInterrupt:
-        _exit(130, "interrupted")
-    except (RuntimeError, MemoryError) as error:
-        if isinstance(error, RuntimeError) and not OUT_OF_MEMORY.search(str(error)):
-            raise
-        _exit(1, "the device is out of memory; try --vram low, fewer --num_frames or a smaller size")
-
-
-def _exit(code: int, message: str) -> NoReturn:
-    program = Path(sys.argv[0]).name
-    print(f"{program}: error: {' '.join(message.splitlines())}", file=sys.stderr)
-    sys.exit(code)
 
 
 # --- flags --------------------------------------------------------------------------------------------------
@@ -138,8 +55,7 @@ class Parser(argparse.ArgumentParser):
         super().print_help(file or sys.__stdout__)
 
     def error(self, message: str) -> NoReturn:
-        message = " ".join(message.splitlines())
-        self.exit(2, f"{self.prog}: error: {message} (--help explains every flag)\n")
+        self.exit(2, f"{self.prog}: error: {one_line(message)} (--help explains every flag)\n")
 
 
 def add_model_arguments(
@@ -204,6 +120,18 @@ def add_cheaper_arguments(parser: argparse.ArgumentParser, *, lora_help: str) ->
     )
 
 
+def check_quotes(parser: argparse.ArgumentParser, argv: list[str] | None, prompts: list[str] | None) -> None:
+    """Refuse several prompts of one word each after one --prompt: the quotes were forgotten."""
+    words = sys.argv[1:] if argv is None else argv
+    prompts = prompts or []
+    if len(prompts) > 1 and words.count("--prompt") == 1 and all(len(each.split()) < 2 for each in prompts):
+        quoted = own_command(quote_prompt(words, prompts))
+        parser.error(
+            f"--prompt: {len(prompts)} prompts of one word each; if they are one, quote it: {quoted}; "
+            "if not, give each a --prompt of its own"
+        )
+
+
 def given_flags(argv: list[str] | None) -> set[str]:
     """The flags on the command line, whatever their values; None: the script's own."""
     words = sys.argv[1:] if argv is None else argv
@@ -260,19 +188,32 @@ def period(text: str) -> int:
 
 
 def start_steps(text: str) -> list[int | str]:
-    """An argparse type: 6, or 2-8 for 2 to 8, or auto."""
-    if text == AUTO:
-        return [AUTO]
-    ends = re.fullmatch(r"(\d+)-(\d+)", text)
-    first, last = map(int, ends.groups()) if ends else [non_negative_int(text)] * 2
-    if not first <= last < MAX_STEPS:
-        raise argparse.ArgumentTypeError(f"{text} is no range of steps; write 2-8 for 2 to 8")
-    return list(range(first, last + 1))
+    """An argparse type: 6, 2-8 for 2 to 8, auto, or several of them between commas."""
+    return _ranges(text, non_negative_int)
 
 
-def number_of_steps(text: str) -> int | str:
-    """An argparse type: 1, 2, 3 ..., or auto."""
-    return AUTO if text == AUTO else positive_int(text)
+def numbers_of_steps(text: str) -> list[int | str]:
+    """An argparse type: 3, 2-4 for 2 to 4, auto, or several of them between commas."""
+    return _ranges(text, positive_int)
+
+
+def _ranges(text: str, kind: Callable[[str], int]) -> list[int | str]:
+    values: list[int | str] = []
+    for part in text.split(","):
+        ends = re.fullmatch(r"(\d+)-(\d+)", part)
+        if part == AUTO:
+            values.append(AUTO)
+            continue
+        first, last = map(kind, ends.groups()) if ends else [kind(part)] * 2
+        if not first <= last < MAX_STEPS:
+            raise argparse.ArgumentTypeError(f"{part} is no range of steps; write 2-8 for 2 to 8")
+        values += range(first, last + 1)
+    return values
+
+
+def alternatives(text: str) -> list[float]:
+    """An argparse type: a number above 0, or several between commas, to be tried in turn."""
+    return [positive_float(part) for part in text.split(",")]
 
 
 def closeness(text: str) -> float:
@@ -329,20 +270,20 @@ METHOD_FLAGS = ("start_step", "steps", "num_steps", "sigmas")
 OVERRIDES = {  # what a JSON line of --prompts_file may set, and the type of each value
     "prompt": utf8_text,
     "negative_prompt": utf8_text,
-    "cfg_scale": positive_float,
+    "cfg_scale": alternatives,
     "cfg_scale_2": positive_float,
     "start_step": start_steps,
     "steps": non_negative_int,
-    "num_steps": number_of_steps,
+    "num_steps": numbers_of_steps,
     "closeness": closeness,
     "sigmas": strength,
 }
-LISTS = ("cfg_scale", "start_step", "steps", "sigmas")  # of those, what may be a list
+LISTS = ("cfg_scale", "start_step", "steps", "num_steps", "sigmas")  # of those, what may be a list
 MAX_PROMPTS_BYTES = 16 * 2**20
 
 
 def read_choices(args: argparse.Namespace) -> list[Choices]:
-    """What infer_from_prior.py's flags ask for, one video each: every prompt x start step.
+    """What infer_from_prior.py's flags ask for, one video each: every prompt x start step x cfg_scale.
 
     A line's own entries come before the command line's.
 
@@ -358,16 +299,19 @@ def read_choices(args: argparse.Namespace) -> list[Choices]:
 
 
 def _choices_of_line(given: dict[str, Any], line: dict[str, Any]) -> Iterator[Choices]:
-    """One start step at a time."""
+    """One start step or number of steps, and one cfg_scale (or one for each step), at a time."""
     if line.keys() & set(METHOD_FLAGS):
         given = given | dict.fromkeys((*METHOD_FLAGS, "closeness"))
     chosen = given | line
-    for start_step in itertools.chain(*chosen["start_step"] or [[None]]):
-        yield Choices(**{**chosen, "start_step": start_step})
+    starts, counts = (itertools.chain(*chosen[name] or [[None]]) for name in ("start_step", "num_steps"))
+    scales = itertools.product(*chosen["cfg_scale"]) if chosen["cfg_scale"] else [None]
+    for start, count, scale in itertools.product(starts, counts, scales):
+        each = {"start_step": start, "num_steps": count, "cfg_scale": None if scale is None else list(scale)}
+        yield Choices(**{**chosen, **each})
 
 
 def read_prompts(path: Path) -> list[dict[str, Any]]:
-    """The prompts of a file, one per line; a line that begins with { is a JSON object of OVERRIDES.
+    """The prompts of a file, one per line; {...} is a JSON object of OVERRIDES, # begins a comment.
 
     Raises:
         InputError: with the line that is wrong.
@@ -382,17 +326,32 @@ def read_prompts(path: Path) -> list[dict[str, Any]]:
         raise InputError(
             f"--prompts_file {path} is not UTF-8 text ({error.reason}); save it as UTF-8"
         ) from error
+    if is_json_array(text):
+        raise InputError(
+            f"--prompts_file {path} is a JSON array; write one prompt per line, as text or as "
+            '{"prompt": "..."}'
+        )
+    if "\0" in text:
+        raise InputError(f"--prompts_file {path} holds zero bytes, as UTF-16 text does; save it as UTF-8")
     numbered = [(number, line.strip()) for number, line in enumerate(text.split("\n"), 1)]
     prompts = [
         read_overrides(line, f"--prompts_file {path}, line {number}")
         if line.startswith("{")
         else {"prompt": line}
         for number, line in numbered
-        if line
+        if line and not line.startswith("#")
     ]
     if not prompts:
         raise InputError(f"--prompts_file {path} holds no prompt; write one per line")
     return prompts
+
+
+def is_json_array(text: str) -> bool:
+    """Whether a whole file is one; a prompt may begin with [, too."""
+    try:
+        return text.lstrip().startswith("[") and isinstance(json.loads(text), list)
+    except (ValueError, RecursionError):
+        return False
 
 
 def read_overrides(line: str, where: str) -> dict[str, Any]:

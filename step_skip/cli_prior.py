@@ -6,6 +6,8 @@ import argparse
 from pathlib import Path
 
 from step_skip import cli
+from step_skip.prior import PREVIEW_FILE
+from step_skip.prior_plan import FITS
 
 
 def add_identity_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,8 +29,8 @@ def add_identity_arguments(parser: argparse.ArgumentParser) -> None:
         "--resume",
         type=cli.utf8_path,
         metavar="RUN_DIR",
-        help="finish this prior; its settings are recorded, so only --model_dir, --device and --vram go with "
-        "it",
+        help="finish this prior; its settings are recorded, so only --model_dir, --device, --vram and "
+        "--preview go with it",
     )
     group.add_argument(
         "--end_image",
@@ -112,8 +114,22 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     )
     sizes = parser.add_argument_group(
         "video",
-        "sizes are rounded up as the model needs (default: 480 x 832, 81 frames; I2V-720P: 720 x 1280; "
-        "tiny: 96 x 96, 17)",
+        "with no size given the video has the image's own aspect ratio at the model's area (480 x 832; "
+        "I2V-720P: 720 x 1280) and 81 frames; tiny keeps 96 x 96, 17; sizes given are rounded up as the "
+        "model needs",
+    )
+    sizes.add_argument(
+        "--fit",
+        choices=FITS,
+        default="crop",
+        help="what becomes of an image of another shape than the video's: its middle is seen, all of it on "
+        "--background, or all of it out of shape",
+    )
+    sizes.add_argument(
+        "--background",
+        default="white",
+        metavar="COLOUR",
+        help="what shows through where an image is transparent, and around one with --fit pad",
     )
     for name, unit in (("height", "pixels"), ("width", "pixels"), ("num_frames", "frames")):
         sizes.add_argument(f"--{name}", type=cli.limited(name, int), metavar="N", help=unit)
@@ -139,7 +155,8 @@ def add_output_arguments(parser: argparse.ArgumentParser) -> None:
         "--run_id",
         nargs="+",
         metavar="ID",
-        help="letters, digits, . _ and -, one for each image (default: the date and time)",
+        help="letters, digits, . _ and -, one for each image (default: the image's name, mila, mila_2 ...; "
+        "without an image the prompt's)",
     )
     group.add_argument(
         "--start_step",
@@ -147,6 +164,11 @@ def add_output_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="where infer_from_prior.py resumes this prior unless told otherwise; does not change this run "
         "(default: it runs 3 of 10 steps differentially)",
+    )
+    group.add_argument(
+        "--preview",
+        action="store_true",
+        help=f"show what each step points at as soon as it has run, in a small moving {PREVIEW_FILE}",
     )
     group.add_argument(
         "--save_decoded_videos", action="store_true", help="also a video of each step's denoised estimate"

@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from step_skip.files import dtype_name, folder_inside, replacing, sha256_tensor
+from step_skip.files import dtype_name, folder_inside, read_file, replacing, sha256_tensor
 from step_skip.prior import Prior, context_file
 
 if TYPE_CHECKING:
@@ -50,28 +50,21 @@ def load_context(prior: Prior, text: str) -> torch.Tensor | None:
     Anybody may have put it there. So it is a file of a context's size, and it has the shape and dtype of the
     prior's own prompt, before its values are read.
     """
+    import safetensors.torch
     import torch
-    from safetensors import SafetensorError, safe_open
 
     if text_encoder_of(prior) is None or not is_context_kept(prior, text):
         return None
-    path, shape = kept_context_path(prior, text), _own_context_shape(prior)
     try:
-        if path.stat().st_size > MAX_CONTEXT_BYTES:
-            return None
-        with safe_open(path, framework="pt") as file:
-            if list(file.get_slice("context").get_shape()) != shape:
-                return None
-            header, context = file.metadata(), file.get_tensor("context")
-    except (SafetensorError, OSError):
+        content = read_file(kept_context_path(prior, text), most=MAX_CONTEXT_BYTES)
+        context = safetensors.torch.load(content)["context"]
+    except Exception:  # whatever safetensors and torch raise for what is none
         return None
-    alike = dtype_name(context) == prior.metadata["dtype"] and bool(torch.isfinite(context).all())
-    return context if alike and header == _context_header(prior, text, context) else None
-
-
-def _own_context_shape(prior: Prior) -> list[int] | None:
-    """The shape of the prior's own prompt's context; every text's is padded to the same."""
-    return prior.metadata["shapes"].get(context_file(prior.metadata["prompt"]))
+    own = prior.metadata["shapes"].get(context_file(prior.metadata["prompt"]))  # every text is padded to it
+    alike = (list(context.shape), dtype_name(context)) == (own, prior.metadata["dtype"])
+    if not alike or not torch.isfinite(context).all():
+        return None
+    return context if content == _context_bytes(prior, text, context) else None
 
 
 def save_context(prior: Prior, text: str, context: torch.Tensor) -> None:
@@ -83,17 +76,22 @@ def save_context(prior: Prior, text: str, context: torch.Tensor) -> None:
         InputError: the folder is a link.
         OSError: it can't be written.
     """
-    import safetensors.torch
     import torch
 
     if text_encoder_of(prior) is None or not torch.isfinite(context).all():
         return
     target = folder_inside(prior.directory, CONTEXTS_FOLDER) / kept_context_path(prior, text).name
-    context = context.cpu().contiguous()
-    content = safetensors.torch.save({"context": context}, _context_header(prior, text, context))
+    content = _context_bytes(prior, text, context.cpu().contiguous())
     target.parent.mkdir(exist_ok=True)
     with replacing(target) as temporary:
         temporary.write_bytes(content)
+
+
+def _context_bytes(prior: Prior, text: str, context: torch.Tensor) -> bytes:
+    """A kept context's file, to the last byte."""
+    import safetensors.torch
+
+    return safetensors.torch.save({"context": context}, _context_header(prior, text, context))
 
 
 def _context_header(prior: Prior, text: str, context: torch.Tensor) -> dict[str, str]:

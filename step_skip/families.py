@@ -118,6 +118,7 @@ class Defaults:
     switch_DiT_boundary: float | None = None  # None: there is only one
     negative_prompt: str = WAN_NEGATIVE_PROMPT
     dtype: str = "bfloat16"
+    any_size: bool = True  # of this area: without one given, the image's own aspect ratio
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,20 +14,17 @@ import errno
 import hashlib
 import json
 import logging
-import math
 import os
-import pickletools
 import re
 import secrets
 import shutil
 import stat
 import sys
 import tempfile
-import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 if sys.platform != "win32":
     import fcntl
@@ -38,10 +35,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 DTYPES = ("bfloat16", "float16", "float32")
-MAX_PICKLE_BYTES = 2**16
 MAX_HEADER_BYTES = 2**24  # of a safetensors file; those of a 14B model and of its LoRAs have some 100 KB
-# what a pickle of torch.save names for a tensor
-TENSOR_GLOBALS = re.compile(r"torch\._utils _rebuild_tensor_v2|collections OrderedDict|torch \w+Storage")
 TEMPORARY_PREFIX = ".tmp_"
 LEFTOVER = re.compile(rf"{re.escape(TEMPORARY_PREFIX)}([0-9a-f]{{16}}|\d+)_.+")  # once with the writer's pid
 LOCK_FILE = ".lock"
@@ -55,6 +49,10 @@ class RunError(RuntimeError):
     """The input was fine, the run was not (network, memory, non-finite latents)."""
 
 
+class TakenError(InputError):
+    """A name that something has already, and that may not be replaced."""
+
+
 class DiskError(OSError):
     """A file could not be written; says which."""
 
@@ -63,8 +61,10 @@ class DiskError(OSError):
 
 
 @contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path, *, overwrite: bool = True) -> Iterator[Path]:
     """Yield a temporary file beside `path`; on success it takes the final name, on failure it is removed.
+
+    Without `overwrite` it takes only a name that nothing has by then: of two writers only one gets it.
 
     The content is on the disk before the name is, and the name before this returns: a reader never sees
     half a file, not even after a power cut. The temporary name keeps the suffix, by which imageio chooses
@@ -74,6 +74,7 @@ def replacing(path: Path) -> Iterator[Path]:
     anew in the folder that was opened, and what takes the final name is the file that was made.
 
     Raises:
+        TakenError: something has the name, and may not be replaced.
         DiskError: whatever the disk refused, with `path`.
     """
     name = f"{TEMPORARY_PREFIX}{secrets.token_hex(8)}_{path.name[-40:]}"  # at most 255 bytes
@@ -85,14 +86,41 @@ def replacing(path: Path) -> Iterator[Path]:
         os.close(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666, dir_fd=folder))
         yield path.with_name(name)
         _sync_file(name, folder)
+        if not overwrite:
+            _reserve(name, path.name, folder)
         os.replace(name, path.name, src_dir_fd=folder, dst_dir_fd=folder)
         _sync_folder(folder)
     except OSError as error:
+        if not overwrite and isinstance(error, FileExistsError):
+            check_free(path)
         raise DiskError(error.errno, error.strerror or str(error), str(path)) from error
     finally:
         with contextlib.suppress(OSError):
             os.unlink(name, dir_fd=folder)
         os.close(folder)
+
+
+def _reserve(name: str, final: str, folder: int) -> None:
+    """Give a whole file its final name, too, where nothing has it yet; else FileExistsError."""
+    try:
+        os.link(name, final, src_dir_fd=folder, dst_dir_fd=folder, follow_symlinks=False)
+    except FileExistsError:
+        raise
+    except OSError:  # a file system without links: an empty file has the name for a moment
+        os.close(os.open(final, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666, dir_fd=folder))
+
+
+def check_free(*paths: Path) -> None:
+    """Refuse names that something has, a link that leads nowhere included.
+
+    Raises:
+        TakenError: with the first of them.
+    """
+    for path in paths:
+        if os.path.lexists(path):
+            raise TakenError(
+                f"{path} exists and is not replaced unasked; choose another name, or overwrite it"
+            )
 
 
 def _sync_file(name: str, folder: int) -> None:
@@ -132,20 +160,79 @@ def folder_inside(directory: Path, *names: str) -> Path:
     return folder
 
 
-def write_json(path: Path, data: Mapping[str, Any]) -> None:
-    """Write `data` as readable JSON, whole or not at all."""
+def write_json(path: Path, data: Mapping[str, Any], *, overwrite: bool = True) -> None:
+    """Write `data` as readable JSON, whole or not at all; see `replacing`."""
     text = json.dumps(data, indent=2, ensure_ascii=False) + "\n"
-    with replacing(path) as temporary:  # what is no UTF-8, in a path for example, becomes JSON's own \udcff
+    with replacing(path, overwrite=overwrite) as temporary:
+        # what is no UTF-8, in a path for example, becomes JSON's own \udcff
         temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
-def sha256_file(path: Path) -> str:
-    """SHA-256 of a file's bytes, in hex."""
+# --- reading ------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def opened(path: Path, *, most: int | None = None, follow: bool = False) -> Iterator[BinaryIO]:
+    """Open a file that anybody may have put there: a regular one, of at most so many bytes.
+
+    What is looked at is what is read. No pipe or device is waited for, and no link followed unless told to.
+
+    Raises:
+        InputError: there is something else, or it can't be read.
+    """
+    flags = os.O_RDONLY | os.O_NONBLOCK | (0 if follow else os.O_NOFOLLOW)
+    try:
+        descriptor = os.open(path, flags)
+    except OSError as error:
+        if error.errno == errno.ELOOP and path.is_symlink():
+            raise InputError(
+                f"{path} is a symbolic link; a prior holds its own files: copy the file there"
+            ) from error
+        if error.errno in (errno.ENOENT, errno.ENXIO):  # nothing, or a socket
+            raise InputError(f"{path} is missing; copy the prior again or make it again") from error
+        raise InputError(f"cannot read {path}: {error.strerror}") from error
+    try:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            raise InputError(f"{path} is missing, what is there is no file; copy the prior again")
+        if most is not None and status.st_size > most:
+            raise InputError(
+                f"{path} is too large: {status.st_size} bytes, expected at most {most}; make the prior again"
+            )
+        with os.fdopen(descriptor, "rb", closefd=False) as file:
+            yield file
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from error
+    finally:
+        os.close(descriptor)
+
+
+def read_file(path: Path, *, most: int) -> bytes:
+    """The bytes of a file that anybody may have put there; see `opened`."""
+    with opened(path, most=most) as file:
+        return file.read(most)
+
+
+def sha256_file(path: Path, *, most: int | None = None, follow: bool = True) -> str:
+    """SHA-256 of a file's bytes, in hex; see `opened`."""
     digest = hashlib.sha256()
-    with path.open("rb") as file:
+    with opened(path, most=most, follow=follow) as file:
         while piece := file.read(2**20):
             digest.update(piece)
     return digest.hexdigest()
+
+
+def check_sha256(path: Path, found: str, expected: str) -> None:
+    """Refuse a file that is not what was written.
+
+    Raises:
+        InputError: with both sums.
+    """
+    if found != expected:
+        raise InputError(
+            f"{path} is damaged: its SHA-256 is {found[:12]}..., expected {expected[:12]}...; "
+            "copy the prior again or make it again"
+        )
 
 
 def sha256_tensor(tensor: torch.Tensor) -> str:
@@ -154,6 +241,11 @@ def sha256_tensor(tensor: torch.Tensor) -> str:
 
     flat = tensor.detach().cpu().contiguous().flatten()
     return hashlib.sha256(flat.view(torch.uint8).numpy().tobytes()).hexdigest()
+
+
+def dtype_name(tensor: torch.Tensor) -> str:
+    """A tensor's dtype as the command line and the metadata say it: "bfloat16", for example."""
+    return str(tensor.dtype).removeprefix("torch.")
 
 
 def check_folder(folder: Path, needed: int) -> None:
@@ -233,112 +325,6 @@ def _take(descriptor: int) -> bool:
             raise
         log.warning("locks don't work on this file system: make sure that nothing else writes here")
     return os.fstat(descriptor).st_nlink > 0
-
-
-# --- a tensor that anybody may have made --------------------------------------------------------------------
-
-
-def load_tensor(path: Path, *, shape: tuple[int, ...], dtype: str | None = None) -> torch.Tensor:
-    """Load the one tensor a .pt file holds; nothing else in the file is ever unpickled.
-
-    Args:
-        shape: expected shape; also bounds what is read into memory.
-        dtype: expected dtype, "bfloat16" for example; None: any of DTYPES.
-
-    Raises:
-        InputError: not a tensor, wrong shape or dtype, NaN or infinite values, or a pickle with code in it.
-    """
-    stored = _check_archive(path, largest=math.prod(shape) * 4)
-    tensor = _unpickle(path)
-    _check_tensor(tensor, path, shape=shape, stored=stored, dtypes=DTYPES if dtype is None else (dtype,))
-    return tensor
-
-
-def _unpickle(path: Path) -> Any:
-    import torch
-
-    try:
-        return torch.load(path, weights_only=True, map_location="cpu")
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}") from error
-    except Exception as error:  # torch raises UnpicklingError, RuntimeError, EOFError ... for bad files
-        raise InputError(
-            f"{path} is not a tensor file ({_first_line(error)}); nothing in it was run; make the prior again"
-        ) from error
-
-
-def _check_tensor(
-    tensor: Any, path: Path, *, shape: tuple[int, ...], stored: int, dtypes: tuple[str, ...]
-) -> None:
-    import torch
-
-    if not isinstance(tensor, torch.Tensor) or tensor.layout != torch.strided or tensor.is_meta:
-        raise InputError(
-            f"{path} holds a {type(tensor).__name__}, expected a tensor with its data; make the prior again"
-        )
-    if tuple(tensor.shape) != shape:
-        raise InputError(
-            f"{path} has shape {list(tensor.shape)}, expected {list(shape)}; make the prior again"
-        )
-    dtype = dtype_name(tensor)
-    if dtype not in dtypes:
-        raise InputError(f"{path} has dtype {dtype}, expected {' or '.join(dtypes)}; make the prior again")
-    if tensor.untyped_storage().nbytes() > stored:  # torch would read on behind the end
-        raise InputError(f"{path} claims more values than it holds; make the prior again")
-    if not tensor.is_contiguous():
-        raise InputError(
-            f"{path} holds a tensor that is not contiguous, as no prior does; make the prior again"
-        )
-    if not torch.isfinite(tensor).all():
-        raise InputError(f"{path} holds NaN or infinite values; make the prior again")
-
-
-def dtype_name(tensor: torch.Tensor) -> str:
-    """A tensor's dtype as the command line and the metadata say it: "bfloat16", for example."""
-    return str(tensor.dtype).removeprefix("torch.")
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {lines[0][:120]}"
-
-
-def _check_archive(path: Path, *, largest: int) -> int:
-    """Refuse what torch.save never writes for a tensor; returns how many bytes of values are stored."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            entries = archive.infolist()
-            if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
-                raise InputError(f"{path} is a compressed archive, which no prior holds; don't use it")
-            size = sum(entry.file_size for entry in entries)
-            if size > largest + 2**20:
-                raise InputError(f"{path} holds {size} bytes, expected at most {largest}; don't use it")
-            _check_pickle(_read_pickle(archive), path)
-    except InputError:
-        raise
-    except Exception as error:  # zipfile raises BadZipFile, struct.error, ValueError ... for bad files
-        raise InputError(
-            f"{path} is not a tensor file ({_first_line(error)}); it was cut off or is something else: "
-            "copy the prior again or make it again"
-        ) from error
-    return max((entry.file_size for entry in entries if re.search(r"/data/\d+$", entry.filename)), default=0)
-
-
-def _read_pickle(archive: zipfile.ZipFile) -> bytes:
-    [entry] = [entry for entry in archive.infolist() if entry.filename.endswith("/data.pkl")]
-    if entry.file_size > MAX_PICKLE_BYTES:
-        raise ValueError(f"a pickle of {entry.file_size} bytes")
-    return archive.read(entry)
-
-
-def _check_pickle(content: bytes, path: Path) -> None:
-    """Refuse a pickle that would call anything but what makes a tensor."""
-    for opcode, argument, _ in pickletools.genops(content):
-        named = opcode.name in ("GLOBAL", "INST", "STACK_GLOBAL")
-        if named and not TENSOR_GLOBALS.fullmatch(str(argument)):
-            raise InputError(
-                f"{path} holds {str(argument)[:60]!r}, expected a tensor; nothing in it was run, don't use it"
-            )
 
 
 # --- safetensors files --------------------------------------------------------------------------------------

@@ -19,10 +19,11 @@ from typing import TYPE_CHECKING, Any
 
 from step_skip.families import FAMILIES, MODEL_NAMES, Family
 from step_skip.files import InputError, locked, sha256_tensor
+from step_skip.images import Picture, id_of, read_own_image, read_pictures
 from step_skip.loading import Model, differences_since, model_of
-from step_skip.media import as_image, read_image, write_video
+from step_skip.media import write_video
 from step_skip.metadata import PriorWriter, check_progress, read_run
-from step_skip.models import cache_components
+from step_skip.models import cache_components, model_defaults
 from step_skip.plan import CHEAPER_NAMES, choose_cheaper
 from step_skip.prior import (
     END_IMAGE_FILE,
@@ -30,7 +31,6 @@ from step_skip.prior import (
     INITIAL_LATENTS_FILE,
     OUTPUT_FILE,
     Prior,
-    check_files,
     context_file,
     create_run_dir,
     damaged_files,
@@ -44,9 +44,10 @@ from step_skip.prior import (
     noise_pred_nega_file,
     step_file,
 )
-from step_skip.prior_plan import PriorChoices, check_images, plan_prior
+from step_skip.prior_plan import PriorChoices, check_images, check_prior_choices, plan_prior
 from step_skip.results import Clock, RunResult
 from step_skip.steps import record_branch_distance, save_formation
+from step_skip.words import warn_of_embedded
 
 if TYPE_CHECKING:
     import torch
@@ -61,10 +62,10 @@ log = logging.getLogger(__name__)
 
 def generate_prior(
     pipe: WanVideoPipeline | Model,
-    image: str | Path | Image | None = None,
+    image: str | Path | Image | Picture | None = None,
     prompt: str = "",
     *,
-    end_image: str | Path | Image | None = None,
+    end_image: str | Path | Image | Picture | None = None,
     output_dir: str | Path = "prior_output",
     run_id: str | None = None,
     input_video: list[Image] | None = None,
@@ -80,12 +81,12 @@ def generate_prior(
         image: the identity, the first frame of every video; None for a model that takes none.
         prompt: what happens in the prior's own video; best is one that holds still.
         end_image: the last frame, for a model that takes one.
-        run_id: None: the date and time.
+        run_id: None: after the image's file or, without one, the prompt or the time.
         input_video: with a denoising_strength below 1, the frames to start from, of the video's size.
         callback_on_step_end: called after each step with (step, steps, denoised).
         on_begin: called with the prior's folder once generate_prior.py --resume could finish it.
         progress: show progress bars.
-        choices: see `PriorChoices`: num_inference_steps, cfg_scale, sigma_shift, seed, height, width ...
+        choices: see `PriorChoices`: num_inference_steps, cfg_scale, sigma_shift, seed, height, width, fit ...
 
     Raises:
         InputError: a choice or an image that can't be used, or a folder that can't be written.
@@ -94,19 +95,23 @@ def generate_prior(
     """
     model = model_of(pipe)
     with contextlib.redirect_stdout(sys.stderr):
-        metadata = plan_prior(model.options, PriorChoices(**choices), family=model.family)
+        family, options = FAMILIES[model.family], model.options
+        check_images(options.model, family, image=image is not None, end_image=end_image is not None)
+        wanted = PriorChoices(**choices)
+        check_prior_choices(wanted)
+        given = {IMAGE_FILE: image, END_IMAGE_FILE: end_image}
+        defaults = model_defaults(options.model, options.model_dir)
+        wanted, pictures = read_pictures(given, wanted, defaults=defaults, family=family)
+        metadata = plan_prior(options, wanted, family=model.family)
         if (input_video is None) != (metadata["denoising_strength"] == 1):
             raise InputError("denoising_strength is below 1 where there is an input_video, and only there")
-        family, given = FAMILIES[metadata["family"]], {IMAGE_FILE: image, END_IMAGE_FILE: end_image}
-        has_image, has_end = image is not None, end_image is not None
-        check_images(model.options.model, family, image=has_image, end_image=has_end)
-        size = {"width": metadata["width"], "height": metadata["height"]}
-        images = {name: as_image(each, **size) for name, each in given.items() if each is not None}
         for component in family.components:
             model.require(component, "make a prior")
+        texts = [prompt] if metadata["cfg_scale"] == 1 else [prompt, metadata["negative_prompt"]]
+        warn_of_embedded(options, texts, metadata)
         clock = Clock()
         clock.include({"load": model.seconds})
-        directory, run_id = create_run_dir(Path(output_dir), run_id)
+        directory, run_id = create_run_dir(Path(output_dir), run_id, name=id_of(pictures, prompt))
         begun: dict[str, Any] = {
             "run_id": run_id,
             "prompt": prompt,
@@ -116,11 +121,14 @@ def generate_prior(
             "forwards_per_step": [],
             "model_fingerprint": dict(model.fingerprint),
             "parameter_fingerprint": model.parameters,
+            "images": {name: picture.record for name, picture in pictures.items()},
         }
         with locked(directory):
             writer = PriorWriter(directory, begun | metadata)
-            for name, fitted in images.items():
-                writer.save(name, fitted.save)
+            images = {name: picture.image for name, picture in pictures.items()}
+            for name, picture in pictures.items():
+                writer.save(name, picture.image.save)
+                picture.save_preview(directory, name)
             writer.write_metadata()  # from here on --resume can finish it
             if on_begin is not None:
                 on_begin(directory)
@@ -263,18 +271,11 @@ def read_own_images(prior: Prior) -> dict[str, Image]:
     Raises:
         InputError: one is damaged, or the run began with a video, too, which the prior doesn't hold.
     """
-    check_files(prior, prior.image_files)
     if prior.metadata["denoising_strength"] < 1:
         raise InputError(
             f"{prior.directory} was interrupted before the noised input video was saved: make it again"
         )
-    sizes = {"width": prior.metadata["width"], "height": prior.metadata["height"]}
-    return pipeline_images(
-        {
-            name: read_image(prior.directory / name, **sizes, label="the prior's image", exact=True)
-            for name in prior.image_files
-        }
-    )
+    return pipeline_images({name: read_own_image(prior, name) for name in prior.image_files})
 
 
 # --- the run ------------------------------------------------------------------------------------------------

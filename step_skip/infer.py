@@ -20,13 +20,14 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from step_skip.bank import check_one_bank, plan_for_bank
 from step_skip.closeness import FirstLook
+from step_skip.command import command_of, video_tags
 from step_skip.contexts import save_context
-from step_skip.files import InputError, sha256_file, sha256_tensor, write_json
+from step_skip.files import InputError, check_free, sha256_file, sha256_tensor, write_json
 from step_skip.loading import Model, describe_machine, installed_versions, model_of
 from step_skip.lora import summarize_loras
 from step_skip.media import write_video
 from step_skip.metadata import read_prior
-from step_skip.models import COMPONENTS
+from step_skip.models import COMPONENTS, LoadOptions
 from step_skip.plan import (
     Choices,
     Plan,
@@ -54,6 +55,7 @@ from step_skip.sweep import (
     make_group,
     read_all_inputs,
 )
+from step_skip.words import warn_of_embedded
 
 if TYPE_CHECKING:
     import torch
@@ -78,22 +80,26 @@ class Clip:
     seconds: dict[str, float]  # by phase: load, encode, denoise, decode ...
     report: dict[str, Any]  # all that is needed to make it again
 
-    def save(self, path: str | Path) -> Path:
+    def save(self, path: str | Path, *, overwrite: bool = False) -> Path:
         """Write the .mp4, then beside it the .json that says that it is whole, and how it was made.
 
         Raises:
+            TakenError: one of both exists, and may not be replaced.
             InputError: the name doesn't end in .mp4.
             DiskError: whatever the disk refused.
         """
         path = Path(path)
         if path.suffix != ".mp4":
             raise InputError(f"{path}: expected a name that ends in .mp4")
+        if not overwrite:
+            check_free(path, path.with_suffix(".json"))
         path.parent.mkdir(parents=True, exist_ok=True)
         begin = time.perf_counter()
-        write_video(self.frames, path, fps=self.report["fps"])
+        fps, tags = self.report["fps"], video_tags(self.report)
+        write_video(self.frames, path, fps=fps, overwrite=overwrite, tags=tags)
         self.seconds["save"] = time.perf_counter() - begin
         report = self.report | {"seconds": self.seconds, "video_sha256": sha256_file(path)}
-        write_json(path.with_suffix(".json"), report)
+        write_json(path.with_suffix(".json"), report, overwrite=overwrite)
         return path
 
 
@@ -176,6 +182,7 @@ def infer_from_prior(
         load_all_inputs(group)
         model.check(group.prior)
         warn_of_what_differs(group)
+        warn_of_words([group], model.options)
         begin = time.perf_counter()
         encode_new([group], model)
         encoded = time.perf_counter() - begin
@@ -199,6 +206,15 @@ def warn_of_what_differs(group: Group) -> None:
                 f"the prior was made with --{name} {value}, which is not taken over; give it, too, to have "
                 "steps as cheap, and without it the prior's own prompt gives nearly the prior's video"
             )
+
+
+def warn_of_words(groups: Iterable[Group], options: LoadOptions) -> None:
+    """Say what the embedded model doesn't understand of the prompts that are not their priors' own."""
+    texts: dict[str, None] = {}
+    for group in groups:
+        own = {group.prior.metadata.get(name) for name in ("prompt", "negative_prompt")}
+        texts |= dict.fromkeys(text for plan in group.plans for text in plan.texts if text not in own)
+    warn_of_embedded(options, texts)
 
 
 # --- encoding -----------------------------------------------------------------------------------------------
@@ -351,8 +367,10 @@ def describe_clip(group: Group, plan: Plan, model: Model, result: RunResult) -> 
     """Everything needed to make the video again, and what it cost."""
     look, options = result.first_look, model.options
     prior = group.members[look.nearest if look else 0].prior
-    return {
+    report = {
         "prior_dir": str(prior.directory.absolute()),
+        "prior_prompt": prior.metadata.get("prompt"),
+        "prior_image": prior.image_name,
         **describe_settings(group, plan),
         "prior_run_id": prior.metadata["run_id"],
         **(look.describe() if look else {}),
@@ -373,3 +391,4 @@ def describe_clip(group: Group, plan: Plan, model: Model, result: RunResult) -> 
         "latents_sha256": sha256_tensor(result.latents),
         "versions": installed_versions(),
     }
+    return report | {"command": command_of(report, prior)}

@@ -11,14 +11,16 @@ from typing import TYPE_CHECKING
 from tqdm import tqdm
 
 from step_skip.experts import experts_of
-from step_skip.files import InputError
+from step_skip.files import InputError, TakenError
 from step_skip.infer import encode_new, make_clip, run_plan
-from step_skip.loading import ENCODERS, EXPERTS, Model, load_components
+from step_skip.loading import ENCODERS, EXPERTS, Model
 from step_skip.models import COMPONENTS, SKIP_BRANCH, LoadOptions
 from step_skip.plan import needed_components
+from step_skip.preview import preview_to
 from step_skip.prior import check_fingerprint
 from step_skip.results import Clock
-from step_skip.sweep import Group, Job, all_jobs, expected_seconds_of_each
+from step_skip.sweep import Group, Job, all_jobs, expected_seconds_of_each, free_path
+from step_skip.tell import describe_seconds, load_told
 
 if TYPE_CHECKING:
     from step_skip.pipeline import Pause
@@ -56,7 +58,7 @@ def run_jobs(groups: Sequence[Group], *, options: LoadOptions) -> dict[Path, Exc
             check_fingerprint(group.prior, found)
 
     components = [name for name in (*COMPONENTS, SKIP_BRANCH) if name in needed]
-    model = load_components(options, components, check=check_all, by_expert=True)
+    model = load_told(options, components, check=check_all, by_expert=True)
     clock.add("load")
     encode_new(groups, model)
     release(model.pipe, ENCODERS)
@@ -125,12 +127,20 @@ def run_job(
     from step_skip.pipeline import Pause
 
     experts = experts_of(job.plan.steps_to_run, job.plan.sigmas, group.prior)
-    pause = pauses.pop(job.path, None)
+    pause, callback = pauses.pop(job.path, None), None
+    if job.preview:
+        job.path.parent.mkdir(parents=True, exist_ok=True)
+        callback = preview_to(job.prior, job.path.with_suffix(".webp"))
     if pause is None and expert is not None and len(set(experts)) > 1:
         pauses[job.path] = pause = Pause(experts.count(expert))
-        run_plan(group, job.plan, model.pipe, pause=pause)
+        run_plan(group, job.plan, model.pipe, callback=callback, pause=pause)
         return
-    clip = make_clip(group, job.plan, model, pause=pause)
+    clip = make_clip(group, job.plan, model, callback=callback, pause=pause)
     clip.seconds |= shared
-    clip.save(job.path)
-    log.info(f"{job.path}: {clip.forwards} forwards, {sum(clip.seconds.values()):.1f} s")
+    while True:
+        try:
+            clip.save(job.path, overwrite=job.overwrite)
+            break
+        except TakenError:  # by another run, meanwhile: no clip is lost
+            job.path = free_path(job.path)
+    log.info(f"{job.path}: {clip.forwards} forwards, {describe_seconds(clip.seconds, prior=job.prior)}")

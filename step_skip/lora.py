@@ -25,6 +25,7 @@ EXPERTS = {"high": "dit", "low": "dit2"}
 DISTILLED = re.compile(r"lightx2v|lightning|distil", re.IGNORECASE)
 STEPS = re.compile(r"(?<!\d)([1-9]|1\d)[ _-]?steps?", re.IGNORECASE)
 DISTILLED_SHIFT = 5.0
+MAX_LORA_BYTES = 2**33  # one of rank 256 for a 14B model has a third of it
 # where tools put a name: kohya's trainer, the Stability AI model metadata standard, others
 TITLES = ("ss_output_name", "modelspec.title", "modelspec.description", "name", "description")
 
@@ -65,6 +66,11 @@ def check_lora_experts(loras: Iterable[Lora], *, experts: int) -> None:
 def _word(lora: Lora) -> str:
     """What stands before a LoRA's path."""
     return "".join(f"{word}=" for word, expert in EXPERTS.items() if expert == lora.expert)
+
+
+def lora_text(lora: Lora) -> str:
+    """A LoRA as `parse_lora` reads it."""
+    return f"{_word(lora)}{lora.path}:{lora.alpha:g}"
 
 
 def check_loras(loras: Iterable[Lora], weights: Iterable[Path]) -> list[str]:
@@ -187,12 +193,19 @@ def summarize_loras(described: object) -> str:
 def find_recorded_loras(described: object) -> tuple[Lora, ...]:
     """The LoRAs that a prior's metadata describes; their files must still be there, and the same.
 
+    A prior may be a stranger's, and name any path. So this is asked for only when a model is to be loaded,
+    and opens nothing but regular .safetensors files of a LoRA's size.
+
     Raises:
         InputError: they are not, or the metadata says something else.
     """
     loras = _recorded_loras(described)
     hint = "name it with --lora, or give --lora without a file to run without"
     for lora, sha256, _ in loras:
+        if not (lora.path.is_absolute() and lora.path.suffix == ".safetensors"):
+            raise InputError(
+                f"the prior records {lora.path} as a LoRA, which is no .safetensors file; {hint}"
+            )
         if not lora.path.is_file():
             raise InputError(f"the prior was made with the LoRA {lora.path}, which is not there; {hint}")
         if _lora_sha256(lora.path) != sha256:
@@ -217,4 +230,4 @@ def _sha256_of_file(path: Path) -> str:
 @functools.lru_cache(maxsize=64)
 def _sha256_of_version(path: Path, size: int, mtime_ns: int) -> str:
     """Once for all videos of a sweep: a LoRA of a 14B model has hundreds of MB."""
-    return sha256_file(path)
+    return sha256_file(path, most=MAX_LORA_BYTES)

@@ -1,26 +1,23 @@
-"""Images and videos that a user names, or that a prior holds: read as the model sees them, written whole."""
+"""Videos that a user names, or that a prior holds: read as the model sees them, written whole."""
 
 from __future__ import annotations
 
 import errno
-import itertools
-import logging
-import math
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from step_skip.files import InputError, RunError, replacing
 from step_skip.prior import RunSettings
-from step_skip.schema import LIMITS
+from step_skip.schema import LIMITS, MAX_PIXELS
 
 if TYPE_CHECKING:
+    import numpy as np
     from PIL.Image import Image
 
-log = logging.getLogger(__name__)
-
-IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "TIFF", "BMP")  # Pillow hands others to programs
 THUMB_HEIGHT = 96  # pixels
-MIN_IMAGE_SIDE = 16  # pixels; anything smaller is no picture
+MAX_BOXES = 100  # of an .mp4; ffmpeg writes four
+MAX_AREA = 2**25  # pixels of a frame that is decoded for a page: 8K
 
 
 def fetch_example(image: Path, *, root: Path) -> Path:
@@ -47,64 +44,6 @@ def fetch_example(image: Path, *, root: Path) -> Path:
     return image
 
 
-def read_image(path: Path, *, width: int, height: int, label: str = "--image", exact: bool = False) -> Image:
-    """Read an image as the model will see it: upright, RGB, stretched to width x height pixels.
-
-    Args:
-        label: what an error calls it.
-        exact: refuse any other size, before memory is taken for it.
-
-    Raises:
-        InputError: no file, not an image, or too small or too large to be one.
-    """
-    from PIL import Image, ImageOps, UnidentifiedImageError
-
-    if not path.is_file():
-        raise InputError(f"{label} {path} is not a file; name a picture")
-    try:
-        with Image.open(path, formats=IMAGE_FORMATS) as opened:
-            if exact and opened.size != (width, height):
-                raise ValueError(f"{opened.width} x {opened.height} pixels, expected {width} x {height}")
-            image = ImageOps.exif_transpose(opened).convert("RGB")
-    except UnidentifiedImageError:
-        raise InputError(f"{label} {path} is not an image that can be read; use PNG, JPEG or WebP") from None
-    except Exception as error:  # Pillow's readers raise whatever they meet in a broken file
-        raise InputError(
-            f"{label} {path} cannot be read ({str(error)[:100] or type(error).__name__}); "
-            "save it again as PNG or JPEG"
-        ) from error
-    return fit_image(image, width=width, height=height, label=f"{label} {path}")
-
-
-def fit_image(image: Image, *, width: int, height: int, label: str = "the image") -> Image:
-    """An image as the model will see it: RGB, stretched to width x height pixels.
-
-    Raises:
-        InputError: it is too small to be one.
-    """
-    if min(image.size) < MIN_IMAGE_SIDE:
-        raise InputError(
-            f"{label} is {image.width} x {image.height} pixels, expected {MIN_IMAGE_SIDE} or more "
-            "a side; use a larger picture"
-        )
-    if abs(math.log(image.width * height / (image.height * width))) > math.log(1.1):
-        log.warning(
-            f"{label} ({image.width} x {image.height}) is stretched to {width} x {height}; crop it first"
-        )
-    return image.convert("RGB").resize((width, height))
-
-
-def as_image(given: str | Path | Image, *, width: int, height: int) -> Image:
-    """An image, or the file of one, as the model will see it.
-
-    Raises:
-        InputError: it can't be used as one.
-    """
-    if isinstance(given, str | Path):
-        return read_image(Path(given), width=width, height=height)
-    return fit_image(given, width=width, height=height)
-
-
 def read_video(path: Path, *, width: int, height: int, num_frames: int) -> list[Image]:
     """Read the first `num_frames` frames of a video, cropped and scaled to width x height pixels.
 
@@ -116,7 +55,7 @@ def read_video(path: Path, *, width: int, height: int, num_frames: int) -> list[
     from diffsynth.utils.data import VideoData
 
     try:
-        video = VideoData(str(path), height=height, width=width)
+        video = VideoData(str(path.absolute()), height=height, width=width)
         found = len(video)
         frames = [video[i] for i in range(min(found, num_frames))]
     except Exception as error:  # imageio and ffmpeg raise whatever they like for a broken file
@@ -131,15 +70,27 @@ def read_video(path: Path, *, width: int, height: int, num_frames: int) -> list[
     return frames
 
 
-def write_video(frames: list[Image], path: Path, *, fps: float) -> None:
-    """Write frames as an .mp4 (H.264), whole or not at all."""
+def write_video(
+    frames: list[Image],
+    path: Path,
+    *,
+    fps: float,
+    overwrite: bool = True,
+    tags: Mapping[str, str] | None = None,
+) -> None:
+    """Write frames as an .mp4 (H.264), whole or not at all; see `replacing`.
+
+    Args:
+        tags: the video's own metadata, by MP4's names.
+    """
     import imageio
     import numpy as np
 
     cut_off = OSError(errno.EIO, "ffmpeg wrote only a part of it, its own message is above", str(path))
-    with replacing(path) as temporary:
-        try:
-            writer = imageio.get_writer(temporary, fps=fps, quality=8)
+    with replacing(path, overwrite=overwrite) as temporary:
+        try:  # imageio takes a first "~" for the user's home
+            said = [word for name, text in (tags or {}).items() for word in ("-metadata", f"{name}={text}")]
+            writer = imageio.get_writer(temporary.absolute(), fps=fps, quality=8, output_params=said)
             with writer:
                 for frame in frames:
                     writer.append_data(np.asarray(frame))
@@ -158,7 +109,9 @@ def is_whole_mp4(path: Path) -> bool:
     """Whether a file is a row of whole MP4 boxes, the index (moov) that ffmpeg writes last among them."""
     kinds, place, size = set(), 0, path.stat().st_size
     with path.open("rb") as file:
-        while place < size:
+        for _ in range(MAX_BOXES):
+            if place >= size:
+                break
             file.seek(place)
             head = file.read(16)  # length, kind and, where the length is 1, the length again in 64 bits
             length = int.from_bytes(head[:4], "big")
@@ -176,26 +129,39 @@ def read_thumbs(path: Path, *, num_frames: int | None) -> list[Image]:
     Raises:
         InputError: it is missing, cut off, or has another number of frames.
     """
-    import imageio.v3 as iio
-
-    most = num_frames or LIMITS["num_frames"][1]
     if path.is_symlink():
         raise InputError(f"{path.name} is a symbolic link, which may lead anywhere")
     if not path.is_file():
         raise InputError(f"{path.name} is missing from {path.parent}")
     if not is_whole_mp4(path):
         raise InputError(f"{path.name} is damaged: it is no whole .mp4")
+    most = num_frames or LIMITS["num_frames"][1]
+    thumbs, found = {}, 0
     try:
-        frames = iio.imiter(path.absolute(), plugin="FFMPEG")
-        thumbs = [thumb(frame) for frame in itertools.islice(frames, most + 1)]
+        expected = num_frames or sum(1 for _ in _decoded(path, most=most))
+        wanted = [1, (expected + 1) // 2, expected]
+        for found, frame in enumerate(_decoded(path, most=most), 1):
+            if found in wanted:
+                thumbs[found] = thumb(frame)
     except Exception as error:  # imageio and ffmpeg raise whatever they like for a broken file
         raise InputError(f"{path.name} is damaged: it cannot be decoded") from error
-    if not thumbs or len(thumbs) > most or len(thumbs) != (num_frames or len(thumbs)):
-        found = f"over {most}" if len(thumbs) > most else len(thumbs)
-        raise InputError(
-            f"{path.name} is damaged: {found} frames, expected {num_frames or f'at most {most}'}"
-        )
-    return [thumbs[0], thumbs[(len(thumbs) - 1) // 2], thumbs[-1]]
+    if not 0 < found == expected <= most:
+        told = f"over {most}" if found > most else found
+        raise InputError(f"{path.name} is damaged: {told} frames, expected {num_frames or f'at most {most}'}")
+    return [thumbs[number] for number in wanted]
+
+
+def _decoded(path: Path, *, most: int) -> Iterator[np.ndarray]:
+    """The first frames of a video, [H, W, 3] uint8, one more than `most`, or as many as MAX_PIXELS."""
+    import imageio
+
+    input_params = ["-max_pixels", str(MAX_AREA)]
+    reader: Any = imageio.get_reader(path.absolute(), format="FFMPEG", input_params=input_params)
+    with reader:
+        for number, frame in enumerate(reader):
+            if number > most or number * frame.shape[0] * frame.shape[1] > MAX_PIXELS:
+                return
+            yield frame
 
 
 def thumb(frame: Any) -> Image:

@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from step_skip.files import InputError, RunError, replacing, sha256_file, write_json
+from step_skip.files import InputError, RunError, read_file, replacing, sha256_file, write_json
 from step_skip.prior import METADATA_FILE, Prior, ranges, round_sizes, step_files
 from step_skip.schema import Metadata, Schedule, check_entries, short
 
@@ -89,27 +89,24 @@ def read_run(directory: Path) -> Prior:
 
 
 def _read_metadata(path: Path) -> dict[str, Any]:
-    if not path.parent.is_dir():
-        raise InputError(f"{path.parent} is not a folder; a prior is a run_<id> folder of generate_prior.py")
-    if not path.is_file():
+    try:
+        if not path.parent.is_dir():
+            raise InputError(
+                f"{path.parent} is not a folder; a prior is a run_<id> folder of generate_prior.py"
+            )
+        is_there = path.is_file()
+    except OSError as error:  # a name too long, a folder that may not be looked into
+        raise InputError(f"cannot read {path.parent}: {error.strerror}; name a prior") from error
+    if not is_there:
         raise InputError(
             f"{path.parent} holds no {METADATA_FILE}; a prior is a run_<id> folder of generate_prior.py"
         )
-    if path.is_symlink():
-        raise InputError(f"{path} is a symbolic link; a prior holds its own files: copy the file there")
+    content = read_file(path, most=MAX_METADATA_BYTES)
     try:
-        with path.open("rb") as file:
-            content = file.read(MAX_METADATA_BYTES + 1)
-        if len(content) > MAX_METADATA_BYTES:
-            raise InputError(f"{path} is over {MAX_METADATA_BYTES} bytes, too large for a prior's metadata")
         metadata = json.loads(content.decode("utf-8"))
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise InputError(f"{path} is not UTF-8 text ({error.reason}); make the prior again") from error
     except (ValueError, RecursionError) as error:  # JSONDecodeError, or an integer of thousands of digits
-        if isinstance(error, InputError):
-            raise
         raise InputError(
             f"{path} is not valid JSON ({error}); it was cut off or edited: make the prior again"
         ) from error

@@ -54,7 +54,8 @@ def model_defaults(name: str, model_dir: Path | None = None) -> Defaults:
     except (KeyError, TypeError, ValueError) as error:
         raise _no_config(folder, error) from error
     known = {f.name for f in dataclasses.fields(Defaults)}
-    return Defaults(**{"dtype": "float32", **{key: own[key] for key in own.keys() & known}})
+    usual = {"dtype": "float32", "any_size": False}
+    return Defaults(**{**usual, **{key: own[key] for key in own.keys() & known}})
 
 
 def family_name(model: str, model_dir: Path | None = None) -> str:

@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
-from step_skip.files import InputError, replacing
+from step_skip.files import InputError, read_file, replacing
 from step_skip.media import THUMB_HEIGHT, read_thumbs
 from step_skip.metadata import MAX_METADATA_BYTES, read_prior
-from step_skip.prior import METADATA_FILE, OUTPUT_FILE, check_files
+from step_skip.prior import METADATA_FILE, OUTPUT_FILE, check_files, check_way
 from step_skip.schema import is_number
 from step_skip.steps import is_late
 
@@ -184,11 +184,9 @@ def read_report(path: Path) -> dict[str, Any]:
     """
     if not path.is_file():
         raise InputError(f"{path.name} is missing")
-    if path.stat().st_size > MAX_METADATA_BYTES:
-        raise InputError(f"{path.name} is too large for a result's JSON")
     try:
-        report = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        report = json.loads(read_file(path, most=MAX_METADATA_BYTES))
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path.name} cannot be read ({error})") from error
     if not isinstance(report, dict):
         raise InputError(f"{path.name} is not a result's JSON")
@@ -249,8 +247,9 @@ def write_page(folder: Path) -> Path:
         folder: where infer_from_prior.py wrote videos, each with its JSON beside it.
 
     Raises:
-        InputError: no folder, a prior, or no video in it.
+        InputError: no folder, a prior, no video in it, or a link in a prior leads to it.
     """
+    check_way(folder)
     sections, strays = read_folder(folder)
     with replacing(folder / SHEET_FILE) as temporary:
         draw_sheet(sections, strays).save(temporary)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 from step_skip.closeness import CLOSENESS, DEFAULT_CLOSENESS, FIT
 from step_skip.experts import check_tea_cache_experts, choose_guidance, experts_of
 from step_skip.files import InputError
-from step_skip.lora import Lora, check_lora_experts, describe_loras, find_recorded_loras
+from step_skip.lora import Lora, check_lora_experts, describe_loras, parse_recorded_loras
 from step_skip.models import (
     cache_components,
     model_defaults,
@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 CHEAPER_NAMES = ("skip_cache", "tea_cache_l1_thresh", "tea_cache_model_id")
+FIXED: Final = ("seed", "num_frames", "height", "width")  # by the prior's latents
 AUTO: Final = "auto"  # a --start_step that each prior decides for itself, a --num_steps that each clip does
 
 
@@ -80,6 +81,10 @@ class Choices:
     num_inference_steps: int | None = None
     denoising_strength: float | None = None
     sigma_shift: float | None = None
+    seed: int | None = None
+    num_frames: int | None = None
+    height: int | None = None
+    width: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,9 +150,8 @@ def make_plan(choices: Choices, prior: Prior) -> Plan:
     steps = choose_steps(choices, prior)
     experts = experts_of(steps["steps_to_run"], steps["sigmas"], prior)
     check_tea_cache_experts(choices.tea_cache_l1_thresh, experts)
-    given_loras = (
-        find_recorded_loras(prior.metadata.get("lora", [])) if choices.lora is None else choices.lora
-    )
+    recorded = prior.metadata.get("lora", [])  # its files are opened only when a model is to be loaded
+    given_loras = parse_recorded_loras(recorded) if choices.lora is None else choices.lora
     check_lora_experts(given_loras, experts=len(prior.family.experts))
     plan = Plan(
         **steps,
@@ -157,7 +161,7 @@ def make_plan(choices: Choices, prior: Prior) -> Plan:
             tea_cache_l1_thresh=choices.tea_cache_l1_thresh,
             tea_cache_model_id=choices.tea_cache_model_id,
         ),
-        lora=describe_loras(given_loras),
+        lora=recorded if choices.lora is None else describe_loras(choices.lora),
         prompt=chosen["prompt"],
         negative_prompt=chosen["negative_prompt"],
         cfg_scale=choose_guidance(
@@ -217,6 +221,13 @@ def check_choices(choices: Choices, prior: Prior) -> None:
             raise InputError(
                 f"--{name} {given}: the prior has {prior.metadata[name]}; "
                 "leave the flag out or make a prior with it"
+            )
+    for name in FIXED:
+        given, own = getattr(choices, name), prior.metadata.get(name)
+        if given is not None and own is not None and given != own:
+            raise InputError(
+                f"--{name} is fixed by the prior: {own}, not {given}; for another make another prior, with "
+                f"generate_prior.py --{name} {given}"
             )
     if choices.image is not None and not prior.is_legacy and not prior.image_files:
         raise InputError(f"--image: {prior.directory} was made without an image; leave the flag out")

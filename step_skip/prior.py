@@ -11,6 +11,8 @@ A prior is a folder `run_<id>/`:
     context_<hash>.pt        one encoded prompt each, named after the text
     input_image.png          the input image as the model saw it, if there was one
     end_image.png            likewise, of a model that takes a last frame, too
+    input_image_crop.png     what of the image was cropped away, in the dark; no part of the prior
+    preview.webp             with --preview: what the last step so far points at; no part of the prior
     output_full.mp4          the prior's own video
     formation.png            how it took shape, step by step (steps.py)
     denoised_0000.mp4 ...    with --save_decoded_videos or --stop_after: what step i points at, decoded
@@ -36,10 +38,13 @@ from typing import TYPE_CHECKING, Any
 from step_skip.families import DEFAULT_FAMILY, FAMILIES, MODELS, Family, expert_of
 from step_skip.files import (
     InputError,
-    load_tensor,
+    check_sha256,
+    folder_inside,
+    read_file,
     sha256_file,
 )
 from step_skip.schema import METADATA_FILE
+from step_skip.tensor_file import load_tensor
 
 if TYPE_CHECKING:
     import torch
@@ -48,6 +53,7 @@ INITIAL_LATENTS_FILE = "initial_latents.pt"
 IMAGE_FILE = "input_image.png"
 END_IMAGE_FILE = "end_image.png"
 OUTPUT_FILE = "output_full.mp4"
+PREVIEW_FILE = "preview.webp"
 BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 SCHEDULE_FLAGS = ("num_inference_steps", "denoising_strength", "sigma_shift")  # what fixes it
 
@@ -161,6 +167,11 @@ class Prior:
         return [name for name in (IMAGE_FILE, END_IMAGE_FILE) if self.has(name)]
 
     @property
+    def image_name(self) -> str | None:
+        """What the file of its image was called; None: it has no image, or doesn't say."""
+        return self.metadata.get("images", {}).get(IMAGE_FILE, {}).get("name") or None
+
+    @property
     def identity_names(self) -> list[str]:
         """What it keeps of its images, by the pipeline's names; nothing where there is none."""
         lacks_image = self.family.image == "optional" and not self.has(IMAGE_FILE)
@@ -217,6 +228,11 @@ def ranges(steps: Sequence[int]) -> str:
 def denoised_file(step: int) -> str:
     """Name of the video of what `step` points at."""
     return f"denoised_{step:04d}.mp4"
+
+
+def crop_preview_file(name: str) -> str:
+    """Name of the picture that shows what was cropped from the image `name`."""
+    return f"{Path(name).stem}_crop.png"
 
 
 def latents_before_file(step: int) -> str:
@@ -281,14 +297,17 @@ def check_run_id(output_dir: Path, run_id: str | None) -> None:
         )
 
 
-def create_run_dir(output_dir: Path, run_id: str | None) -> tuple[Path, str]:
-    """Make an empty `run_<id>` below `output_dir`; without an id, one from the clock that is still free.
+def create_run_dir(output_dir: Path, run_id: str | None, *, name: str = "") -> tuple[Path, str]:
+    """Make an empty `run_<id>` below `output_dir`; without an id, one from a name that is still free.
+
+    Args:
+        name: an id that another may have; "": the date and time.
 
     Raises:
         InputError: the id is taken, or the folder can't be written.
     """
     check_run_id(output_dir, run_id)
-    wanted = run_id or time.strftime("%Y%m%d_%H%M%S")
+    wanted = run_id or name or time.strftime("%Y%m%d_%H%M%S")
     candidate, tries = wanted, 1
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
@@ -307,6 +326,18 @@ def create_run_dir(output_dir: Path, run_id: str | None) -> tuple[Path, str]:
         ) from error
 
 
+def check_way(folder: Path) -> None:
+    """Refuse a folder inside a prior to which a link leads: whoever made the prior may have laid it.
+
+    Raises:
+        InputError: with the link.
+    """
+    whole = folder.absolute()
+    for parent in whole.parents:
+        if (parent / METADATA_FILE).is_file():
+            folder_inside(parent, *whole.relative_to(parent).parts)
+
+
 # --- whole files --------------------------------------------------------------------------------------------
 
 
@@ -319,26 +350,30 @@ def check_files(prior: Prior, names: Iterable[str]) -> dict[str, str]:
     digests = {}
     for name in names:
         path = prior.directory / name
-        if path.is_symlink():
-            raise InputError(f"{path} is a symbolic link; a prior holds its own files: copy the file there")
-        if not path.is_file():
-            raise InputError(f"{path} is missing; copy the prior again or make it again")
+        digests[name] = found = sha256_file(path, most=largest_file(prior, name), follow=False)
         if not prior.is_legacy and not prior.has(name):
             raise InputError(f"{METADATA_FILE} lists no {name}; the prior is incomplete: make it again")
-        try:
-            size, most = path.stat().st_size, largest_file(prior, name)
-            if size > most:
-                raise InputError(f"{path} has {size} bytes, expected at most {most}; make the prior again")
-            digests[name] = found = sha256_file(path)
-        except OSError as error:
-            raise InputError(f"cannot read {path}: {error.strerror}") from error
-        expected = found if prior.is_legacy else prior.metadata["files"][name]
-        if found != expected:
-            raise InputError(
-                f"{path} is damaged: its SHA-256 is {found[:12]}..., expected {expected[:12]}...; "
-                "copy the prior again or make it again"
-            )
+        check_sha256(path, found, recorded_sha256(prior, name) or found)
     return digests
+
+
+def read_own_file(prior: Prior, name: str) -> bytes:
+    """The bytes of a file, as the prior records it.
+
+    Raises:
+        InputError: see `check_files`.
+    """
+    if not prior.has(name):
+        raise InputError(f"{METADATA_FILE} lists no {name}; the prior is incomplete: make it again")
+    path = prior.directory / name
+    content = read_file(path, most=largest_file(prior, name))
+    check_sha256(path, hashlib.sha256(content).hexdigest(), prior.metadata["files"][name])
+    return content
+
+
+def recorded_sha256(prior: Prior, name: str) -> str | None:
+    """What the prior says of a file; a legacy prior says nothing."""
+    return prior.metadata.get("files", {}).get(name)
 
 
 def largest_file(prior: Prior, name: str) -> int:
@@ -381,14 +416,17 @@ def check_fingerprint(prior: Prior, found: Mapping[str, str]) -> None:
 # --- tensors ------------------------------------------------------------------------------------------------
 
 
-def load_latents(prior: Prior, name: str) -> torch.Tensor:
+def load_latents(prior: Prior, name: str, *, sha256: str | None = None) -> torch.Tensor:
     """Load latents or a velocity, [B, C, T, H, W] in the prior's dtype, on the CPU.
+
+    Args:
+        sha256: of the file, where the prior records none.
 
     Raises:
         InputError: not a tensor, wrong shape or dtype, NaN or infinite values, or a pickle with code in it.
     """
-    dtype = prior.metadata.get("dtype")
-    return load_tensor(prior.directory / name, shape=prior.latents_shape, dtype=dtype)
+    dtype, sha256 = prior.metadata.get("dtype"), recorded_sha256(prior, name) or sha256
+    return load_tensor(prior.directory / name, shape=prior.latents_shape, dtype=dtype, sha256=sha256)
 
 
 def load_denoised(prior: Prior, step: int, *, dtype: torch.dtype | None = None) -> torch.Tensor:
@@ -420,7 +458,8 @@ def load_conditioning(prior: Prior, name: str) -> torch.Tensor:
             f"{METADATA_FILE} has {list(shape)} as the shape of {name}, expected {list(expected)}; make the "
             "prior again"
         )
-    return load_tensor(prior.directory / name, shape=shape, dtype=m["dtype"])
+    path, sha256 = prior.directory / name, recorded_sha256(prior, name)
+    return load_tensor(path, shape=shape, dtype=m["dtype"], sha256=sha256)
 
 
 def _identity_shapes(prior: Prior) -> dict[str, tuple[int, ...]]:

@@ -26,6 +26,7 @@ from step_skip.steps import recommended_start_step
 
 log = logging.getLogger(__name__)
 
+FITS = ("crop", "pad", "stretch")  # what becomes of an image of another shape than the video's
 DIFFSYNTH_BOUNDARY = 0.875  # WanVideoPipeline's own switch_DiT_boundary, for a pipeline of somebody's own
 
 
@@ -45,6 +46,8 @@ class PriorChoices:
     width: int | None = None
     num_frames: int | None = None
     fps: float | None = None
+    fit: str = "crop"  # of FITS
+    background: str = "white"  # a colour as CSS names it
     start_step: int | None = None
     stop_after: int | None = None
     save_decoded_videos: bool = False
@@ -100,12 +103,31 @@ def check_prior_choices(choices: PriorChoices) -> None:
     for name in ("denoising_strength", "switch_DiT_boundary"):
         if (getattr(choices, name) or 0) > 1:
             raise InputError(f"--{name} {getattr(choices, name)} is above 1")
+    if choices.fit not in FITS:
+        raise InputError(f"--fit {choices.fit}: expected one of {', '.join(FITS)}")
+    check_colour(choices.background)
     for name, (least, most) in LIMITS.items():
         value = getattr(choices, name)
         if value is not None and not least <= value <= most:
             raise InputError(f"--{name} {value} is not in the range {least} to {most}")
     if math.prod(getattr(choices, name) or 1 for name in ("height", "width", "num_frames")) > MAX_PIXELS:
         raise InputError(f"--height x --width x --num_frames is above {MAX_PIXELS} pixels; make it smaller")
+
+
+def check_colour(background: str) -> None:
+    """Refuse what Pillow takes for no colour.
+
+    Raises:
+        InputError: it does.
+    """
+    from PIL import ImageColor
+
+    try:
+        ImageColor.getrgb(background)
+    except ValueError:
+        raise InputError(
+            f"--background {background}: expected a colour as CSS names it, white or #336699 for example"
+        ) from None
 
 
 def plan_prior(options: LoadOptions, choices: PriorChoices, *, family: str) -> dict[str, Any]:

@@ -128,6 +128,18 @@ class Lora(Record):
     expert: Literal["dit", "dit2"] | None = None
 
 
+class Source(Record):
+    """An image the prior was made from, as it was given; the entries are images.Picture's."""
+
+    name: Name
+    size: PerStep[Count]
+    box: PerStep[int]
+    fit: Literal["crop", "pad", "stretch"]
+    background: Annotated[
+        str, AfterValidator(_must("a colour, #rrggbb", lambda text: re.fullmatch("#[0-9a-f]{6}", text)))
+    ]
+
+
 class Formation(Record):
     """How the prior took shape (steps.py), one number a step."""
 
@@ -188,6 +200,7 @@ class Metadata(Schedule):
     prior_kind: Name = ""
     parameter_fingerprint: Few[dict[str, Name]] = {}
     lora: Few[list[Lora]] = []
+    images: Few[dict[str, Source]] = {}  # by file
     formation: Formation = Formation()
     start_step_chosen: bool = False
     stop_after: int | None = None

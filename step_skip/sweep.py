@@ -9,7 +9,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
+import itertools
 import json
+import os
 import re
 import statistics
 from collections.abc import Collection, Iterable, Iterator, Sequence
@@ -20,9 +22,10 @@ from typing import TYPE_CHECKING, Any
 from step_skip.bank import gather_banks, plan_for_bank
 from step_skip.contexts import is_context_known, load_context
 from step_skip.families import MODEL_NAMES
-from step_skip.files import InputError, dtype_name, folder_inside, locked, sha256_file
-from step_skip.media import fit_image, read_image
-from step_skip.metadata import read_prior
+from step_skip.files import InputError, dtype_name, folder_inside, locked, read_file, sha256_file
+from step_skip.images import read_as_before, read_own_image
+from step_skip.media import video_bytes
+from step_skip.metadata import MAX_METADATA_BYTES, read_prior
 from step_skip.models import COMPONENTS
 from step_skip.plan import (
     Choices,
@@ -42,6 +45,7 @@ from step_skip.prior import (
     OUTPUT_FILE,
     Prior,
     check_files,
+    check_way,
     context_file,
     load_conditioning,
     load_latents,
@@ -54,13 +58,15 @@ if TYPE_CHECKING:
 MAX_NAME_BYTES = 255  # of a file name, on every usual file system
 
 
-@dataclass(frozen=True)
+@dataclass
 class Job:
     """One video of a sweep; a single video is a sweep of one."""
 
     prior: Prior
     plan: Plan
-    path: Path  # the .mp4
+    path: Path  # the .mp4; of a single video the next free name where another run has taken it
+    overwrite: bool = True  # what has the name by then
+    preview: bool = False  # a .webp beside it shows what each step points at
 
     @property
     def report_path(self) -> Path:
@@ -136,13 +142,13 @@ def make_groups(
     if len(plans) > 1 or is_sweep:
         if output is not None:
             raise InputError(f"--output names one video, and this makes {len(plans)}; use --output_dir")
-        paths = sweep_paths(plans, output_dir)
+        paths, overwrite = sweep_paths(plans, output_dir), True  # what isn't whole is made again
     else:
         [(prior, plan)] = plans
         if output is not None:
-            check_output(output, prior, overwrite=overwrite)
-        paths = [output or free_output(plan, prior)]
-    jobs = [Job(prior, plan, path) for (prior, plan), path in zip(plans, paths, strict=True)]
+            check_output(output, prior)
+        paths = [output or folder_inside(prior.directory, "outputs") / f"{video_name(plan)}.mp4"]
+    jobs = [Job(prior, plan, path, overwrite) for (prior, plan), path in zip(plans, paths, strict=True)]
     return [make_group(bank, [job for job in jobs if job.prior is bank[0]]) for bank in banks]
 
 
@@ -216,6 +222,7 @@ def sweep_paths(plans: list[tuple[Prior, Plan]], folder: Path | None) -> list[Pa
         folder = folder_inside(plans[0][0].directory, "outputs", f"sweep_{digest}")
     if (folder / METADATA_FILE).exists():
         raise InputError(f"--output_dir {folder} is a prior; name another folder")
+    check_way(folder)
     return [folder / name for name in named]
 
 
@@ -235,14 +242,15 @@ def sweep_folder(folder: Path) -> Iterator[None]:
             folder.rmdir()
 
 
-def check_output(path: Path, prior: Prior, *, overwrite: bool) -> None:
-    """Refuse an --output that no video can have; nothing is replaced unasked, the prior's own files never.
+def check_output(path: Path, prior: Prior) -> None:
+    """Refuse an --output that no video can have; the prior's own files are never replaced.
 
     Raises:
         InputError: with what is in the way.
     """
     if path.suffix != ".mp4":
         raise InputError(f"--output {path}: expected a name that ends in .mp4")
+    check_way(path.parent)
     report = path.with_suffix(".json")
     if len(report.name.encode()) > MAX_NAME_BYTES:
         raise InputError(
@@ -252,21 +260,40 @@ def check_output(path: Path, prior: Prior, *, overwrite: bool) -> None:
     inside = path.parent.exists() and path.parent.samefile(prior.directory)
     if inside and own & {path.name.lower(), report.name.lower()}:  # some file systems ignore case
         raise InputError(f"--output {path} would replace a file of the prior itself; choose another name")
-    taken = [each for each in (path, report) if each.exists()]
-    if taken and not overwrite:
-        raise InputError(f"--output: {taken[0]} exists; choose another name or add --overwrite")
-    if any(each.is_dir() for each in taken):
-        raise InputError(f"--output: {taken[0]} is a folder; choose another name")
+    for each in (path, report):
+        if each.is_dir():
+            raise InputError(f"--output: {each} is a folder; choose another name")
 
 
-def free_output(plan: Plan, prior: Prior) -> Path:
-    """A name in the prior's outputs folder that tells steps and prompt, and that nothing has yet."""
-    stem, again = video_name(plan), 1
-    path = folder_inside(prior.directory, "outputs") / f"{stem}.mp4"
-    while path.exists() or path.with_suffix(".json").exists():
-        again += 1
-        path = path.with_name(f"{stem}_{again}.mp4")
-    return path
+def settle_single(group: Group, *, output: Path | None, overwrite: bool) -> None:
+    """Give a single video its place: where it is made already, else --output or the next free name.
+
+    Raises:
+        InputError: something else has the name that --output asks for.
+    """
+    [job] = group.jobs
+    if output is None:
+        before = itertools.takewhile(is_taken, names_from(job.path))
+        made = (name for name in before if is_made(dataclasses.replace(job, path=name), group))
+        job.path = next(made, None) or free_path(job.path)
+    elif is_taken(output) and not overwrite and not is_made(job, group):
+        taken = output if os.path.lexists(output) else job.report_path
+        raise InputError(f"--output: {taken} exists; choose another name or add --overwrite")
+
+
+def free_path(path: Path) -> Path:
+    """This name or, where a video or a JSON file has it, the next: name_2.mp4 ..."""
+    return next(name for name in names_from(path) if not is_taken(name))
+
+
+def names_from(path: Path) -> Iterator[Path]:
+    """name.mp4, name_2.mp4 ..."""
+    return (path.with_stem(f"{path.stem}_{again}") if again > 1 else path for again in itertools.count(1))
+
+
+def is_taken(path: Path) -> bool:
+    """Whether something has a video's name, or that of the JSON file beside it."""
+    return os.path.lexists(path) or os.path.lexists(path.with_suffix(".json"))
 
 
 def video_name(plan: Plan) -> str:
@@ -343,8 +370,12 @@ def load_inputs(group: Group) -> str:
     prior, inputs = group.prior, group.inputs
     for plan in group.plans:
         latents = [*latents_files(plan, prior), *velocity_files(plan), *nega_files(plan, prior)]
-        for names, load in ((latents, load_latents), (conditioning_files(plan, prior), load_conditioning)):
-            inputs.tensors.update((name, load(prior, name)) for name in names if name not in inputs.tensors)
+        for name in latents:  # as they were when `read_inputs` looked at them
+            if name not in inputs.tensors:
+                inputs.tensors[name] = load_latents(prior, name, sha256=inputs.prior_files[name])
+        for name in conditioning_files(plan, prior):
+            if name not in inputs.tensors:
+                inputs.tensors[name] = load_conditioning(prior, name)
         found = dtype_name(inputs.tensors[latents[0]])
         if plan.dtype not in (None, found):
             raise InputError(f"--dtype {plan.dtype}: the prior's latents are {found}; leave the flag out")
@@ -362,12 +393,10 @@ def read_identity_image(image: Path | Image, prior: Prior) -> Image:
     Raises:
         InputError: it can't be read, or is another.
     """
-    sizes = {"width": prior.metadata["width"], "height": prior.metadata["height"]}
-    found = read_image(image, **sizes) if isinstance(image, Path) else fit_image(image, **sizes)
+    found = read_as_before(image, prior)
     if not prior.is_legacy:
-        check_files(prior, [IMAGE_FILE])
         own = prior.directory / IMAGE_FILE
-        if found.tobytes() != read_image(own, **sizes, label="the prior's image", exact=True).tobytes():
+        if found.tobytes() != read_own_image(prior, IMAGE_FILE).tobytes():
             raise InputError(
                 f"--image {image} is not the image the prior was made from ({own}); "
                 "leave the flag out, or make a prior of this image"
@@ -414,14 +443,13 @@ def describe_files(group: Group, plan: Plan) -> dict[str, str]:
 
 def is_made(job: Job, group: Group) -> bool:
     """Whether the video is there and whole, and its JSON says it is the one this job would make."""
-    try:
-        found = json.loads(job.report_path.read_text(encoding="utf-8"))
-        expected = json.loads(
-            json.dumps(describe_settings(group, job.plan))
-        )  # tuples become lists, for example
+    expected = json.loads(json.dumps(describe_settings(group, job.plan)))  # tuples become lists, for example
+    most = 4 * video_bytes(settings_of(job.plan, job.prior)) + 2**22
+    try:  # the folder may be anybody's
+        found = json.loads(read_file(job.report_path, most=MAX_METADATA_BYTES))
         same = all(found[name] == value for name, value in expected.items())
-        return same and found["video_sha256"] == sha256_file(job.path)
-    except (OSError, ValueError, TypeError, KeyError):
+        return same and found["video_sha256"] == sha256_file(job.path, most=most)
+    except (ValueError, TypeError, KeyError, RecursionError):
         return False
 
 

@@ -144,10 +144,11 @@ def prior(make_prior: Callable[..., Path]) -> Path:
 
 @pytest.fixture(autouse=True)
 def forget_contexts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """A shared prior keeps the prompts it meets: take them out again, so that no test depends on others."""
+    """A shared prior keeps the prompts and videos it is used for: no test may depend on those of another."""
     yield
-    for folder in tmp_path_factory.getbasetemp().glob("priors*/run_*/contexts"):
-        shutil.rmtree(folder)
+    for name in ("contexts", "outputs"):
+        for folder in tmp_path_factory.getbasetemp().glob(f"priors*/run_*/{name}"):
+            shutil.rmtree(folder)
 
 
 @pytest.fixture

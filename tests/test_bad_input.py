@@ -15,7 +15,7 @@ import torch
 from conftest import build_model, save_image
 from helpers import PROMPT, SIZE, edit_metadata, read_json, record_checksum
 
-from step_skip.media import read_image
+from step_skip.images import read_image
 
 SHAPE = (1, 16, 3, 4, 4)  # latents of 9 frames of 32 x 32 pixels
 NOT_UTF8 = "\udcff\udcfe"  # how Python hands over the bytes ff fe from a shell
@@ -190,6 +190,10 @@ def test_a_video_that_would_not_be_used(prior, generate, refused, image):
         (("--sigma_shift", 3), ["--sigma_shift 3", "the prior has 5.0"]),
         (("--model", "I2V-480P"), ["--model I2V-480P", "the prior has tiny"]),
         (("--dtype", "bfloat16"), ["--dtype bfloat16", "the prior has float32"]),
+        (("--seed", 3), ["--seed is fixed by the prior: 0, not 3", "generate_prior.py --seed 3"]),
+        (("--num_frames", 33), ["--num_frames is fixed by the prior: 9, not 33"]),
+        (("--height", 64, "--width", SIZE), ["--height is fixed by the prior: 32, not 64"]),
+        (("--fps", 0), ["--fps", "range"]),
         (("--cfg_scale", "nan"), ["--cfg_scale", "above 0"]),
         (("--prompt", NOT_UTF8), ["--prompt", "not valid UTF-8"]),
         (("--output", f"{NOT_UTF8}.mp4"), ["--output", "not valid UTF-8"]),
@@ -628,7 +632,8 @@ def test_differential_resume_looks_at_its_files_too(prior_copy, infer, refused, 
 
 def test_any_damage_to_a_tensor_file_is_an_input_error(prior_copy):
     """A prior of an older format has no checksums: the reader meets the damage itself."""
-    from step_skip.files import InputError, load_tensor
+    from step_skip.files import InputError
+    from step_skip.tensor_file import load_tensor
 
     path = prior_copy / "step_0006.pt"
     whole = path.read_bytes()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -276,6 +278,37 @@ def test_a_priors_lora_that_is_gone_or_another_is_refused(prior_copy, infer, lor
     refused(lambda: infer(prior_copy), "not there", "--lora without a file")
     edit_metadata(prior_copy, lora="some")
     refused(lambda: infer(prior_copy), "as a LoRA")
+
+
+@pytest.mark.parametrize("kind", ["other name", "relative", "pipe", "folder", "sparse"])
+def test_a_recorded_path_that_is_no_lora_is_never_opened(
+    prior_copy, infer, run, model_dir, lora_file, refused, tmp_path_factory, monkeypatch, kind
+):
+    """Not by a run, still less where nothing would be loaded: a stranger may have named any path."""
+    path = tmp_path_factory.mktemp("home") / ("passwd" if kind == "other name" else "a.safetensors")
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    else:
+        path.write_bytes(b"secret")
+    if kind == "sparse":
+        os.truncate(path, 2**40)
+    recorded = describe_loras([Lora(lora_file)])[0] | {"path": path.name if kind == "relative" else str(path)}
+    edit_metadata(prior_copy, lora=[recorded])
+    monkeypatch.chdir(path.parent)
+    signal.alarm(100)
+    words = {"other name": "no .safetensors", "relative": "no .safetensors", "sparse": "too large"}
+    refused(lambda: infer(prior_copy), words.get(kind, "not there"))
+    (prior_copy / "step_0009.pt").unlink()  # something left to do
+    refused(
+        lambda: run("generate_prior", "--resume", prior_copy, "--model_dir", model_dir),
+        words.get(kind, "not there"),
+    )
+    path.rmdir() if kind == "folder" else path.unlink()
+    assert infer(prior_copy, "--dry_run").code == 0
+    assert "it can be resumed" in run("infer_from_prior", "--verify", "--prior_dir", prior_copy).err
+    signal.alarm(0)
 
 
 def test_a_lora_that_fits_no_layer_is_an_error(prior, infer, refused, tmp_path):

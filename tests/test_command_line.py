@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -41,6 +42,10 @@ def test_both_scripts_from_another_folder(image, model_dir, tmp_path):
     report = read_json(video.with_suffix(".json"))
     assert (report["start_step"], report["steps_run"]) == (5, [6, 7, 8, 9])
     assert "runs 4 of 10 steps, skips 6" in resumed.stderr
+    assert "loading dit, vae, text_encoder of tiny to cpu ..." in resumed.stderr
+    assert re.search(
+        r"7 forwards, .* network .* \(the prior's run: .* s\), .*decode .*, load ", resumed.stderr
+    )
 
 
 def test_what_diffsynth_prints_goes_to_stderr(run, generate, image, monkeypatch):
@@ -75,6 +80,44 @@ def test_help_answers_without_the_heavy_imports(script, tmp_path):
         assert flag in ended.stdout
 
 
+def test_mistakes_with_images_are_told_before_torch_is_imported(image, tmp_path):
+    """Each in its own main, all in one interpreter: importing torch takes seconds."""
+    (tmp_path / "text.png").write_text("no picture")
+    mistakes = [
+        [["--image", "not_there.png"], "is not a file"],
+        [["--image", "text.png"], "not an image"],
+        [["--image", image, image, "--run_id", "one"], "1 for 2 images"],
+        [["--image", image, "--background", "nice"], "--background nice"],
+        [["--image", image, "--prompt", "she", "speaks"], "--prompt 'she speaks'"],
+    ]
+    code = (
+        "import sys, contextlib, io, generate_prior\n"
+        f"for argv, words in {[[[*map(str, argv)], words] for argv, words in mistakes]!r}:\n"
+        "    told = io.StringIO()\n"
+        "    try:\n"
+        "        with contextlib.redirect_stderr(told): generate_prior.main(['--model', 'tiny', *argv])\n"
+        "    except (ValueError, SystemExit) as error: told.write(str(error))\n"
+        "    assert words in told.getvalue(), told.getvalue()\n"
+        "assert not {'torch', 'diffsynth'} & sys.modules.keys()\n"
+    )
+    ended = run_as_user("-c", code, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    assert ended.returncode == 0, ended.stderr
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_forgotten_quotes_are_given_back(run, script):
+    flags = ("--prior_dir", "a b") if "infer" in script else ("--image", "a b.png")
+    outcome = run(script.removesuffix(".py"), *flags, "--prompt", "she", "moves", "left", "--device", "cpu")
+    assert outcome.code == 2
+    quoted = shlex.join(["python", script, *flags, "--prompt", "she moves left", "--device", "cpu"])
+    assert f"3 prompts of one word each; if they are one, quote it: {quoted};" in outcome.error
+
+
+def test_prompts_of_one_word_may_each_have_a_flag(prior, infer):
+    outcome = infer(prior, "--prompt", "Speaks.", "--prompt", "Sleeps.", "--dry_run")
+    assert (outcome.code, len(outcome.out.splitlines())) == (0, 2)
+
+
 def test_the_command_printed_is_short_where_nothing_else_was_given(monkeypatch, tmp_path):
     import generate_prior
 
@@ -93,8 +136,9 @@ def test_the_defaults_in_the_help_are_those_that_hold(tmp_path):
     text = " ".join(run_as_user(ROOT / "generate_prior.py", "--help", cwd=tmp_path).stdout.split())
     real, large, tiny = (model_defaults(name) for name in ("I2V-480P", "I2V-720P", "tiny"))
     for line in (
-        f"(default: {real.height} x {real.width}, {real.num_frames} frames; "
-        f"I2V-720P: {large.height} x {large.width}; tiny: {tiny.height} x {tiny.width}, {tiny.num_frames})",
+        f"({real.height} x {real.width}; I2V-720P: {large.height} x {large.width}) and {real.num_frames} "
+        "frames; "
+        f"tiny keeps {tiny.height} x {tiny.width}, {tiny.num_frames};",
         f"frames per second (default: {real.fps}; tiny: {tiny.fps})",
         f"halves the cost (default: {real.cfg_scale:g}; tiny: {tiny.cfg_scale:g})",
         f"at high noise (default: {real.sigma_shift:g})",

@@ -21,10 +21,12 @@ import torch
 from helpers import OTHER_PROMPT, PROMPT, ROOT, edit_metadata, listing, read_json, record_checksum
 from PIL import Image
 
+import step_skip.jobs
 from step_skip.contexts import kept_context_path
-from step_skip.files import InputError, load_tensor, locked, replacing, write_json
+from step_skip.files import InputError, TakenError, locked, replacing, write_json
 from step_skip.metadata import read_prior, read_run
 from step_skip.prior import IMAGE_FILE, damaged_files
+from step_skip.tensor_file import load_tensor
 
 sys.path.append(str(ROOT / "benchmarks"))  # behind the root: it has a sweep.py, too
 SHAPE = (1, 16, 3, 4, 4)  # latents of 9 frames of 32 x 32 pixels
@@ -55,6 +57,14 @@ def test_damage_is_refused_or_does_not_matter(ground):
     faults.damage(ground, 300, seed_=1, kinds=kinds)
     assert sum(kinds.values()) >= 300
     assert {kind.split(": ")[1] for kind in kinds} == {"refused", "exact"}
+
+
+def test_forgeries_are_refused_or_do_no_harm(ground):
+    import forgeries
+
+    kinds = Counter()
+    assert forgeries.forgeries(ground, 60, seed=2, kinds=kinds) == []
+    assert {kind.split(": ")[1] for kind in kinds} == {"refused", "done"}
 
 
 # --- every write call fails once ----------------------------------------------------------------------------
@@ -407,12 +417,31 @@ def test_what_was_put_in_place_of_the_temporary_file_is_not_taken(tmp_path, prec
     assert precious.read_text() == "export PATH"
 
 
-@pytest.mark.parametrize("flags", [(), ("--start_step", "5", "6")])
-def test_a_link_in_place_of_the_outputs_folder(prior_copy, infer, refused, tmp_path, flags):
+@pytest.mark.parametrize(
+    "flags",
+    [
+        (),
+        ("--start_step", "5", "6"),
+        ("--output", "run_copy/outputs/video.mp4"),
+        ("--output_dir", "run_copy/outputs/sweep"),
+    ],
+)
+def test_a_link_in_place_of_the_outputs_folder(prior_copy, infer, refused, tmp_path, monkeypatch, flags):
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere" / ".tmp_thesis.tex").write_text("years of work")
     (prior_copy / "outputs").symlink_to(tmp_path / "elsewhere")
     refused(lambda: infer(prior_copy, *flags), "outputs is a symbolic link")
+
+
+def test_a_link_in_place_of_a_sweeps_folder_has_no_page(prior_copy, infer, run, tmp_path):
+    sweep = prior_copy / "outputs" / "sweep"
+    infer(prior_copy, "--start_step", 9, "--output_dir", sweep).path.rename(tmp_path / "elsewhere")
+    sweep.symlink_to(tmp_path / "elsewhere")
+    before = listing(tmp_path)
+    outcome = run("step_skip.page", sweep)
+    assert outcome.code == 2 and "sweep is a symbolic link" in outcome.error
+    assert listing(tmp_path) == before
 
 
 def test_a_link_in_place_of_the_contexts_folder(prior_copy, infer, tmp_path):
@@ -504,6 +533,158 @@ def test_a_priors_film_that_is_not_its_own_is_not_shown(prior_copy, infer, run, 
     assert words in text
     assert 'output_full.mp4"' not in text  # nothing to play
     assert run("step_skip.page", folder).code == 0
+
+
+def test_three_thumbs_are_all_that_is_kept_of_a_film(tmp_path, monkeypatch):
+    from step_skip import media
+
+    made, thumb = [], media.thumb
+    monkeypatch.setattr(media, "thumb", lambda frame: made.append(thumb(frame)) or made[-1])
+    for count in (1, 2, 8, 9):
+        frames = [Image.new("RGB", (16, 16), (25 * i, 0, 0)) for i in range(count)]
+        media.write_video(frames, tmp_path / "film.mp4", fps=8)
+        for num_frames in (count, None):
+            made.clear()
+            thumbs = media.read_thumbs(tmp_path / "film.mp4", num_frames=num_frames)
+            reds = [thumb.getpixel((4, 4))[0] for thumb in thumbs]
+            assert reds == pytest.approx([0, 25 * ((count - 1) // 2), 25 * (count - 1)], abs=8)
+            assert len(made) <= 3
+
+
+def test_a_sweeps_folder_from_a_stranger(prior, infer, run, tmp_path):
+    """What is in it is made again, or told on the page; none of it is waited for or followed."""
+    flags = ("--prompt", PROMPT, OTHER_PROMPT, "--start_step", "4-9", "--output_dir", tmp_path / "sweep")
+    folder = infer(prior, *flags).path
+    whole = listing(folder)
+    (tmp_path / "elsewhere").write_text("precious")
+    laid = {
+        "brackets": lambda path: path.write_text("[" * 100_000),
+        "deep": lambda path: path.write_text("[" * 900 + "]" * 900),
+        "fifo": os.mkfifo,
+        "link": lambda path: path.symlink_to(tmp_path / "elsewhere"),
+        "sparse": lambda path: os.truncate(os.fspath(path), 2**36),
+        "folder": Path.mkdir,
+    }
+    for suffix in (".json", ".mp4"):
+        videos = sorted(folder.glob("*.mp4"))[:: 1 if suffix == ".mp4" else -1][: len(laid)]
+        for video, (kind, lay) in zip(videos, laid.items(), strict=True):
+            path = video.with_suffix(suffix)
+            if kind != "sparse":
+                path.unlink()
+            lay(path)
+    signal.alarm(100)
+    assert run("step_skip.page", folder).code == 0
+    outcome = infer(prior, *flags)
+    signal.alarm(0)
+    assert (outcome.code, "2 of 12 videos failed" in outcome.error) == (1, True), outcome.err
+    found, laid_over = listing(folder), [path.name for path in folder.iterdir() if path.is_dir()]
+    made = {name for name, digest in found.items() if name.endswith(".mp4") and digest == whole.get(name)}
+    assert (
+        len(made) == 11 and len(laid_over) == 2
+    )  # the video whose JSON is a folder is made, and not said to be
+    assert (tmp_path / "elsewhere").read_text() == "precious"
+
+
+# --- what is swapped between two looks ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["step_0006.pt", "y.pt"])
+def test_a_file_that_is_swapped_after_its_sum_was_taken(prior_copy, infer, refused, monkeypatch, name):
+    """What is loaded is what the sum is of, so that the JSON never records another."""
+    from step_skip import files
+
+    check, path = files.check_sha256, prior_copy / name
+    torch.save(torch.load(path, weights_only=True) * 2, prior_copy.parent / "other.pt")
+
+    def swap_after(checked, *sums):
+        check(checked, *sums)
+        if checked == path and (prior_copy.parent / "other.pt").exists():
+            (prior_copy.parent / "other.pt").rename(path)
+
+    monkeypatch.setattr("step_skip.prior.check_sha256", swap_after)
+    outcome = infer(prior_copy)
+    assert outcome.code == 2 and f"{name} is damaged: its SHA-256" in outcome.error
+
+
+def test_an_older_priors_file_that_is_swapped(older_prior, infer, image, monkeypatch):
+    """It records no sums: what was seen first has to be what is loaded."""
+    from step_skip import sweep
+
+    read, path = sweep.read_inputs, older_prior / "step_0006.pt"
+
+    def swap_after(group):
+        inputs = read(group)
+        torch.save(torch.zeros(SHAPE), path)
+        return inputs
+
+    monkeypatch.setattr("infer_from_prior.read_inputs", swap_after)
+    outcome = infer(older_prior, "--model", "tiny", "--image", image, "--prompt", PROMPT)
+    assert outcome.code == 2 and "step_0006.pt is damaged: its SHA-256" in outcome.error
+
+
+# --- two writers of one name --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def another_run(monkeypatch):
+    """`another_run(path)`: another run writes this video while ours computes."""
+
+    def begin(path):
+        make_clip = step_skip.jobs.make_clip
+
+        def overtaken(group, plan, *args, **options):
+            clip = make_clip(group, plan, *args, **options)
+            taken = path or group.jobs[0].path
+            taken.parent.mkdir(exist_ok=True)
+            taken.write_bytes(b"theirs")
+            return clip
+
+        monkeypatch.setattr(step_skip.jobs, "make_clip", overtaken)
+
+    return begin
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_two_runs_with_one_output(prior, infer, another_run, tmp_path, monkeypatch, links):
+    if not links:
+        monkeypatch.setattr(os, "link", lambda *_, **__: (_ for _ in ()).throw(PermissionError(1, "no")))
+    path = tmp_path / "video.mp4"
+    another_run(path)
+    outcome = infer(prior, "--start_step", 9, "--output", path)
+    assert (outcome.code, outcome.out) == (2, "")
+    assert f"another run made {path} meanwhile; this run's clip is {tmp_path}/video_2.mp4" in outcome.error
+    assert path.read_bytes() == b"theirs" and not path.with_suffix(".json").exists()
+    report = read_json(tmp_path / "video_2.json")
+    assert report["video_sha256"] == listing(tmp_path)["video_2.mp4"]
+    assert not list(tmp_path.glob(".tmp*"))
+
+
+def test_two_runs_that_choose_the_same_free_name(prior_copy, infer, another_run):
+    another_run(None)
+    path = infer(prior_copy, "--start_step", 9).path
+    assert path.stem.endswith("_2") and path.exists() and path.with_suffix(".json").exists()
+
+
+def test_overwrite_still_replaces(prior, infer, another_run, tmp_path):
+    another_run(tmp_path / "video.mp4")
+    outcome = infer(prior, "--start_step", 9, "--output", tmp_path / "video.mp4", "--overwrite")
+    assert outcome.path == tmp_path / "video.mp4" and outcome.path.read_bytes() != b"theirs"
+
+
+def test_of_many_writers_one_gets_the_name(tmp_path):
+    from concurrent.futures import ThreadPoolExecutor
+
+    def write(number):
+        try:
+            write_json(tmp_path / "one.json", {"number": number}, overwrite=False)
+        except TakenError:
+            return None
+        return number
+
+    with ThreadPoolExecutor(8) as pool:
+        winners = [number for number in pool.map(write, range(40)) if number is not None]
+    assert len(winners) == 1 and read_json(tmp_path / "one.json")["number"] == winners[0]
+    assert set(listing(tmp_path)) == {"one.json"}
 
 
 def test_a_file_system_without_locks_is_said_to_be_one(tmp_path, monkeypatch, caplog):

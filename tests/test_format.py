@@ -28,10 +28,11 @@ from helpers import (
     read_json,
 )
 
-from step_skip.files import InputError, load_tensor, replacing, sha256_tensor
+from step_skip.files import InputError, replacing, sha256_tensor
 from step_skip.media import is_whole_mp4, write_video
 from step_skip.metadata import PriorWriter
 from step_skip.prior import context_file, create_run_dir
+from step_skip.tensor_file import load_tensor
 
 OWN_KEYS = {
     "format_version",
@@ -168,8 +169,8 @@ def test_rounded_sizes_are_recorded(generate, image):
     outcome = generate("--image", image, *flags)
     metadata = read_json(outcome.path / "run_metadata.json")
     assert (metadata["height"], metadata["width"], metadata["num_frames"]) == (32, 48, 5)
-    assert "48 x 32 pixels, 5 frames" in outcome.err
-    assert "stretched" in outcome.err
+    assert outcome.err.count("48 x 32 pixels, 5 frames") == 1
+    assert "cropped to its middle, 32 x 21" in outcome.err
     assert len(video_frames(outcome.path / "output_full.mp4")) == 5
 
 
@@ -250,6 +251,14 @@ def test_another_machine_or_version_is_a_warning(prior_copy, infer, changes, wor
     assert words in warnings[0] and "the last bits" in warnings[0]
 
 
+def test_what_the_prior_fixes_may_be_said_and_fps_is_free(prior, infer, tmp_path):
+    flags = ("--start_step", 9, "--seed", 0, "--num_frames", FRAMES, "--height", SIZE, "--fps", 4)
+    report = infer(prior, *flags, "--output", tmp_path / "slow.mp4").report
+    own = infer(prior, "--start_step", 9, "--output", tmp_path / "own.mp4").report
+    assert (report["fps"], own["fps"]) == (4, 8)
+    assert report["latents_sha256"] == own["latents_sha256"]
+
+
 # --- nothing is overwritten, nothing collides ---------------------------------------------------------------
 
 
@@ -270,7 +279,7 @@ def test_a_run_id_taken_in_the_meantime_is_refused(tmp_path, monkeypatch):
 
 
 def test_videos_of_other_prompts_and_settings_stand_side_by_side(prior_copy, infer):
-    commands = [(), (), ("--prompt", OTHER_PROMPT), ("--start_step", 8), ("--cfg_scale", 2), ("--steps", 2)]
+    commands = [(), ("--prompt", OTHER_PROMPT), ("--start_step", 8), ("--cfg_scale", 2), ("--steps", 2)]
     paths = [infer(prior_copy, *flags).path for flags in commands]
     assert len(set(paths)) == len(commands)
     for path in paths:

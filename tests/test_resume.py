@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
 
 import pytest
 from conftest import build_model, save_image
@@ -212,11 +213,11 @@ def test_a_run_that_lost_the_video_it_begins_with(prior, interrupted, resume, re
     refused(lambda: resume(early), "before the noised input video was saved")
 
 
-def test_a_run_that_began_with_a_video(generate, prior, interrupted, resume):
+def test_a_run_that_began_with_a_video(generate, prior, interrupted, resume, image):
     flags = ("--denoising_strength", 0.6, "--input_video", prior / "output_full.mp4")
     early = interrupted("step_0002.pt", *flags)
     assert resume(early).code == 0
-    undisturbed = generate("--image", early / "input_image.png", "--prompt", PROMPT, *flags).path
+    undisturbed = generate("--image", image, "--prompt", PROMPT, *flags).path
     assert_same(early, undisturbed)
 
 
@@ -343,8 +344,15 @@ def test_a_draft_is_finished_as_if_never_stopped(draft, prior, run, model_dir, t
     report = run("infer_from_prior", *command, *flags).report
     assert report["latents_sha256"] == read_json(prior / "run_metadata.json")["latents_sha256"]
     assert report["start_step"] == (flags[1] if flags else 3)
-    video = (tmp_path / "video.mp4").read_bytes()
-    assert video == (prior / "output_full.mp4").read_bytes()
+    assert packets_of(tmp_path / "video.mp4") == packets_of(prior / "output_full.mp4")
+
+
+def packets_of(video):
+    """What is seen of a video, as it is encoded; without its own metadata, which say how it was made."""
+    import imageio_ffmpeg
+
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-i", video, "-c", "copy", "-f", "h264", "-"]
+    return subprocess.run(command, capture_output=True, check=True).stdout
 
 
 def test_a_draft_takes_a_new_prompt_as_the_full_prior_does(draft, prior, infer, tmp_path):
@@ -424,7 +432,7 @@ def test_several_images_share_one_loading(prior, generate, image, loads, tmp_pat
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (("--prompt", "a", "b", "c"), ["--prompt: 3 for 2 images"]),
+        (("--prompt", "a", "b", "she speaks"), ["--prompt: 3 for 2 images"]),
         (("--run_id", "a"), ["--run_id: 1 for 2 images"]),
         (("--run_id", "a", "a"), ["--run_id a: given twice"]),
         (("--run_id", "a", "../b"), ["--run_id '../b'"]),

@@ -109,9 +109,10 @@ def test_an_older_prior_expects_nothing(older_prior, infer, image):
 def test_a_prompts_file(prior, infer, tmp_path):
     path = tmp_path / "prompts.txt"
     path.write_bytes(
-        b"\xef\xbb\xbfShe nods.\r\n\r\n  Elle sourit \xc3\xa0 tous.  \n"
+        b"\xef\xbb\xbfShe nods.\r\n# What comes next is French.\r\n\r\n  Elle sourit \xc3\xa0 tous.  \n"
         b'{"prompt": "She waves.", "cfg_scale": 3, "start_step": "2-3"}\n'
-        b'{"negative_prompt": "blurry", "steps": [0, 7]}\n{"prompt": "She runs.", "num_steps": 1}\nShe nods.'
+        b'{"negative_prompt": "blurry", "steps": [0, 7]}\n'
+        b'{"prompt": "She runs.", "num_steps": [1, 2]}\nShe nods.'
     )
     lines = planned(
         infer(prior, "--prompts_file", path, "--prompt", "First.", "--start_step", 6, "--dry_run")
@@ -125,7 +126,37 @@ def test_a_prompts_file(prior, infer, tmp_path):
         ("She waves.", "Still.", 3.0, 3, [4, 5, 6, 7, 8, 9]),
         (PROMPT, "blurry", 5.0, None, [0, 7]),
         ("She runs.", "Still.", 5.0, None, [0]),
+        ("She runs.", "Still.", 5.0, None, [0, 8]),
     ]
+
+
+@pytest.mark.parametrize(
+    ("flags", "found"),
+    [
+        (("--num_steps", 1, "2-3"), [(1, 5.0), (2, 5.0), (3, 5.0)]),
+        (("--num_steps", "3,1"), [(3, 5.0), (1, 5.0)]),
+        (("--num_steps", 1, 2, "--cfg_scale", "2,3"), [(1, 2.0), (1, 3.0), (2, 2.0), (2, 3.0)]),
+        (("--num_steps", 2, "--cfg_scale", 5, "3,1"), [(2, [5.0, 3.0]), (2, [5.0, 1.0])]),
+        (("--start_step", "7,8-9", "--cfg_scale", "1"), [(2, 1.0), (1, 1.0), (0, 1.0)]),
+    ],
+)
+def test_steps_and_guidance_are_swept(prior, infer, flags, found):
+    lines = planned(infer(prior, *flags, "--dry_run"))
+    assert [(len(line["steps_run"]), line["cfg_scale"]) for line in lines] == found
+    assert len({line["video"] for line in lines}) == len(found)
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (("--num_steps", "3-2"), "3-2 is no range of steps"),
+        (("--num_steps", "2,0"), "0 is not a whole number above 0"),
+        (("--cfg_scale", "2,x"), "'x' is not a number above 0"),
+        (("--cfg_scale", "2,"), "'' is not a number above 0"),
+    ],
+)
+def test_what_cannot_be_swept(prior_copy, infer, refused, flags, words):
+    refused(lambda: infer(prior_copy, *flags), words)
 
 
 @pytest.mark.parametrize(
@@ -135,6 +166,10 @@ def test_a_prompts_file(prior, infer, tmp_path):
         (b"", ["holds no prompt"]),
         (b" \n\n", ["holds no prompt"]),
         (b"caf\xe9", ["not UTF-8"]),
+        (b"# only a comment\n", ["holds no prompt"]),
+        (b'\n[{"prompt": "a"},\n "b"]', ["is a JSON array", "one prompt per line"]),
+        ("A boat.".encode("utf-16"), ["not UTF-8"]),
+        ("A boat.".encode("utf-16-le"), ["zero bytes", "save it as UTF-8"]),
         (b"one\n{two", ["line 2", "not valid JSON"]),
         (b"[1]\n" + b'{"a":' * 100_000, ["line 2", "not valid JSON"]),
         (b'{"prompt": "a", "seed": 3}', ["line 1", "'seed'", "negative_prompt"]),

@@ -1,0 +1,375 @@
+"""An image as people have it, as the model sees it: upright RGB with nothing hidden, of the video's size.
+
+What became of it is told: its file's name, its own size, the part that is seen and a preview of that.
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+import math
+import re
+import unicodedata
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from step_skip.families import Defaults, Family
+from step_skip.files import InputError, replacing
+from step_skip.prior import END_IMAGE_FILE, IMAGE_FILE, Prior, crop_preview_file, read_own_file, round_sizes
+from step_skip.prior_plan import PriorChoices
+from step_skip.schema import LIMITS
+
+if TYPE_CHECKING:
+    import numpy as np
+    from PIL.Image import Image
+
+log = logging.getLogger(__name__)
+
+IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "TIFF", "BMP")  # Pillow hands others to programs
+MIN_IMAGE_SIDE = 16  # pixels; anything smaller is no picture
+PREVIEW_SIDE = 512  # pixels, of the longer one
+LABELS: Final = {IMAGE_FILE: "--image", END_IMAGE_FILE: "--end_image"}
+
+Box = tuple[int, int, int, int]  # left, top, right and bottom in an image's own pixels
+
+
+@dataclass(frozen=True, kw_only=True)
+class Picture:
+    """An image as the model will see it, and what became of the one that was given."""
+
+    image: Image  # RGB, of the video's size
+    name: str  # of its file; "" where there is none
+    size: tuple[int, int]  # its own width and height
+    box: Box  # what is seen of it; with "pad" it reaches beyond
+    fit: str
+    background: str
+    preview: Image | None = None  # what was cropped away, in the dark
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """As a prior's metadata has it."""
+        from PIL import ImageColor
+
+        red, green, blue = ImageColor.getrgb(self.background)[:3]
+        return {
+            "name": self.name,
+            "size": list(self.size),
+            "box": list(self.box),
+            "fit": self.fit,
+            "background": f"#{red:02x}{green:02x}{blue:02x}",
+        }
+
+    def save_preview(self, directory: Path, file: str) -> None:
+        """Show beside the image of a prior what was cropped away; the prior is whole without it."""
+        if self.preview is not None:
+            with replacing(directory / crop_preview_file(file)) as temporary:
+                self.preview.save(temporary)
+
+
+# --- reading ------------------------------------------------------------------------------------------------
+
+
+def open_image(given: str | Path | Image, *, background: str = "white", label: str = "--image") -> Image:
+    """An image, or the file of one, upright and in RGB, of its own size.
+
+    Args:
+        background: a colour as CSS names it; transparent parts are put on it.
+        label: what an error calls it.
+
+    Raises:
+        InputError: no file, not an image, or too small or too large to be one.
+    """
+    if isinstance(given, str | Path):
+        return _open_file(Path(given), background=background, label=label)
+    try:
+        return _large_enough(to_rgb(given, background=background, label=label), label=label)
+    except ValueError as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{label} cannot be used ({error}); convert it to RGB") from error
+
+
+def read_image(path: Path, *, width: int, height: int, label: str = "--image") -> Image:
+    """Read an image upright and in RGB, and stretch it to width x height pixels.
+
+    Args:
+        label: what an error calls it.
+
+    Raises:
+        InputError: no file, not an image, or too small or too large to be one.
+    """
+    image = _open_file(path, label=label)
+    return fit_image(image, width=width, height=height, label=f"{label} {path}")
+
+
+def read_own_image(prior: Prior, name: str) -> Image:
+    """An image that a prior keeps, as the model saw it.
+
+    Raises:
+        InputError: it is missing, damaged, or of another size.
+    """
+    size, content = (prior.metadata["width"], prior.metadata["height"]), read_own_file(prior, name)
+    return _open_file(prior.directory / name, label="the prior's image", size=size, content=content)
+
+
+def _open_file(
+    path: Path,
+    *,
+    background: str = "white",
+    label: str,
+    size: tuple[int, int] | None = None,
+    content: bytes | None = None,
+) -> Image:
+    """Of a size that is not the given one nothing is decoded; content: of a file that is read already."""
+    from PIL import Image, UnidentifiedImageError
+
+    if content is None and not path.is_file():
+        raise InputError(f"{label} {path} is not a file; name a picture")
+    try:
+        with Image.open(path if content is None else io.BytesIO(content), formats=IMAGE_FORMATS) as opened:
+            if size not in (None, opened.size):
+                expected = "{} x {}".format(*size)
+                raise ValueError(f"{opened.width} x {opened.height} pixels, expected {expected}")
+            image = to_rgb(opened, background=background, label=f"{label} {path}")
+    except UnidentifiedImageError:
+        raise InputError(f"{label} {path} is not an image that can be read; use PNG, JPEG or WebP") from None
+    except Exception as error:  # Pillow's readers raise whatever they meet in a broken file
+        raise InputError(
+            f"{label} {path} cannot be read ({str(error)[:100] or type(error).__name__}); "
+            "save it again as PNG or JPEG"
+        ) from error
+    return _large_enough(image, label=f"{label} {path}")
+
+
+def _large_enough(image: Image, *, label: str) -> Image:
+    if min(image.size) < MIN_IMAGE_SIDE:
+        raise InputError(
+            f"{label} is {image.width} x {image.height} pixels, expected {MIN_IMAGE_SIDE} or more "
+            "a side; use a larger picture"
+        )
+    return image
+
+
+def to_rgb(image: Image, *, background: str, label: str) -> Image:
+    """An image of any mode of Pillow's, turned as its EXIF says and converted to RGB.
+
+    Args:
+        background: a colour as CSS names it; transparent parts are put on it.
+        label: what a message calls the image.
+
+    Raises:
+        ValueError: pixel values of which nobody can tell what is white.
+    """
+    from PIL import Image, ImageOps
+
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I") or image.mode == "F":
+        return Image.fromarray(grey_levels(image)).convert("RGB")
+    if image.mode == "LAB":
+        return lab_to_rgb(image)
+    if image.has_transparency_data:
+        image = image.convert("LA").convert("RGBA") if image.mode == "La" else image.convert("RGBA")
+        if image.getchannel("A").getextrema() != (255, 255):
+            log.info(f"{label} is transparent in places: {background} shows through (--background)")
+        return Image.alpha_composite(Image.new("RGBA", image.size, background), image).convert("RGB")
+    return image.convert("RGB")
+
+
+def grey_levels(image: Image) -> np.ndarray:
+    """The pixels of a grey image of more than 8 bits: uint8 [H, W].
+
+    White is 65535 in a file of 16 bits, which Pillow may read as 32; of floats it is 1, or 255 where there is
+    any above 1.
+
+    Raises:
+        ValueError: values beyond that.
+    """
+    import numpy as np
+
+    values = np.asarray(image)
+    least, most = float(values.min()), float(values.max())
+    white = (1 if most <= 1 else 255) if image.mode == "F" else 65535
+    if not 0 <= least <= most <= white:  # false for NaN, too
+        raise ValueError(f"grey values from {least:g} to {most:g}, expected 0 to {white}")
+    return (values.astype(np.float64) * (255 / white)).round().astype(np.uint8)
+
+
+def lab_to_rgb(image: Image) -> Image:
+    """From CIE L*a*b* to sRGB."""
+    from PIL import ImageCms
+
+    lab, srgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
+    converted = ImageCms.profileToProfile(image, lab, srgb, outputMode="RGB")
+    assert converted is not None  # only with inPlace
+    return converted
+
+
+# --- the video's size ---------------------------------------------------------------------------------------
+
+
+def choose_size(
+    choices: PriorChoices, size: tuple[int, int], *, defaults: Defaults, family: Family
+) -> PriorChoices:
+    """Where no size is given, the image's own aspect ratio at the model's area, as Wan's own scripts have it.
+
+    A model that was made for one size keeps it.
+
+    Args:
+        size: of the image, width and height.
+    """
+    if not defaults.any_size or (choices.width, choices.height) != (None, None):
+        return choices
+    area, multiple = defaults.width * defaults.height, 2 * family.spatial_factor
+
+    def side(own: int, other: int) -> int:
+        rounded = math.isqrt(area * own // other) // multiple * multiple
+        return min(max(rounded, multiple), LIMITS["width"][1])
+
+    width, height = size
+    return replace(choices, width=side(width, height), height=side(height, width))
+
+
+def read_pictures(
+    given: Mapping[str, str | Path | Image | Picture | None],
+    choices: PriorChoices,
+    *,
+    defaults: Defaults,
+    family: Family,
+) -> tuple[PriorChoices, dict[str, Picture]]:
+    """The images of one prior, and its choices with the size that comes of the first.
+
+    Args:
+        given: by the prior's file names, the first frame first; a Picture stays as it is, None is none.
+
+    Raises:
+        InputError: one can't be used.
+    """
+    pictures: dict[str, Picture] = {}
+    for file, each in given.items():
+        if each is None or isinstance(each, Picture):
+            pictures |= {} if each is None else {file: each}
+            continue
+        image = open_image(each, background=choices.background, label=LABELS[file])
+        choices = choose_size(choices, image.size, defaults=defaults, family=family)
+        sizes = {name: getattr(choices, name) or getattr(defaults, name) for name in ("width", "height")}
+        sizes = round_sizes(**sizes, num_frames=1, family=family)
+        name = Path(each).name.encode(errors="replace").decode() if isinstance(each, str | Path) else ""
+        pictures[file] = fit_picture(
+            image,
+            width=sizes["width"],
+            height=sizes["height"],
+            fit=choices.fit,
+            background=choices.background,
+            name=name,
+            label=f"{LABELS[file]} {name}".rstrip(),
+        )
+    return choices, pictures
+
+
+def id_of(pictures: Mapping[str, Picture], prompt: str) -> str:
+    """A run id made of the name of the image's file, without an image of the prompt; "" of no letters."""
+    image = pictures.get(IMAGE_FILE)
+    return id_from_name(prompt if image is None else Path(image.name).stem)
+
+
+def id_from_name(name: str) -> str:
+    """A run id of at most 40 of a name's letters and digits, as far as they are ASCII; "" of others."""
+    letters = unicodedata.normalize("NFKD", name).encode("ascii", "ignore").decode().lower()
+    return re.sub(r"[^a-z0-9]+", "_", letters)[:40].strip("_")
+
+
+def read_as_before(given: Path | Image, prior: Prior) -> Image:
+    """An image as the prior's own was read and fitted; an older prior's was stretched.
+
+    Raises:
+        InputError: it can't be read.
+    """
+    m = prior.metadata
+    how = m.get("images", {}).get(IMAGE_FILE, {"fit": "stretch", "background": "white"})
+    image, name = (
+        open_image(given, background=how["background"]),
+        f"{given}" if isinstance(given, Path) else "",
+    )
+    return fit_picture(
+        image,
+        width=m["width"],
+        height=m["height"],
+        fit=how["fit"],
+        background=how["background"],
+        name=name,
+        label=f"--image {name}".rstrip(),
+    ).image
+
+
+# --- into that size -----------------------------------------------------------------------------------------
+
+
+def fit_picture(
+    image: Image, *, width: int, height: int, fit: str, background: str, name: str, label: str
+) -> Picture:
+    """Bring an image to width x height pixels: "crop" its middle, "pad" it, or "stretch" it."""
+    box = fit_box(image.size, width=width, height=height, fit=fit)
+    if fit == "stretch":
+        fitted = fit_image(image, width=width, height=height, label=label)
+    elif fit == "pad":
+        fitted = pad(image, box, width=width, height=height, background=background)
+    else:
+        fitted = image.crop(box).resize((width, height))
+    preview = None
+    if fit == "crop" and box != (0, 0, *image.size):
+        preview = show_box(image, box)
+        left, top, right, bottom = box
+        log.info(
+            f"{label} ({image.width} x {image.height}) is cropped to its middle, "
+            f"{right - left} x {bottom - top}; --fit pad keeps all of it"
+        )
+    return Picture(
+        image=fitted, name=name, size=image.size, box=box, fit=fit, background=background, preview=preview
+    )
+
+
+def fit_image(image: Image, *, width: int, height: int, label: str = "the image") -> Image:
+    """An image stretched to width x height pixels."""
+    if abs(math.log(image.width * height / (image.height * width))) > math.log(1.1):
+        log.warning(f"{label} ({image.width} x {image.height}) is stretched to {width} x {height}")
+    return image.resize((width, height))
+
+
+def fit_box(size: tuple[int, int], *, width: int, height: int, fit: str) -> Box:
+    """What of an image of this size is seen in width x height pixels.
+
+    Its middle with "crop", all of it with "stretch"; with "pad" more than there is.
+    """
+    own_width, own_height = size
+    is_wider = own_width * height > own_height * width
+    seen_width, seen_height = own_width, own_height
+    if fit != "stretch" and is_wider == (fit == "crop"):
+        seen_width = max(1, round(own_height * width / height))
+    elif fit != "stretch":
+        seen_height = max(1, round(own_width * height / width))
+    left, top = (own_width - seen_width) // 2, (own_height - seen_height) // 2
+    return left, top, left + seen_width, top + seen_height
+
+
+def pad(image: Image, box: Box, *, width: int, height: int, background: str) -> Image:
+    """All of an image, in the middle of width x height pixels."""
+    from PIL import Image
+
+    left, top, right, bottom = box
+    scale = width / (right - left), height / (bottom - top)
+    inner = max(1, round(image.width * scale[0])), max(1, round(image.height * scale[1]))
+    canvas = Image.new("RGB", (width, height), background)
+    canvas.paste(image.resize(inner), ((width - inner[0]) // 2, (height - inner[1]) // 2))
+    return canvas
+
+
+def show_box(image: Image, box: Box) -> Image:
+    """An image made small, dark where it is outside the box."""
+    scale = min(1, PREVIEW_SIDE / max(image.size))
+    small = image.resize((max(1, round(image.width * scale)), max(1, round(image.height * scale))))
+    left, top, right, bottom = (round(edge * scale) for edge in box)
+    shown = small.point(lambda value: value // 4)
+    shown.paste(small.crop((left, top, right, bottom)), (left, top))
+    return shown

@@ -1,0 +1,131 @@
+"""What a user is told: what is doubtful, what is loaded, what will run, what it took, what failed."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from step_skip.files import RunError
+from step_skip.loading import Model, differences_since, load_components
+from step_skip.models import LoadOptions
+from step_skip.plan import Plan
+from step_skip.prior import Prior
+from step_skip.steps import is_late
+from step_skip.sweep import Group, all_jobs, summarize_jobs
+
+log = logging.getLogger(__name__)
+
+# Clips of the embedded model that showed the new motion, resumed after 6 of 10, by the prior's kind; a full
+# run: 100%. From benchmarks/results/promise/headline.md.
+OBEYED_AFTER_6 = {"prompted": "14% (20% if its prior holds still)", "neutral": "69%"}
+
+
+def warn_of_old_motion(groups: Sequence[Group]) -> None:
+    """Say so where a new prompt comes too late to be obeyed: motion is settled early."""
+    starts = ((late_start(job.plan, job.prior), job.prior) for job in all_jobs(groups))
+    late = [(step, prior) for step, prior in starts if step is not None]
+    if not late:
+        return
+    start_step, prior = min(late, key=lambda each: each[0])
+    kind = str(prior.metadata.get("prior_kind"))
+    obeyed = OBEYED_AFTER_6.get(kind, OBEYED_AFTER_6["prompted"])
+    advice = "make the prior again" if prior.is_legacy else "leave --start_step out"
+    log.warning(
+        f"resuming after step {start_step} of {prior.num_inference_steps} is late for a new motion: "
+        f"after 6 of 10, {obeyed} of the embedded model's clips obeyed a new prompt, 100% in a full run; "
+        f"{advice} to have it obeyed in as many steps"
+    )
+
+
+def late_start(plan: Plan, prior: Prior) -> int | None:
+    """The step after which a plan brings a new prompt in, if most of the motion is settled by then."""
+    step = plan.start_step
+    if step is None or plan.prompt == prior.metadata.get("prompt"):
+        return None
+    return step if is_late(step, prior.num_inference_steps) else None
+
+
+def warn_of_doubts(group: Group, *, device: str) -> None:
+    """Say what could not be checked, or what differs from when the prior was made and may change bits."""
+    prior = group.prior
+    if prior.is_legacy:
+        log.warning(
+            f"{prior.directory} is of an older format, so these could not be checked: model "
+            f"({group.plans[0].model} assumed), weights, image, prompts, cfg_scale, seed, checksums, "
+            "versions, device"
+        )
+        return
+    names = ("torch", "diffsynth", "device_name")
+    differ = [
+        f"{name} {now} (then {then!r})"
+        for name, now, then in differences_since(prior.metadata, device, names)
+    ]
+    if differ:
+        log.warning(
+            f"not as when the prior was made: {', '.join(differ)}; the result may differ in the last bits"
+        )
+
+
+def say_what_auto_means(groups: Sequence[Group]) -> None:
+    """Tell the step that each prior chose."""
+    for group in groups:
+        chosen = [plan.auto for plan in group.plans if plan.auto is not None]
+        if chosen:
+            log.info(f"{f'{group.prior.directory}: ' if len(groups) > 1 else ''}auto: {chosen[0]}")
+
+
+def say_what_runs(groups: Sequence[Group], *, there: int | None) -> None:
+    """Tell what will run: a single video's steps, or a sweep's sums."""
+    jobs = all_jobs(groups)
+    if there is not None:
+        log.info(f"{summarize_jobs(jobs)}; {there} are there already")
+        return
+    [job] = jobs
+    total, running = job.prior.num_inference_steps, len(job.plan.steps_to_run)
+    if job.plan.sigmas is not None:
+        log.info(f"runs {running} steps from sigma {job.plan.sigmas[0]:.3f}; the prior's run took {total}")
+        return
+    log.info(
+        f"runs {running} of {total} steps, skips {total - running}"
+        if running
+        else f"step {job.plan.start_step} is the last: nothing left to run, decodes only"
+    )
+
+
+def load_told(options: LoadOptions, components: Collection[str], **how: Any) -> Model:
+    """`load_components`, with a word before it, because it may take minutes, and the seconds after it."""
+    log.info(f"loading {', '.join(components)} of {options.model} to {options.device} ...")
+    model = load_components(options, components, **how)
+    log.info(f"loaded in {model.seconds:.1f} s")
+    return model
+
+
+def describe_seconds(seconds: Mapping[str, float], *, prior: Prior | None = None) -> str:
+    """Where a run's time went.
+
+    Args:
+        prior: of a video made from it: its own run's seconds of network stand beside the video's.
+    """
+    beside = ""
+    if prior is not None and (recorded := prior.metadata.get("seconds_per_step")):
+        beside = f" (the prior's run: {sum(recorded):.1f} s)"
+    parts = [f"network {seconds.get('denoise', 0.0):.1f} s{beside}"]
+    parts += [f"{name} {seconds[name]:.1f} s" for name in ("encode", "decode", "load") if name in seconds]
+    return f"{sum(seconds.values()):.1f} s: {', '.join(parts)}"
+
+
+def report_failures(failed: Mapping[Path, Exception], total: int) -> None:
+    """Tell what a sweep could not make.
+
+    Raises:
+        RunError: there is such a video.
+    """
+    for path, error in failed.items():
+        log.warning(f"{path.name} failed: {' '.join(str(error).split())[:200] or type(error).__name__}")
+    if failed:
+        raise RunError(
+            f"{len(failed)} of {total} videos failed, see above; the others are in "
+            f"{next(iter(failed)).parent}; the same command tries only these again"
+        )
