@@ -359,7 +359,7 @@ def run_steps_left(
             part = run_from_step(writer, model.pipe, start_step, **run)
         part.seconds["load"] += load_seconds
         start_step, result = last_step, part if result is None else result.then(part)
-    assert result is not None  # there are steps that are left
+    assert result is not None  # noqa: S101  there are steps that are left
     return result
 
 

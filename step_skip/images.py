@@ -13,7 +13,7 @@ import unicodedata
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, cast
 
 from step_skip.families import Defaults, Family
 from step_skip.files import InputError, replacing
@@ -202,8 +202,7 @@ def lab_to_rgb(image: Image) -> Image:
 
     lab, srgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
     converted = ImageCms.profileToProfile(image, lab, srgb, outputMode="RGB")
-    assert converted is not None  # only with inPlace
-    return converted
+    return cast("Image", converted)  # None only with inPlace
 
 
 # --- the video's size ---------------------------------------------------------------------------------------

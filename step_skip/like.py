@@ -97,7 +97,9 @@ def read_comment(path: Path) -> str:
     if not path.is_file():
         raise InputError(f"--like {path} is not a file; name a clip's .json or .mp4")
     command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-f", "mp4", "-i", path.absolute()]
-    found = subprocess.run([*command, "-f", "ffmetadata", "-"], capture_output=True, stdin=subprocess.DEVNULL)
+    found = subprocess.run(  # noqa: S603: imageio's own ffmpeg, and no shell
+        [*command, "-f", "ffmetadata", "-"], capture_output=True, stdin=subprocess.DEVNULL
+    )
     comment = re.search(rb"^comment=((?:[^\\\n]|\\.)*)", found.stdout, flags=re.MULTILINE | re.DOTALL)
     return "" if comment is None else re.sub(rb"\\(.)", rb"\1", comment[1], flags=re.DOTALL).decode()
 
