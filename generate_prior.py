@@ -17,6 +17,7 @@ import argparse
 import contextlib
 import dataclasses
 import functools
+import json
 import logging
 import shlex
 from collections.abc import Iterator
@@ -25,7 +26,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import step_skip
-from step_skip import cli, cli_prior
+from step_skip import cli, cli_machine, cli_prior
+from step_skip.compute import check_compute
 from step_skip.families import FAMILIES
 from step_skip.files import InputError, RunError, check_folder, locked
 from step_skip.generate import (
@@ -36,9 +38,10 @@ from step_skip.generate import (
     run_what_is_left,
     what_is_left,
 )
-from step_skip.loading import load_components, pick_device
+from step_skip.loading import load_components, loaded_first, pick_device
 from step_skip.lora import distilled_hint, find_recorded_loras
 from step_skip.media import fetch_example, read_image, read_video, video_bytes
+from step_skip.memory import check_download, describe_peak, say_what_each_mode_takes
 from step_skip.metadata import PriorWriter
 from step_skip.models import (
     ROOT,
@@ -95,6 +98,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         model_help="tiny runs on a CPU, the others need CUDA",
         dtype_help="(default: bfloat16; tiny: float32)",
     )
+    cli_machine.add_machine_arguments(parser, inherits=False)
     args = parser.parse_args(argv)
     args.dtype = args.dtype or model_defaults(args.model, args.model_dir).dtype
     if args.resume is not None:
@@ -173,12 +177,14 @@ def read_input_video(args: argparse.Namespace, settings: RunSettings) -> list[Im
 # --- making and finishing priors ----------------------------------------------------------------------------
 
 
-def make_priors(args: argparse.Namespace) -> list[Path]:
-    """Make a prior of every image on one loaded pipeline, and return their folders."""
+def make_priors(args: argparse.Namespace) -> list[Path] | list[str]:
+    """Make a prior of every image on one loaded pipeline, and return their folders; in a dry run, as JSON."""
     choices, family = read_prior_choices(args), family_name(args.model, args.model_dir)
     options = dataclasses.replace(cli.load_options(args), device=pick_device(args.model, args.device))
+    check_compute(vram=options.vram, quantize=options.quantize, compile=options.compile)
     planned = Prior(args.output_dir, plan_prior(options, choices, family=family))
     settings = planned.settings
+    options = dataclasses.replace(options, size=settings.size, tiled=settings.tiled)
     rounded = {name: getattr(settings, name) for name in ("height", "width", "num_frames")}
     choices = dataclasses.replace(choices, **rounded)
     videos = 1 + (settings.num_inference_steps if args.save_decoded_videos else 0)
@@ -191,6 +197,10 @@ def make_priors(args: argparse.Namespace) -> list[Path]:
         log.info(hint)
     say_what_it_costs(planned, number)
     components = [*planned.family.components, *cache_components(settings.skip_cache)]
+    if args.dry_run:
+        check_download(options, components)
+        say_what_each_mode_takes(options, loaded_first(components))
+        return [describe_wanted(each, planned, videos=videos) for each in wanted]
     model = load_components(options, components, by_expert=True)
     made, failed = [], []
     for each in wanted:
@@ -218,6 +228,21 @@ def make_priors(args: argparse.Namespace) -> list[Path]:
     if failed:
         raise RunError(f"{len(failed)} of {len(wanted)} priors failed: {'; '.join(failed)}")
     return made
+
+
+def describe_wanted(wanted: Wanted, planned: Prior, *, videos: int) -> str:
+    """A prior to make as one line of JSON: its settings and what they cost."""
+    last_step = planned.metadata["stop_after"]
+    guidance = planned.guidance[: None if last_step is None else last_step + 1]
+    data = {
+        "name": wanted.name,
+        "prompt": wanted.prompt,
+        **dataclasses.asdict(planned.settings),
+        "model": planned.metadata["model"],
+        "forwards": sum(1 if scale == 1 else 2 for scale in guidance),
+        "bytes_at_most": bytes_needed(planned, videos=videos),
+    }
+    return json.dumps(data, ensure_ascii=False)
 
 
 def bytes_needed(prior: Prior, *, videos: int) -> int:
@@ -256,7 +281,9 @@ def finish(args: argparse.Namespace, prior: Prior, left: Left) -> Prior:
     check_folder(prior.directory, bytes_needed(prior, videos=len(left.videos)))
     start = read_own_images(prior) if left.start_step is None else None
     loras = find_recorded_loras(m.get("lora", []))
-    options = LoadOptions(m["model"], device, m["dtype"], args.vram, args.model_dir, loras)
+    settings, computes = prior.settings, (m.get("quantize"), m.get("compile"))
+    options = LoadOptions(m["model"], device, m["dtype"], args.vram, args.model_dir, loras, *computes)
+    options = dataclasses.replace(options, size=settings.size, tiled=settings.tiled)
     log.info(f"{len(left.steps)} of {prior.num_inference_steps} steps are left to run")
     clock = Clock()
     clock.include(m.get("seconds", {}))
@@ -309,7 +336,8 @@ def say_what_was_made(args: argparse.Namespace, prior: Prior, steps_run: int) ->
     m, directory = prior.metadata, prior.directory
     steps, seconds = m["num_inference_steps"], sum(m["seconds"].values())
     resumed = f'{command_line(args, "infer_from_prior.py", "--prior_dir", directory)} --prompt "..."'
-    log.info(f"{directory}: {steps_run} steps, {m['forwards']} forwards, {seconds:.1f} s")
+    cost = f"{steps_run} steps, {m['forwards']} forwards, {seconds:.1f} s"
+    log.info(f"{directory}: {cost}; {describe_peak(m['peak_memory'])}")
     if m["status"] == "stopped":
         preview = directory / denoised_file(prior.whole_steps - 1)
         log.info(

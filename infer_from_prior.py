@@ -17,26 +17,30 @@ from __future__ import annotations
 import argparse
 import contextlib
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import prior_utils
-from step_skip import cli
+from step_skip import cli, cli_machine
 from step_skip.closeness import CLOSENESS, DEFAULT_CLOSENESS
+from step_skip.families import MODELS
 from step_skip.files import InputError, RunError, check_folder
 from step_skip.infer import warn_of_what_differs
 from step_skip.jobs import run_jobs
-from step_skip.loading import differences_since, pick_device
+from step_skip.loading import differences_since, loaded_first, pick_device
 from step_skip.lora import distilled_hint, parse_recorded_loras
 from step_skip.media import video_bytes
-from step_skip.models import LoadOptions
+from step_skip.memory import check_download, say_what_each_mode_takes
+from step_skip.models import LoadOptions, model_defaults
 from step_skip.page import write_page
 from step_skip.plan import AUTO, Plan, settings_of
 from step_skip.prior import Prior
 from step_skip.steps import DEFAULT_TEXT_SHARE, FORMATION_FILE, is_late
 from step_skip.sweep import (
     Group,
+    Job,
     all_jobs,
     components_to_load,
     describe_job,
@@ -95,6 +99,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         model_help="(default: the prior's; any other is refused)",
         dtype_help="(default: the prior's; any other is refused)",
     )
+    cli_machine.add_machine_arguments(parser, inherits=True)
     args = parser.parse_args(argv)
     others = sorted(cli.given_flags(argv) - {"--prior_dir", "--verify"})
     if args.verify and others:
@@ -232,7 +237,7 @@ def add_output_arguments(parser: argparse.ArgumentParser) -> None:
         "--dry_run",
         action="store_true",
         help="load no model, make nothing: print the videos as JSON lines, with forwards and the seconds to "
-        "expect from what the prior took",
+        "expect from what the prior took; say the memory to expect and what would be downloaded",
     )
 
 
@@ -285,7 +290,7 @@ def warn_of_doubts(group: Group, *, device: str) -> None:
             "versions, device"
         )
         return
-    names = ("torch", "diffsynth", "device_name")
+    names = ("torch", "diffsynth", "device_name", "attention")
     differ = [
         f"{name} {now} (then {then!r})"
         for name, now, then in differences_since(prior.metadata, device, names)
@@ -380,9 +385,34 @@ def make_videos(
     guided = args.lora and any(job.plan.cfg_scale != 1 for job in jobs)
     if guided and (hint := distilled_hint(loras, sigmas=True)):
         log.info(hint)
-    options = LoadOptions(model, device, dtype, args.vram, args.model_dir, loras)
+    options = load_options(jobs, args, device=device, dtype=dtype)
     with contextlib.nullcontext() if there is None else sweep_folder(folder):
         return run_jobs(groups, options=options)
+
+
+def load_options(jobs: Sequence[Job], args: argparse.Namespace, *, device: str, dtype: str) -> LoadOptions:
+    """What to load for these jobs; sizes are those of the one that takes most memory."""
+    plan = jobs[0].plan
+    loras, computes = parse_recorded_loras(plan.lora), (plan.quantize, plan.compile)
+    settings = [settings_of(job.plan, job.prior) for job in jobs]
+    options = LoadOptions(plan.model, device, dtype, args.vram, args.model_dir, loras, *computes)
+    largest = max((each.size for each in settings), key=math.prod)
+    return replace(options, size=largest, tiled=all(each.tiled for each in settings))
+
+
+def dry_run(jobs: Sequence[Job], args: argparse.Namespace, *, there: int) -> None:
+    """Say what the jobs that are left would take: time, memory, what would be loaded and downloaded."""
+    components = components_to_load(jobs)
+    log.info(
+        f"{summarize_jobs(jobs)}; {there} are there already; would load {', '.join(components) or 'nothing'}"
+    )
+    if jobs:
+        plan = jobs[0].plan
+        device = args.device or ("cuda" if plan.model in MODELS else "cpu")
+        dtype = plan.dtype or model_defaults(plan.model, args.model_dir).dtype
+        options = load_options(jobs, args, device=device, dtype=dtype)
+        check_download(options, components)
+        say_what_each_mode_takes(options, loaded_first(components))
 
 
 def main(argv: list[str] | None = None) -> Path | str:
@@ -408,8 +438,7 @@ def main(argv: list[str] | None = None) -> Path | str:
     left = [replace(group, jobs=[job for job in group.jobs if job.path not in made]) for group in groups]
     to_do = [group for group in left if group.jobs]
     if args.dry_run:
-        components = ", ".join(components_to_load(all_jobs(to_do))) or "nothing"
-        log.info(f"{summarize_jobs(all_jobs(to_do))}; {len(made)} are there already; would load {components}")
+        dry_run(all_jobs(to_do), args, there=len(made))
         return "\n".join(describe_job(job, made=job.path in made) for job in jobs)
     failed = make_videos(to_do, args, there=len(made) if is_sweep else None) if to_do else {}
     if not is_sweep:

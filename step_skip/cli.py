@@ -106,7 +106,7 @@ def run_script(main: Callable[[], Path | str]) -> NoReturn:
     except (RuntimeError, MemoryError) as error:
         if isinstance(error, RuntimeError) and not OUT_OF_MEMORY.search(str(error)):
             raise
-        _exit(1, "the device is out of memory; try --vram low, fewer --num_frames or a smaller size")
+        _exit(1, "the device is out of memory; try --vram low or disk, fewer --num_frames or a smaller size")
 
 
 def _exit(code: int, message: str) -> NoReturn:
@@ -145,7 +145,7 @@ class Parser(argparse.ArgumentParser):
 def add_model_arguments(
     parser: argparse.ArgumentParser, *, model: str | None, model_help: str, dtype_help: str
 ) -> None:
-    """Add --model, --model_dir, --device, --dtype and --vram."""
+    """Add --model, --model_dir, --device and --dtype."""
     group = parser.add_argument_group("model and device")
     group.add_argument("--model", choices=MODEL_NAMES, default=model, help=model_help)
     group.add_argument(
@@ -162,12 +162,6 @@ def add_model_arguments(
         help="cpu, cuda, cuda:1 ... (default: CUDA where there is one, else the CPU)",
     )
     group.add_argument("--dtype", choices=DTYPES, help=dtype_help)
-    group.add_argument(
-        "--vram",
-        choices=("auto", "plain", "low"),
-        default="auto",
-        help="plain: all weights on the GPU; low: offloaded to disk, from 8 GB; auto: plain from 64 GiB free",
-    )
 
 
 def add_cheaper_arguments(parser: argparse.ArgumentParser, *, lora_help: str) -> None:
@@ -211,9 +205,10 @@ def given_flags(argv: list[str] | None) -> set[str]:
 
 
 def load_options(args: argparse.Namespace) -> LoadOptions:
-    """The flags of `add_model_arguments` and --lora, once every default is filled in."""
+    """The flags of `add_model_arguments`, --lora, --vram, --quantize and --compile, with every default."""
     loras = tuple(args.lora or ())
-    return LoadOptions(args.model, args.device, args.dtype, args.vram, args.model_dir, loras)
+    computes = (args.quantize, args.compile)
+    return LoadOptions(args.model, args.device, args.dtype, args.vram, args.model_dir, loras, *computes)
 
 
 # --- types of flags -----------------------------------------------------------------------------------------

@@ -13,8 +13,9 @@ from tqdm import tqdm
 from step_skip.experts import experts_of
 from step_skip.files import InputError
 from step_skip.infer import encode_new, make_clip, run_plan
-from step_skip.loading import ENCODERS, EXPERTS, Model, load_components
-from step_skip.models import COMPONENTS, SKIP_BRANCH, LoadOptions
+from step_skip.loading import Model, load_components
+from step_skip.memory import describe_peak, peak_memory
+from step_skip.models import COMPONENTS, ENCODERS, EXPERTS, SKIP_BRANCH, LoadOptions
 from step_skip.plan import needed_components
 from step_skip.prior import check_fingerprint
 from step_skip.results import Clock
@@ -62,7 +63,9 @@ def run_jobs(groups: Sequence[Group], *, options: LoadOptions) -> dict[Path, Exc
     release(model.pipe, ENCODERS)
     clock.add("encode")
     shared = {phase: clock.seconds[phase] / len(jobs) for phase in ("load", "encode")}
-    return make_all(groups, model, shared)
+    failed = make_all(groups, model, shared)
+    log.info(describe_peak(peak_memory(options.device)))
+    return failed
 
 
 def make_all(groups: Sequence[Group], model: Model, shared: Mapping[str, float]) -> dict[Path, Exception]:
@@ -74,6 +77,8 @@ def make_all(groups: Sequence[Group], model: Model, shared: Mapping[str, float])
     Returns:
         The errors of the videos that could not be made.
     """
+    from step_skip.pipeline import release
+
     jobs = all_jobs(groups)
     pairs = [(group, job) for group in groups for job in group.jobs]
     costs = expected_seconds_of_each(jobs) or [job.plan.forwards + 1 for job in jobs]
@@ -94,6 +99,7 @@ def make_all(groups: Sequence[Group], model: Model, shared: Mapping[str, float])
                 except JOB_ERRORS as error:
                     traceback.clear_frames(error.__traceback__)  # they hold tensors the next needs room for
                     failed[job.path] = error
+                    release(model.pipe, ())
                 bar.update(cost * share)
     return failed
 
