@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import logging
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -28,12 +27,12 @@ from step_skip.closeness import CLOSENESS, DEFAULT_CLOSENESS
 from step_skip.families import MODELS
 from step_skip.files import InputError, RunError, check_folder
 from step_skip.infer import warn_of_what_differs
-from step_skip.jobs import run_jobs
+from step_skip.jobs import load_options, run_jobs
 from step_skip.loading import differences_since, loaded_first, pick_device
-from step_skip.lora import distilled_hint, parse_recorded_loras
+from step_skip.lora import distilled_hint
 from step_skip.media import video_bytes
 from step_skip.memory import check_download, say_what_each_mode_takes
-from step_skip.models import LoadOptions, model_defaults
+from step_skip.models import model_defaults
 from step_skip.page import write_page
 from step_skip.plan import AUTO, Plan, settings_of
 from step_skip.prior import Prior
@@ -381,23 +380,12 @@ def make_videos(
     sizes = [video_bytes(settings_of(job.plan, job.prior)) for job in jobs]
     check_folder(folder, sum(sizes) + 2**20)
     say_what_runs(groups, there=there)
-    loras = parse_recorded_loras(jobs[0].plan.lora)
+    options = load_options(jobs, device=device, dtype=dtype, vram=args.vram, model_dir=args.model_dir)
     guided = args.lora and any(job.plan.cfg_scale != 1 for job in jobs)
-    if guided and (hint := distilled_hint(loras, sigmas=True)):
+    if guided and (hint := distilled_hint(options.loras, sigmas=True)):
         log.info(hint)
-    options = load_options(jobs, args, device=device, dtype=dtype)
     with contextlib.nullcontext() if there is None else sweep_folder(folder):
         return run_jobs(groups, options=options)
-
-
-def load_options(jobs: Sequence[Job], args: argparse.Namespace, *, device: str, dtype: str) -> LoadOptions:
-    """What to load for these jobs; sizes are those of the one that takes most memory."""
-    plan = jobs[0].plan
-    loras, computes = parse_recorded_loras(plan.lora), (plan.quantize, plan.compile)
-    settings = [settings_of(job.plan, job.prior) for job in jobs]
-    options = LoadOptions(plan.model, device, dtype, args.vram, args.model_dir, loras, *computes)
-    largest = max((each.size for each in settings), key=math.prod)
-    return replace(options, size=largest, tiled=all(each.tiled for each in settings))
 
 
 def dry_run(jobs: Sequence[Job], args: argparse.Namespace, *, there: int) -> None:
@@ -408,9 +396,10 @@ def dry_run(jobs: Sequence[Job], args: argparse.Namespace, *, there: int) -> Non
     )
     if jobs:
         plan = jobs[0].plan
-        device = args.device or ("cuda" if plan.model in MODELS else "cpu")
+        device = "cuda" if plan.model in MODELS else "cpu"  # also where there is none
+        device = device if args.device is None else pick_device(plan.model, args.device)
         dtype = plan.dtype or model_defaults(plan.model, args.model_dir).dtype
-        options = load_options(jobs, args, device=device, dtype=dtype)
+        options = load_options(jobs, device=device, dtype=dtype, vram=args.vram, model_dir=args.model_dir)
         check_download(options, components)
         say_what_each_mode_takes(options, loaded_first(components))
 

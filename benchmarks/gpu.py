@@ -246,10 +246,9 @@ def with_sums(found: dict[str, Any], *, decoding: float) -> dict[str, Any]:
 # --- exactness ----------------------------------------------------------------------------------------------
 
 
-def exactness(*flags: object, device: str, model_dir: Path | None = None) -> dict[str, Any]:
+def exactness(*flags: object, device: str) -> dict[str, Any]:
     """A prior of the embedded model in bfloat16, and its own prompt by every method in another process."""
-    where = ("--device", device, *(() if model_dir is None else ("--model_dir", model_dir)))
-    prompt = "the character speaks"
+    where, prompt = ("--device", device), "the character speaks"
     with tempfile.TemporaryDirectory() as folder:
         made = ("--model", "tiny", "--dtype", "bfloat16", "--image", IMAGE, "--prompt", prompt)
         prior = run("generate_prior.py", *made, *flags, *where, "--output_dir", folder)
@@ -272,40 +271,36 @@ def measure(
     vae: Callable[[], torch.nn.Module],
     write: Callable[[dict[str, Any]], object],
     *,
-    runs: int = 2,
+    runs: int = 1,
     steps: int = 2,
-    seconds: float = 400,
-    model_dir: Path | None = None,
+    seconds: float = 380,
 ) -> dict[str, Any]:
     """Run the parts in the order of their worth, as long as there is time.
 
     Args:
         write: called with all that is known, after each part.
         seconds: no part is begun later than that.
-        model_dir: of another embedded model.
     """
     begin = time.monotonic()
     result: dict[str, Any] = {"size": bench.settings.size, "kinds": {}, "exactness": {}, "left_out": {}}
     kinds, exact = result["kinds"], result["exactness"]
-    check = {"device": bench.device, "model_dir": model_dir}
-    changed = {"compiled": (False, True), "fp8": (True, False), "fp8 compiled": (True, True)}
+
+    def timing(name: str, **how: bool) -> Callable[[], object]:
+        return lambda: kinds.update({name: time_changed(bench, steps=steps, **how)})
+
+    def checking(name: str, *flags: object) -> Callable[[], object]:
+        return lambda: exact.update({name: exactness(*flags, device=bench.device)})
+
     parts: dict[str, Callable[[], object]] = {
         "plain": lambda: kinds.update(time_plain(bench, runs=runs, steps=steps)),
         "decoding": lambda: result.update(decoding=time_decoding(bench, vae())),
-        "exactness plain": lambda: exact.update(plain=exactness(**check)),
+        "exactness plain": checking("plain"),
+        "compiled": timing("compiled", quantize=False, compile=True),
+        "fp8": timing("fp8", quantize=True, compile=False),
+        "exactness fp8": checking("fp8", "--quantize", "fp8"),
+        "exactness compiled": checking("compiled", "--compile", bench.backend),
+        "fp8 compiled": timing("fp8 compiled", quantize=True, compile=True),
     }
-    for name, (quantize, compiled) in changed.items():
-
-        def timing(name: str = name, quantize: bool = quantize, compiled: bool = compiled) -> None:
-            kinds[name] = time_changed(bench, steps=steps, quantize=quantize, compile=compiled)
-
-        parts[name] = timing
-    for name, flags in (("compiled", ("--compile", bench.backend)), ("fp8", ("--quantize", "fp8"))):
-
-        def checking(name: str = name, flags: tuple[str, str] = flags) -> None:
-            exact[name] = exactness(*flags, **check)
-
-        parts[f"exactness {name}"] = checking
     for name, part in parts.items():
         if time.monotonic() - begin > seconds:
             result["left_out"][name] = f"no time: {seconds:.0f} s were over"
@@ -366,9 +361,9 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--runs", type=int, default=2, help="of bare and plain steps, in turn (default: 2)")
+    parser.add_argument("--runs", type=int, default=1, help="of bare and plain steps, in turn (default: 1)")
     parser.add_argument("--steps", type=int, default=2, help="guided steps in a run (default: 2)")
-    parser.add_argument("--seconds", type=float, default=400, help="no part begins later (default: 400)")
+    parser.add_argument("--seconds", type=float, default=380, help="no part begins later (default: 380)")
     parser.add_argument("--output", type=Path, default=HERE / "results" / "gpu.json")
     args = parser.parse_args(argv)
     if not torch.cuda.is_available():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,9 +15,10 @@ from step_skip.experts import experts_of
 from step_skip.files import InputError
 from step_skip.infer import encode_new, make_clip, run_plan
 from step_skip.loading import Model, load_components
+from step_skip.lora import parse_recorded_loras
 from step_skip.memory import describe_peak, peak_memory
 from step_skip.models import COMPONENTS, ENCODERS, EXPERTS, SKIP_BRANCH, LoadOptions
-from step_skip.plan import needed_components
+from step_skip.plan import needed_components, settings_of
 from step_skip.prior import check_fingerprint
 from step_skip.results import Clock
 from step_skip.sweep import Group, Job, all_jobs, expected_seconds_of_each
@@ -27,6 +29,26 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 JOB_ERRORS = (InputError, RuntimeError, MemoryError, OSError)  # RunError and torch's own are RuntimeErrors
+
+
+def load_options(
+    jobs: Sequence[Job], *, device: str, dtype: str, vram: str, model_dir: Path | None
+) -> LoadOptions:
+    """What to load for these jobs; the size is that of the one that takes most memory."""
+    plan = jobs[0].plan
+    settings = [settings_of(job.plan, job.prior) for job in jobs]
+    return LoadOptions(
+        model=plan.model,
+        device=device,
+        dtype=dtype,
+        vram=vram,
+        model_dir=model_dir,
+        loras=parse_recorded_loras(plan.lora),
+        quantize=plan.quantize,
+        compile=plan.compile,
+        size=max((each.size for each in settings), key=math.prod),
+        tiled=all(each.tiled for each in settings),
+    )
 
 
 def run_jobs(groups: Sequence[Group], *, options: LoadOptions) -> dict[Path, Exception]:

@@ -204,16 +204,19 @@ def bytes_of_decoding(options: LoadOptions, *, tiled: bool) -> int:
     return VAE_VALUES[factor] * pixels * VALUE_BYTES[options.dtype]
 
 
-def fits_whole_frames(model: str, size: tuple[int, int, int], model_dir: Path | None = None) -> bool:
-    """Whether a VAE that decodes whole frames takes no more than the DiT did, of a model that is known.
+def in_tiles(
+    choice: bool | str, model: str, sizes: Mapping[str, int], *, model_dir: Path | None = None
+) -> bool:
+    """Whether a VAE decodes in tiles; "auto": unless whole frames take no more than the DiT did.
 
     Args:
-        size: height, width (pixels) and number of frames.
+        sizes: height, width, num_frames, and whatever else.
     """
-    if model not in MODEL_NAMES:
-        return False
+    if choice != "auto" or model not in MODEL_NAMES:  # of a pipeline of somebody's own nothing is known
+        return bool(choice)
+    size = (sizes["height"], sizes["width"], sizes["num_frames"])
     options = LoadOptions(model, "cpu", "bfloat16", model_dir=model_dir, size=size)
-    return bytes_of_decoding(options, tiled=False) <= bytes_of_step(options)
+    return bytes_of_decoding(options, tiled=False) > bytes_of_step(options)
 
 
 def _size(options: LoadOptions) -> tuple[int, int, int]:

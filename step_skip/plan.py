@@ -18,7 +18,7 @@ from step_skip.compute import inherited
 from step_skip.experts import check_tea_cache_experts, choose_guidance, experts_of
 from step_skip.files import InputError
 from step_skip.lora import Lora, check_lora_experts, describe_loras, find_recorded_loras
-from step_skip.memory import fits_whole_frames
+from step_skip.memory import in_tiles
 from step_skip.models import (
     cache_components,
     model_defaults,
@@ -168,7 +168,7 @@ def make_plan(choices: Choices, prior: Prior) -> Plan:
         lora=describe_loras(given_loras),
         quantize=inherited(choices.quantize, prior.metadata.get("quantize")),
         compile=inherited(choices.compile, prior.metadata.get("compile")),
-        tiled=choose_tiling(choices.tiled, prior, model=model, model_dir=choices.model_dir),
+        tiled=choose_tiling(choices, prior, model),
         prompt=chosen["prompt"],
         negative_prompt=chosen["negative_prompt"],
         cfg_scale=choose_guidance(
@@ -217,13 +217,12 @@ def knows_first_nega(plan: Plan, prior: Prior) -> bool:
     )
 
 
-def choose_tiling(
-    tiled: bool | str | None, prior: Prior, *, model: str, model_dir: Path | None
-) -> bool | None:
-    """Whether a video is decoded in tiles; None: as the prior's own."""
-    if tiled == AUTO:
-        tiled = not fits_whole_frames(model, prior.settings.size, model_dir)
-    return None if tiled in (None, prior.metadata.get("tiled", True)) else bool(tiled)
+def choose_tiling(choices: Choices, prior: Prior, model: str) -> bool | None:
+    """Whether the video is decoded in tiles; None: as the prior's own."""
+    if choices.tiled is None:
+        return None
+    tiled = in_tiles(choices.tiled, model, prior.metadata, model_dir=choices.model_dir)
+    return None if tiled == prior.metadata.get("tiled", True) else tiled
 
 
 def check_choices(choices: Choices, prior: Prior) -> None:

@@ -17,10 +17,10 @@ from step_skip.families import FAMILIES, MODELS, Family, expert_of
 from step_skip.files import InputError
 from step_skip.loading import describe_machine, installed_versions
 from step_skip.lora import check_lora_experts, describe_loras
-from step_skip.memory import fits_whole_frames
+from step_skip.memory import in_tiles
 from step_skip.metadata import check_distinct
 from step_skip.models import LoadOptions, model_defaults
-from step_skip.plan import AUTO, CHEAPER_NAMES, choose_cheaper
+from step_skip.plan import CHEAPER_NAMES, choose_cheaper
 from step_skip.prior import SCHEDULE_FLAGS, round_sizes
 from step_skip.schema import LIMITS, MAX_PIXELS, MAX_STEPS, is_number
 from step_skip.steps import recommended_start_step
@@ -52,7 +52,7 @@ class PriorChoices:
     skip_cache: int | None = None
     tea_cache_l1_thresh: float | None = None
     tea_cache_model_id: str | None = None
-    tiled: bool | Literal["auto"] = True  # decoded in tiles; AUTO: if whole frames take too much memory
+    tiled: bool | Literal["auto"] = True  # decoded in tiles; auto: if whole frames take too much memory
 
 
 def check_images(model: str, family: Family, *, image: bool, end_image: bool) -> None:
@@ -157,19 +157,11 @@ def plan_prior(options: LoadOptions, choices: PriorChoices, *, family: str) -> d
         "lora": describe_loras(options.loras),
         "dtype": options.dtype,
         **{name: getattr(options, name) for name in ("vram", "quantize", "compile")},
-        "tiled": choose_prior_tiling(options, choices, sizes),
+        "tiled": in_tiles(choices.tiled, options.model, sizes, model_dir=options.model_dir),
         **TILING,
         **describe_machine(options.device),
         "versions": installed_versions(),
     }
-
-
-def choose_prior_tiling(options: LoadOptions, choices: PriorChoices, sizes: Mapping[str, int]) -> bool:
-    """Whether the prior's videos are decoded in tiles."""
-    if choices.tiled != AUTO:
-        return bool(choices.tiled)
-    size = (sizes["height"], sizes["width"], sizes["num_frames"])
-    return not fits_whole_frames(options.model, size, options.model_dir)
 
 
 def choose_experts(choices: PriorChoices, chosen: Mapping[str, Any], family: str) -> dict[str, Any]:

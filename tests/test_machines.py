@@ -464,4 +464,5 @@ def test_whole_frames_are_recorded_and_inherited(generate, infer, image, monkeyp
     ],
 )
 def test_whole_frames_where_they_take_no_more_than_the_dit(model, size, whole):
-    assert memory.fits_whole_frames(model, size) == whole
+    sizes = dict(zip(("height", "width", "num_frames"), size, strict=True))
+    assert memory.in_tiles("auto", model, sizes) != whole
