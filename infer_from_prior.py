@@ -391,9 +391,8 @@ def make_videos(
 def dry_run(jobs: Sequence[Job], args: argparse.Namespace, *, there: int) -> None:
     """Say what the jobs that are left would take: time, memory, what would be loaded and downloaded."""
     components = components_to_load(jobs)
-    log.info(
-        f"{summarize_jobs(jobs)}; {there} are there already; would load {', '.join(components) or 'nothing'}"
-    )
+    loaded = ", ".join(components) or "nothing"
+    log.info(f"{summarize_jobs(jobs)}; {there} are there already; would load {loaded}")
     if jobs:
         plan = jobs[0].plan
         device = "cuda" if plan.model in MODELS else "cpu"  # also where there is none
