@@ -23,7 +23,9 @@ import contextlib
 import dataclasses
 import functools
 import itertools
+import json
 import logging
+import math
 import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -31,7 +33,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import step_skip
-from step_skip import cli, cli_prior
+from step_skip import cli, cli_machine, cli_prior
+from step_skip.compute import check_compute
 from step_skip.families import FAMILIES
 from step_skip.files import InputError, RunError, check_folder, locked
 from step_skip.generate import (
@@ -43,9 +46,10 @@ from step_skip.generate import (
     what_is_left,
 )
 from step_skip.images import Picture, read_pictures
-from step_skip.loading import pick_device
+from step_skip.loading import loaded_first, pick_device
 from step_skip.lora import distilled_hint, find_recorded_loras
 from step_skip.media import fetch_example, read_video, video_bytes
+from step_skip.memory import check_download, describe_peak, say_what_each_mode_takes
 from step_skip.metadata import PriorWriter
 from step_skip.models import (
     ROOT,
@@ -109,6 +113,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         model_help="tiny runs on a CPU, the others need CUDA",
         dtype_help="(default: bfloat16; tiny: float32)",
     )
+    cli_machine.add_machine_arguments(parser, inherits=False)
     args = parser.parse_args(argv)
     cli.check_quotes(parser, argv, args.prompt)
     args.dtype = args.dtype or model_defaults(args.model, args.model_dir).dtype
@@ -191,11 +196,12 @@ def read_input_video(args: argparse.Namespace, settings: RunSettings) -> list[Im
 # --- making and finishing priors ----------------------------------------------------------------------------
 
 
-def make_priors(args: argparse.Namespace) -> list[Path]:
-    """Make a prior of every image on one loaded pipeline, and return their folders."""
+def make_priors(args: argparse.Namespace) -> list[Path] | list[str]:
+    """Make a prior of every image on one loaded pipeline, and return their folders; in a dry run, as JSON."""
     choices, family = read_prior_choices(args), family_name(args.model, args.model_dir)
     wanted = [] if args.download_example else read_wanted(args, choices)
     options = dataclasses.replace(cli.load_options(args), device=pick_device(args.model, args.device))
+    check_compute(vram=options.vram, quantize=options.quantize, compile=options.compile)
     if args.download_example:
         plan_prior(options, choices, family=family)
         args.image = [fetch_example(EXAMPLE_IMAGE, root=ROOT)]
@@ -210,6 +216,13 @@ def make_priors(args: argparse.Namespace) -> list[Path]:
         log.info(hint)
     say_what_it_costs(planned[0], len(planned))
     components = [*planned[0].family.components, *cache_components(settings.skip_cache)]
+    largest = max((each.settings.size for each in planned), key=math.prod)
+    options = dataclasses.replace(options, size=largest, tiled=settings.tiled)
+    if args.dry_run:
+        check_download(options, components)
+        say_what_each_mode_takes(options, loaded_first(components))
+        pairs = zip(wanted, planned, strict=True)
+        return [describe_wanted(each, prior, videos=videos) for each, prior in pairs]
     model = load_told(options, components, by_expert=True)
     made, failed = [], []
     for each, input_video in zip(wanted, input_videos, strict=True):
@@ -256,6 +269,21 @@ def plan_all(wanted: list[Wanted], options: LoadOptions, family: str) -> tuple[l
     return rounded, planned
 
 
+def describe_wanted(wanted: Wanted, planned: Prior, *, videos: int) -> str:
+    """A prior to make as one line of JSON: its settings and what they cost."""
+    last_step = planned.metadata["stop_after"]
+    guidance = planned.guidance[: None if last_step is None else last_step + 1]
+    data = {
+        "name": wanted.name,
+        "prompt": wanted.prompt,
+        **dataclasses.asdict(planned.settings),
+        "model": planned.metadata["model"],
+        "forwards": sum(1 if scale == 1 else 2 for scale in guidance),
+        "bytes_at_most": bytes_needed(planned, videos=videos),
+    }
+    return json.dumps(data, ensure_ascii=False)
+
+
 def bytes_needed(prior: Prior, *, videos: int) -> int:
     """A safe upper bound of what a prior takes on disk."""
     return bytes_of_prior(prior) + videos * video_bytes(prior.settings)
@@ -294,7 +322,9 @@ def finish(args: argparse.Namespace, prior: Prior, left: Left) -> Prior:
         check_previewable(prior)
     start = read_own_images(prior) if left.start_step is None else None
     loras = find_recorded_loras(m.get("lora", [])) if left.components else ()
-    options = LoadOptions(m["model"], device, m["dtype"], args.vram, args.model_dir, loras)
+    settings, computes = prior.settings, (m.get("quantize"), m.get("compile"))
+    options = LoadOptions(m["model"], device, m["dtype"], args.vram, args.model_dir, loras, *computes)
+    options = dataclasses.replace(options, size=settings.size, tiled=settings.tiled)
     log.info(f"{len(left.steps)} of {prior.num_inference_steps} steps are left to run")
     clock = Clock()
     clock.include(m.get("seconds", {}))
@@ -353,7 +383,8 @@ def say_what_was_made(args: argparse.Namespace, prior: Prior, steps_run: int) ->
     m, directory = prior.metadata, prior.directory
     steps = m["num_inference_steps"]
     resumed = f'{command_line(args, "infer_from_prior.py", "--prior_dir", directory)} --prompt "..."'
-    log.info(f"{directory}: {steps_run} steps, {m['forwards']} forwards, {describe_seconds(m['seconds'])}")
+    cost = f"{steps_run} steps, {m['forwards']} forwards, {describe_seconds(m['seconds'])}"
+    log.info(f"{directory}: {cost}; {describe_peak(m['peak_memory'])}")
     if m["status"] == "stopped":
         preview = directory / denoised_file(prior.whole_steps - 1)
         log.info(f"Stopped after step {prior.whole_steps - 1} of {steps}; what it points at: {preview}")

@@ -27,16 +27,18 @@ from dataclasses import replace
 from pathlib import Path
 
 import prior_utils
-from step_skip import cli
+from step_skip import cli, cli_machine
 from step_skip.closeness import CLOSENESS, DEFAULT_CLOSENESS
+from step_skip.families import MODELS
 from step_skip.files import InputError, check_folder
 from step_skip.infer import warn_of_what_differs, warn_of_words
-from step_skip.jobs import run_jobs
+from step_skip.jobs import load_options, run_jobs
 from step_skip.like import take_over
-from step_skip.loading import pick_device
-from step_skip.lora import Lora, describe_loras, distilled_hint, find_recorded_loras
+from step_skip.loading import loaded_first, pick_device
+from step_skip.lora import Lora, describe_loras, distilled_hint, find_recorded_loras, parse_recorded_loras
 from step_skip.media import video_bytes
-from step_skip.models import LoadOptions
+from step_skip.memory import check_download, say_what_each_mode_takes
+from step_skip.models import model_defaults
 from step_skip.page import write_page
 from step_skip.plan import AUTO, FIXED, settings_of
 from step_skip.preview import check_previewable
@@ -111,6 +113,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         model_help="(default: the prior's; any other is refused)",
         dtype_help="(default: the prior's; any other is refused)",
     )
+    cli_machine.add_machine_arguments(parser, inherits=True)
     args = parser.parse_args(argv)
     given = cli.given_flags(argv)
     if args.prior_dir is None and args.like is None:
@@ -268,7 +271,7 @@ def add_output_arguments(parser: argparse.ArgumentParser) -> None:
         "--dry_run",
         action="store_true",
         help="load no model, make nothing: print the videos as JSON lines, with forwards and the seconds to "
-        "expect from what the prior took",
+        "expect from what the prior took; say the memory to expect and what would be downloaded",
     )
 
 
@@ -344,10 +347,30 @@ def make_videos(
     guided = args.lora and any(job.plan.cfg_scale != 1 for job in jobs)
     if guided and (hint := distilled_hint(loras, sigmas=True)):
         log.info(hint)
-    options = LoadOptions(model, device, dtype, args.vram, args.model_dir, loras)
+    options = load_options(
+        jobs, device=device, dtype=dtype, vram=args.vram, model_dir=args.model_dir, loras=loras
+    )
     warn_of_words(groups, options)
     with contextlib.nullcontext() if there is None else sweep_folder(folder):
         return run_jobs(groups, options=options)
+
+
+def dry_run(jobs: Sequence[Job], args: argparse.Namespace, *, there: int) -> None:
+    """Say what the jobs that are left would take: time, memory, what would be loaded and downloaded."""
+    components = components_to_load(jobs)
+    loaded = ", ".join(components) or "nothing"
+    log.info(f"{summarize_jobs(jobs)}; {there} are there already; would load {loaded}")
+    if jobs:
+        plan = jobs[0].plan
+        device = "cuda" if plan.model in MODELS else "cpu"  # also where there is none
+        device = device if args.device is None else pick_device(plan.model, args.device)
+        dtype = plan.dtype or model_defaults(plan.model, args.model_dir).dtype
+        loras = parse_recorded_loras(plan.lora)
+        options = load_options(
+            jobs, device=device, dtype=dtype, vram=args.vram, model_dir=args.model_dir, loras=loras
+        )
+        check_download(options, components)
+        say_what_each_mode_takes(options, loaded_first(components))
 
 
 def main(argv: list[str] | None = None) -> Path | str:
@@ -378,8 +401,7 @@ def main(argv: list[str] | None = None) -> Path | str:
     left = [replace(group, jobs=[job for job in group.jobs if job.path not in made]) for group in groups]
     to_do = [group for group in left if group.jobs]
     if args.dry_run:
-        components = ", ".join(components_to_load(all_jobs(to_do))) or "nothing"
-        log.info(f"{summarize_jobs(all_jobs(to_do))}; {len(made)} are there already; would load {components}")
+        dry_run(all_jobs(to_do), args, there=len(made))
         return "\n".join(describe_job(job, made=job.path in made) for job in jobs)
     if not is_sweep and made:
         log.info("made before, by the same choices, and whole: nothing to do")

@@ -57,7 +57,7 @@ from step_skip.sweep import Group
 
 PROMPTS = ("The portrait moves left.", "The portrait sinks, eyes shut.")
 STEPS = 4
-TIMES = {"created", "seconds", "seconds_per_step", "run_id"}
+TIMES = {"created", "seconds", "seconds_per_step", "peak_memory", "run_id"}
 
 
 @dataclass
@@ -148,7 +148,7 @@ def seconds_of(main: Callable[[list[str]], object], argv: list[str]) -> float:
 
 
 def told(prior: Path) -> dict[str, Any]:
-    """A prior's metadata but for times."""
+    """A prior's metadata but for times and memory."""
     metadata = json.loads((prior / METADATA_FILE).read_text())
     return {key: value for key, value in metadata.items() if key not in TIMES | {SEAL}}
 

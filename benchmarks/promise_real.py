@@ -36,6 +36,7 @@ from promise_methods import (
 from step_skip.cli import Parser, add_model_arguments, run_script
 from step_skip.images import read_image
 from step_skip.loading import load_pipeline, pick_device
+from step_skip.memory import HOMES
 from step_skip.models import LoadOptions, model_defaults, weight_files
 from step_skip.prior import RunSettings, latents_shape
 from step_skip.steps import recommended_num_steps, recommended_start_step
@@ -142,6 +143,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add_model_arguments(
         parser, model="I2V-480P", model_help="tiny runs on a CPU", dtype_help="default: the model's"
     )
+    parser.add_argument("--vram", choices=("auto", *HOMES), default="auto", help="as generate_prior.py's")
     args = parser.parse_args(argv)
     if len(args.prompts) < 2:
         parser.error("--prompts takes at least two")

@@ -55,7 +55,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--start_steps", type=int, nargs="*", help="(default: after the first step, and 6 of 10)"
     )
-    parser.add_argument("--vram", default="low", help="low keeps every layer on disk until it is needed")
+    parser.add_argument("--vram", default="disk", help="disk: every layer stays there until it is needed")
     parser.add_argument("--folder", type=Path, help="for checkpoints and priors (default: a temporary one)")
     parser.add_argument("--output", type=Path, default=HERE / "results" / "rehearsal")
     args = parser.parse_args(argv)

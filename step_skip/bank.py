@@ -22,6 +22,7 @@ SHARED = (
     *SCHEDULE_FLAGS,
     *("height", "width", "num_frames", "fps", "cfg_scale", "cfg_scale_2", "switch_DiT_boundary"),
     *("model", "family", "dtype", "lora", "negative_prompt", "model_fingerprint", "keeps_nega", "kept_steps"),
+    *("quantize", "compile"),
 )
 
 

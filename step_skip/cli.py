@@ -61,7 +61,7 @@ class Parser(argparse.ArgumentParser):
 def add_model_arguments(
     parser: argparse.ArgumentParser, *, model: str | None, model_help: str, dtype_help: str
 ) -> None:
-    """Add --model, --model_dir, --device, --dtype and --vram."""
+    """Add --model, --model_dir, --device and --dtype."""
     group = parser.add_argument_group("model and device")
     group.add_argument("--model", choices=MODEL_NAMES, default=model, help=model_help)
     group.add_argument(
@@ -78,12 +78,6 @@ def add_model_arguments(
         help="cpu, cuda, cuda:1 ... (default: CUDA where there is one, else the CPU)",
     )
     group.add_argument("--dtype", choices=DTYPES, help=dtype_help)
-    group.add_argument(
-        "--vram",
-        choices=("auto", "plain", "low"),
-        default="auto",
-        help="plain: all weights on the GPU; low: offloaded to disk, from 8 GB; auto: plain from 64 GiB free",
-    )
 
 
 def add_cheaper_arguments(parser: argparse.ArgumentParser, *, lora_help: str) -> None:
@@ -139,9 +133,10 @@ def given_flags(argv: list[str] | None) -> set[str]:
 
 
 def load_options(args: argparse.Namespace) -> LoadOptions:
-    """The flags of `add_model_arguments` and --lora, once every default is filled in."""
+    """The flags of `add_model_arguments`, --lora, --vram, --quantize and --compile, with every default."""
     loras = tuple(args.lora or ())
-    return LoadOptions(args.model, args.device, args.dtype, args.vram, args.model_dir, loras)
+    computes = (args.quantize, args.compile)
+    return LoadOptions(args.model, args.device, args.dtype, args.vram, args.model_dir, loras, *computes)
 
 
 # --- types of flags -----------------------------------------------------------------------------------------

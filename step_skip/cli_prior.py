@@ -171,5 +171,11 @@ def add_output_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"show what each step points at as soon as it has run, in a small moving {PREVIEW_FILE}",
     )
     group.add_argument(
+        "--dry_run",
+        action="store_true",
+        help="load no model, make nothing: print the priors as JSON lines, with forwards and disk, and say "
+        "the memory to expect and what would be downloaded",
+    )
+    group.add_argument(
         "--save_decoded_videos", action="store_true", help="also a video of each step's denoised estimate"
     )

@@ -43,7 +43,7 @@ def velocities_apart(new: torch.Tensor, old: torch.Tensor) -> float:
 
 def predicted_closeness(apart: float, num_steps: int) -> float:
     """The PSNR to a full run, in dB, that so many steps are expected to reach; at most MOST."""
-    a, b = FIT[min(num_steps, max(FIT))]
+    a, b = FIT[max(number for number in FIT if number <= num_steps)]
     return MOST if apart == 0 else min(MOST, a - b * math.log10(apart))
 
 

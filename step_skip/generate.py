@@ -22,6 +22,7 @@ from step_skip.files import InputError, locked, sha256_tensor
 from step_skip.images import Picture, id_of, read_own_image, read_pictures
 from step_skip.loading import Model, differences_since, model_of
 from step_skip.media import write_video
+from step_skip.memory import peak_memory
 from step_skip.metadata import PriorWriter, check_progress, read_run
 from step_skip.models import cache_components, model_defaults
 from step_skip.plan import CHEAPER_NAMES, choose_cheaper
@@ -257,7 +258,8 @@ def check_same_machine(prior: Prior, device: str) -> None:
     Raises:
         InputError: other versions, another device, or on a CPU another number of threads.
     """
-    names = ["torch", "diffsynth", "device_name", *(["num_threads"] if device == "cpu" else [])]
+    threads = ["num_threads"] if device == "cpu" else []
+    names = ["torch", "diffsynth", "device_name", "attention", *threads]
     for name, now, then in differences_since(prior.metadata, device, names):
         raise InputError(
             f"{name} is {now} here and was {then!r} when {prior.directory} was begun, so "
@@ -301,20 +303,14 @@ def run_what_is_left(
     m = writer.metadata
     frames = []
     if left.steps:
-        result = run_steps_left(
-            writer,
-            left,
-            model=model,
-            start=start,
-            callback=callback,
-            progress=progress,
-        )
+        result = run_steps_left(writer, left, model=model, start=start, callback=callback, progress=progress)
         clock.include(result.seconds)
         frames = result.frames
     pipe = None if model is None else model.pipe
     save_videos(writer, left, pipe=pipe, frames=frames, clock=clock)
     clock.seconds["denoise"] = sum(m["seconds_per_step"])
     known = {"forwards": sum(m["forwards_per_step"]), "seconds": clock.seconds}
+    known["peak_memory"] = peak_memory(m["device"])
     if left.last_step < m["num_inference_steps"] - 1:
         writer.finish("stopped", **known)
         return

@@ -21,11 +21,14 @@ from typing import TYPE_CHECKING, Any, Literal
 from step_skip.bank import check_one_bank, plan_for_bank
 from step_skip.closeness import FirstLook
 from step_skip.command import command_of, video_tags
+from step_skip.compute import OFF
 from step_skip.contexts import save_context
+from step_skip.families import MODELS
 from step_skip.files import InputError, check_free, sha256_file, sha256_tensor, write_json
 from step_skip.loading import Model, describe_machine, installed_versions, model_of
 from step_skip.lora import summarize_loras
 from step_skip.media import write_video
+from step_skip.memory import peak_memory
 from step_skip.metadata import read_prior
 from step_skip.models import COMPONENTS, LoadOptions
 from step_skip.plan import (
@@ -121,6 +124,7 @@ def infer_from_prior(
     skip_cache: int | None = None,
     tea_cache_l1_thresh: float | None = None,
     tea_cache_model_id: str | None = None,
+    tiled: bool | Literal["auto"] | None = None,
     fps: float | None = None,
     image: str | Path | Image | None = None,
     callback_on_step_end: ProgressCallback | None = None,
@@ -140,6 +144,7 @@ def infer_from_prior(
         num_steps_after: with start_step: in so many steps to the end.
         sigmas: a schedule of its own instead (1 is noise), begun on the prior's path.
         skip_cache, tea_cache_l1_thresh, tea_cache_model_id: cheaper steps.
+        tiled: False decodes whole frames, True in tiles, "auto" by sizes; None: as the prior's own video was.
         image: only a prior of the pull request's scripts needs it.
         callback_on_step_end: called after each step with (step, steps, denoised).
         progress: show progress bars.
@@ -172,6 +177,9 @@ def infer_from_prior(
         fps=fps,
         image=Path(image) if isinstance(image, str) else image,
         lora=model.options.loras,
+        quantize=model.options.quantize or OFF,
+        compile=model.options.compile or OFF,
+        tiled=tiled,
         dtype=model.options.dtype,
     )
     plan = plan_for_bank(make_plan(choices, bank[0]), bank)
@@ -198,6 +206,22 @@ def warn_of_what_differs(group: Group) -> None:
     if own != given:
         log.warning(
             f"runs with {given}, and the prior was made with {own}: a mix of two models, as asked for"
+        )
+    for name in ("quantize", "compile"):
+        then, now = prior.metadata.get(name) or OFF, getattr(plan, name) or OFF
+        if then != now:
+            log.warning(
+                f"runs with --{name} {now}, and the prior was made with {then}: its own prompt gives nearly "
+                "its own video"
+            )
+    if prior.metadata.get("lora") and plan.model in MODELS and "vram" not in prior.metadata:
+        log.warning(
+            "the prior doesn't record its --vram: with low, an earlier version added LoRAs while it ran, and "
+            "the last bits differ"
+        )
+    if plan.tiled is not None:
+        log.warning(
+            "decodes with another --vae_tiling than the prior: the same latents, nearly the same frames"
         )
     for name in ("skip_cache", "tea_cache_l1_thresh"):
         value = prior.metadata.get(name)
@@ -234,7 +258,7 @@ def encode_new(groups: Iterable[Group], model: Model) -> None:
             if text not in own.contexts:
                 if text not in encoded:
                     model.require("text_encoder", f"encode {text[:40]!r}")
-                    encoded[text] = encode_prompt(model.pipe, text)
+                    encoded[text] = encode_prompt(model.pipe, text).cpu()  # VRAM is for what runs
                 own.contexts[text] = encoded[text]
                 keep_context(prior, text, encoded[text])
         runs = any(plan.steps_to_run for plan in group.plans)
@@ -381,6 +405,7 @@ def describe_clip(group: Group, plan: Plan, model: Model, result: RunResult) -> 
         "prior_lora": prior.metadata.get("lora", []),
         "dtype": options.dtype,
         "vram": options.vram,
+        "peak_memory": peak_memory(options.device),
         **describe_machine(options.device),
         "components_loaded": [name for name in COMPONENTS if name in model.fingerprint],
         "steps_run": result.steps,

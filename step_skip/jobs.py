@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,9 +14,11 @@ from tqdm import tqdm
 from step_skip.experts import experts_of
 from step_skip.files import InputError, TakenError
 from step_skip.infer import encode_new, make_clip, run_plan
-from step_skip.loading import ENCODERS, EXPERTS, Model
-from step_skip.models import COMPONENTS, SKIP_BRANCH, LoadOptions
-from step_skip.plan import needed_components
+from step_skip.loading import Model
+from step_skip.lora import Lora
+from step_skip.memory import describe_peak, peak_memory
+from step_skip.models import COMPONENTS, ENCODERS, EXPERTS, SKIP_BRANCH, LoadOptions
+from step_skip.plan import needed_components, settings_of
 from step_skip.preview import preview_to
 from step_skip.prior import check_fingerprint
 from step_skip.results import Clock
@@ -28,6 +31,32 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 JOB_ERRORS = (InputError, RuntimeError, MemoryError, OSError)  # RunError and torch's own are RuntimeErrors
+
+
+def load_options(
+    jobs: Sequence[Job],
+    *,
+    device: str,
+    dtype: str,
+    vram: str,
+    model_dir: Path | None,
+    loras: tuple[Lora, ...],
+) -> LoadOptions:
+    """What to load for these jobs; the size is that of the one that takes most memory."""
+    plan = jobs[0].plan
+    settings = [settings_of(job.plan, job.prior) for job in jobs]
+    return LoadOptions(
+        model=plan.model,
+        device=device,
+        dtype=dtype,
+        vram=vram,
+        model_dir=model_dir,
+        loras=loras,
+        quantize=plan.quantize,
+        compile=plan.compile,
+        size=max((each.size for each in settings), key=math.prod),
+        tiled=all(each.tiled for each in settings),
+    )
 
 
 def run_jobs(groups: Sequence[Group], *, options: LoadOptions) -> dict[Path, Exception]:
@@ -64,7 +93,9 @@ def run_jobs(groups: Sequence[Group], *, options: LoadOptions) -> dict[Path, Exc
     release(model.pipe, ENCODERS)
     clock.add("encode")
     shared = {phase: clock.seconds[phase] / len(jobs) for phase in ("load", "encode")}
-    return make_all(groups, model, shared)
+    failed = make_all(groups, model, shared)
+    log.info(describe_peak(peak_memory(options.device)))
+    return failed
 
 
 def make_all(groups: Sequence[Group], model: Model, shared: Mapping[str, float]) -> dict[Path, Exception]:
@@ -76,6 +107,8 @@ def make_all(groups: Sequence[Group], model: Model, shared: Mapping[str, float])
     Returns:
         The errors of the videos that could not be made.
     """
+    from step_skip.pipeline import release
+
     jobs = all_jobs(groups)
     pairs = [(group, job) for group in groups for job in group.jobs]
     costs = expected_seconds_of_each(jobs) or [job.plan.forwards + 1 for job in jobs]
@@ -96,6 +129,7 @@ def make_all(groups: Sequence[Group], model: Model, shared: Mapping[str, float])
                 except JOB_ERRORS as error:
                     traceback.clear_frames(error.__traceback__)  # they hold tensors the next needs room for
                     failed[job.path] = error
+                    release(model.pipe, ())
                 bar.update(cost * share)
     return failed
 

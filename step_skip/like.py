@@ -97,7 +97,7 @@ def read_comment(path: Path) -> str:
     if not path.is_file():
         raise InputError(f"--like {path} is not a file; name a clip's .json or .mp4")
     command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-f", "mp4", "-i", path.absolute()]
-    found = subprocess.run(  # noqa: S603: imageio's own ffmpeg, and no shell
+    found = subprocess.run(  # noqa: S603  imageio's own ffmpeg, and no shell
         [*command, "-f", "ffmetadata", "-"], capture_output=True, stdin=subprocess.DEVNULL
     )
     comment = re.search(rb"^comment=((?:[^\\\n]|\\.)*)", found.stdout, flags=re.MULTILINE | re.DOTALL)

@@ -16,12 +16,23 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from step_skip.compute import attention_backend, check_compute, compile_network, quantize_network
 from step_skip.families import FAMILIES, MODEL_NAMES, MODELS
 from step_skip.files import InputError
 from step_skip.lora import check_loras, parse_lora
 from step_skip.lora_file import Lora, fuse_loras
+from step_skip.memory import (
+    begin_peak,
+    check_download,
+    offload_config,
+    pick_vram,
+    say_what_is_expected,
+    vram_limit,
+)
 from step_skip.models import (
     COMPONENTS,
+    ENCODERS,
+    EXPERTS,
     TINY_DIR,
     LoadOptions,
     all_components,
@@ -42,9 +53,6 @@ log = logging.getLogger(__name__)
 
 OWN_PIPELINE = "own"  # the model of a prior that was made on a pipeline we didn't load
 UNVERIFIED = "unverified"
-ENCODERS = ("text_encoder", "image_encoder")
-EXPERTS = ("dit", "dit2")  # for high noise, for low noise
-PLAIN_VRAM_GIB = 64  # bfloat16 weights of the 14B model are some 46 GiB; the rest is activations and decoding
 
 
 # --- the machine --------------------------------------------------------------------------------------------
@@ -83,22 +91,8 @@ def pick_device(model: str, device: str | None) -> str:
     return device
 
 
-def pick_vram(options: LoadOptions) -> str:
-    """`plain` (all weights on the device) or `low` (offloaded to disk), by the VRAM that is free."""
-    import torch
-
-    if options.vram != "auto":
-        return options.vram
-    if options.model not in MODELS:
-        return "plain"
-    if torch.device(options.device).type == "cpu":
-        return "low"
-    free = torch.cuda.mem_get_info(options.device)[0] / 2**30
-    return "plain" if free >= PLAIN_VRAM_GIB else "low"
-
-
 def describe_machine(device: str) -> dict[str, Any]:
-    """What a run's last bits depend on besides versions: the device, its name, and the CPU's threads."""
+    """What a run's last bits depend on besides versions: the device and its attention, the CPU's threads."""
     import platform
 
     import torch
@@ -107,7 +101,8 @@ def describe_machine(device: str) -> dict[str, Any]:
         name = torch.cuda.get_device_name(device)
     else:
         name = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
-    return {"device": device, "device_name": name, "num_threads": torch.get_num_threads()}
+    threads, attention = torch.get_num_threads(), attention_backend()
+    return {"device": device, "device_name": name, "num_threads": threads, "attention": attention}
 
 
 def installed_versions() -> dict[str, Any]:
@@ -127,7 +122,8 @@ def differences_since(
     """What of the machine and the versions is not as when a prior was made: name, now, then."""
     then, now = metadata["versions"] | metadata, installed_versions() | describe_machine(device)
     for name in names:
-        if now[name] != then.get(name):
+        is_known = name in then or name != "attention"  # older priors record none
+        if is_known and now[name] != then.get(name):
             yield name, now[name], then.get(name)
 
 
@@ -209,16 +205,20 @@ def load(
     vram: str = "auto",
     model_dir: str | Path | None = None,
     lora: Iterable[str | Path | Lora] = (),
+    quantize: str | None = None,
+    compile: str | None = None,
 ) -> Model:
     """Load a model by its name, whole: what the scripts run on.
 
     Args:
-        model: I2V-480P, I2V-720P or tiny.
+        model: one of MODEL_NAMES, "I2V-480P" for example.
         device: "cuda", "cuda:1", "cpu"; None: CUDA where there is one.
         dtype: "bfloat16", "float16" or "float32"; None: the model's own.
-        vram: "plain", "low" or "auto".
+        vram: "plain", "cpu", "low", "disk" or "auto" (docs/machines.md).
         model_dir: a folder of downloaded weights; None: DiffSynth finds or fetches them.
         lora: paths, PATH:ALPHA, or Lora.
+        quantize: "fp8", which needs torchao.
+        compile: a backend of torch.compile, "inductor" for example.
 
     Raises:
         InputError: a device, a file or a name that isn't there.
@@ -230,7 +230,7 @@ def load(
     device = pick_device(model, device)
     loras = tuple(each if isinstance(each, Lora) else parse_lora(str(each)) for each in lora)
     dtype = dtype or model_defaults(model, folder).dtype
-    options = LoadOptions(model, device, dtype, vram, folder, loras)
+    options = LoadOptions(model, device, dtype, vram, folder, loras, quantize, compile)
     with contextlib.redirect_stdout(sys.stderr):
         return load_components(options, all_components(model, folder))
 
@@ -252,18 +252,27 @@ def load_components(
         InputError, RunError: see `weight_files` and `check_loras`; and what `check` raises.
     """
     begin = time.perf_counter()
+    at_once = loaded_first(components) if by_expert else list(components)
+    options = dataclasses.replace(options, vram=pick_vram(options, at_once))
+    check_compute(vram=options.vram, quantize=options.quantize, compile=options.compile)
+    check_download(options, components)
     files = weight_files(options, components)
     networks = [files[name] for name in EXPERTS if name in files]
     for note in check_loras(options.loras, networks[0]) if networks else ():
         log.warning(note)
     fingerprint = fingerprint_files(files)
     check(fingerprint)
-    taking_turns = by_expert and len(networks) > 1
-    experts = {name: files[name] for name in EXPERTS} if taking_turns else {}
-    now = {name: paths for name, paths in files.items() if not (taking_turns and name == EXPERTS[1])}
-    pipe = load_pipeline(options, now)
-    options = dataclasses.replace(options, vram=pick_vram(options))
+    say_what_is_expected(options, at_once)
+    begin_peak(options.device)
+    experts = {name: files[name] for name in EXPERTS} if len(at_once) < len(files) else {}
+    pipe = load_pipeline(options, {name: files[name] for name in at_once})
     return Model(pipe, options, fingerprint, time.perf_counter() - begin, experts)
+
+
+def loaded_first(components: Collection[str]) -> list[str]:
+    """What is in memory at once: of two experts the first."""
+    turns = set(EXPERTS) <= set(components)
+    return [name for name in components if not (turns and name == EXPERTS[1])]
 
 
 def model_of(pipe: WanVideoPipeline | Model) -> Model:
@@ -311,7 +320,10 @@ def fingerprint_parameters(module: torch.nn.Module, *, samples: int = 16) -> str
 
     digest, known = hashlib.sha256(), (torch.float32, torch.bfloat16, torch.float16)
     parameters = sorted(module.named_parameters())
-    if not parameters or any(values.is_meta or values.dtype not in known for _, values in parameters):
+    if not parameters or not all(
+        type(values) is torch.nn.Parameter and not values.is_meta and values.dtype in known
+        for _, values in parameters
+    ):
         return UNVERIFIED
     for name, values in parameters:
         name = name.replace("_orig_mod.", "").replace(".module.", ".")
@@ -331,6 +343,10 @@ def load_pipeline(options: LoadOptions, files: Mapping[str, list[Path]]) -> WanV
         if getattr(pipe, name) is not None:
             loras = [lora for lora in options.loras if lora.expert in (None, name)]
             fuse_loras(getattr(pipe, name), loras, dtype=pipe.torch_dtype, device=pipe.device)
+            if options.quantize is not None:
+                quantize_network(pipe, name, options.quantize, device=options.device)
+            if options.compile is not None:
+                compile_network(pipe, name, options.compile)
     return pipe
 
 
@@ -360,46 +376,27 @@ def _load_real(options: LoadOptions, files: Mapping[str, list[Path]]) -> WanVide
     import torch
     from diffsynth.pipelines.wan_video import ModelConfig, WanVideoPipeline
 
-    dtype = getattr(torch, options.dtype)
-    offload, vram_limit = {}, None
-    is_cpu = torch.device(options.device).type == "cpu"
-    if pick_vram(options) == "low":
-        offload = dict(_disk_offload(dtype, options.device))
-    if offload and not is_cpu:
-        vram_limit = torch.cuda.mem_get_info(options.device)[1] / 2**30 - 2
-    names = [[str(path) for path in paths] for paths in files.values()]
-    configs = [ModelConfig(path=each if len(each) > 1 else each[0], **offload) for each in names]
+    dtype, mode = getattr(torch, options.dtype), pick_vram(options, files)
+
+    def config(name: str, paths: list[Path]) -> ModelConfig:
+        homes = offload_config(mode, name, dtype=dtype, device=options.device)
+        if name in EXPERTS and options.quantize is not None:  # goes to the device layer by layer
+            homes = {"computation_device": "cpu", "computation_dtype": dtype}
+        named = [str(path) for path in paths]
+        return ModelConfig(path=named if len(named) > 1 else named[0], **homes)
+
     tokenizer = ModelConfig(path=str(tokenizer_folder(options))) if "text_encoder" in files else None
     pipe = WanVideoPipeline.from_pretrained(
         torch_dtype=dtype,
         device=options.device,
-        model_configs=configs,
+        model_configs=[config(name, paths) for name, paths in files.items()],
         tokenizer_config=tokenizer,
-        vram_limit=vram_limit,
+        vram_limit=vram_limit(options.device),
     )
-    if is_cpu:
+    if torch.device(options.device).type == "cpu":
         pipe.device_type = (
             "cuda"  # where DiffSynth empties the cache: torch.cpu can't, torch.cuda needs no GPU
         )
     if "dit2" in files and "dit" not in files:  # the first network that is loaded becomes dit
         pipe.dit, pipe.dit2 = None, pipe.dit
     return pipe
-
-
-def _disk_offload(dtype: Any, device: str) -> Iterator[tuple[str, Any]]:
-    """DiffSynth's low-VRAM setting for 8 GB and more: weights stay on disk until a layer needs them.
-
-    On a CPU a layer is read when it computes, and not kept: the memory it would wait in is the device's.
-    """
-    import torch
-
-    on_disk: tuple[str, Any] = ("disk", "disk")
-    is_cpu = torch.device(device).type == "cpu"
-    for stage, (place, kind) in {
-        "offload": on_disk,
-        "onload": on_disk if is_cpu else ("cpu", dtype),
-        "preparing": on_disk if is_cpu else (device, dtype),
-        "computation": (device, dtype),
-    }.items():
-        yield f"{stage}_device", place
-        yield f"{stage}_dtype", kind

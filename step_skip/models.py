@@ -24,6 +24,8 @@ ROOT = Path(__file__).resolve().parents[1]
 TINY_PLACES = (ROOT / "data" / "tiny_wan_i2v", Path(__file__).with_name("tiny_wan_i2v"))
 TINY_DIR = next((path for path in TINY_PLACES if path.is_dir()), TINY_PLACES[0])
 COMPONENTS = ("dit", "dit2", "vae", "text_encoder", "image_encoder")  # of all families, as they are loaded
+EXPERTS = ("dit", "dit2")  # for high noise, for low noise
+ENCODERS = ("text_encoder", "image_encoder")
 SKIP_BRANCH = "skip_branch"  # what --skip_cache uses besides, of a model that has it (cheaper.Branch)
 
 
@@ -34,9 +36,13 @@ class LoadOptions:
     model: str
     device: str
     dtype: str
-    vram: str = "auto"  # auto, plain or low
+    vram: str = "auto"  # or one of memory.HOMES
     model_dir: Path | None = None
     loras: tuple[Lora, ...] = ()
+    quantize: str | None = None  # one of compute.METHODS
+    compile: str | None = None  # a backend of torch.compile
+    size: tuple[int, int, int] | None = None  # height, width, num_frames; None: the model's; for estimates
+    tiled: bool = True  # for estimates
 
 
 def published_name(name: str) -> str:

@@ -14,9 +14,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 from step_skip.closeness import CLOSENESS, DEFAULT_CLOSENESS, FIT
+from step_skip.compute import inherited
 from step_skip.experts import check_tea_cache_experts, choose_guidance, experts_of
 from step_skip.files import InputError
 from step_skip.lora import Lora, check_lora_experts, describe_loras, parse_recorded_loras
+from step_skip.memory import in_tiles
 from step_skip.models import (
     cache_components,
     model_defaults,
@@ -51,7 +53,7 @@ if TYPE_CHECKING:
 
 CHEAPER_NAMES = ("skip_cache", "tea_cache_l1_thresh", "tea_cache_model_id")
 FIXED: Final = ("seed", "num_frames", "height", "width")  # by the prior's latents
-AUTO: Final = "auto"  # a --start_step that each prior decides for itself, a --num_steps that each clip does
+AUTO: Final = "auto"  # --start_step by the prior, --num_steps by the clip, --vae_tiling by sizes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +75,9 @@ class Choices:
     tea_cache_l1_thresh: float | None = None
     tea_cache_model_id: str | None = None
     lora: Sequence[Lora] | None = None
+    quantize: str | None = None  # compute.OFF: not what the prior was made with
+    compile: str | None = None  # likewise
+    tiled: bool | Literal["auto"] | None = None  # decoded in tiles; AUTO: if whole frames take too much
     fps: float | None = None
     image: Path | Image | None = None  # an older prior needs it; others only compare it with their own
     model: str | None = None  # this and what follows has to be the prior's
@@ -106,6 +111,9 @@ class Plan:
     image: Path | Image | None  # an older prior needs it, others only compare it with their own
     model: str
     dtype: str | None  # None: the one an older prior's latents are in
+    quantize: str | None = None
+    compile: str | None = None
+    tiled: bool | None = None  # None: as the prior's own video
     auto: AutoStep | None = None  # where start_step comes from, if it was left to the prior
     knows_nega: bool = False  # the first step's negative branch is the prior's own, and read
     closeness: float | None = None  # in dB: the first step chooses the shortest path expected to reach it
@@ -162,6 +170,9 @@ def make_plan(choices: Choices, prior: Prior) -> Plan:
             tea_cache_model_id=choices.tea_cache_model_id,
         ),
         lora=recorded if choices.lora is None else describe_loras(choices.lora),
+        quantize=inherited(choices.quantize, prior.metadata.get("quantize")),
+        compile=inherited(choices.compile, prior.metadata.get("compile")),
+        tiled=choose_tiling(choices, prior, model),
         prompt=chosen["prompt"],
         negative_prompt=chosen["negative_prompt"],
         cfg_scale=choose_guidance(
@@ -204,9 +215,18 @@ def knows_first_nega(plan: Plan, prior: Prior) -> bool:
         and first != 1
         and plan.negative_prompt == prior.metadata["negative_prompt"]
         and plan.lora == prior.metadata.get("lora", [])
+        and (plan.quantize, plan.compile) == (prior.metadata.get("quantize"), prior.metadata.get("compile"))
         and plan.skip_cache is plan.tea_cache_l1_thresh is None
         and prior.has(noise_pred_nega_file(plan.steps_to_run[0]))
     )
+
+
+def choose_tiling(choices: Choices, prior: Prior, model: str) -> bool | None:
+    """Whether the video is decoded in tiles; None: as the prior's own."""
+    if choices.tiled is None:
+        return None
+    tiled = in_tiles(choices.tiled, model, prior.metadata, model_dir=choices.model_dir)
+    return None if tiled == prior.metadata.get("tiled", True) else tiled
 
 
 def check_choices(choices: Choices, prior: Prior) -> None:
@@ -411,6 +431,8 @@ def settings_of(plan: Plan, prior: Prior) -> RunSettings:
     """The prior's settings, and of the plan what it decides itself."""
     names = {field.name for field in dataclasses.fields(RunSettings)}
     own = {name: value for name, value in vars(plan).items() if name in names}
+    if plan.tiled is None:
+        del own["tiled"]
     recorded = {name: value for name, value in prior.metadata.items() if name in names}
     return RunSettings(**{**recorded, **own})
 

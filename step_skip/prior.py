@@ -81,6 +81,11 @@ class RunSettings:
     switch_DiT_boundary: float | None = None  # where the second of two experts takes over
 
     @property
+    def size(self) -> tuple[int, int, int]:
+        """Height, width (pixels) and number of frames."""
+        return self.height, self.width, self.num_frames
+
+    @property
     def pipeline_inputs(self) -> dict[str, Any]:
         """The settings that WanVideoPipeline takes."""
         left_out = ["skip_cache", *(["switch_DiT_boundary"] if self.switch_DiT_boundary is None else [])]

@@ -10,13 +10,14 @@ import logging
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from step_skip.experts import check_tea_cache_experts
 from step_skip.families import FAMILIES, MODELS, Family, expert_of
 from step_skip.files import InputError
 from step_skip.loading import describe_machine, installed_versions
 from step_skip.lora import check_lora_experts, describe_loras
+from step_skip.memory import in_tiles
 from step_skip.metadata import check_distinct
 from step_skip.models import LoadOptions, model_defaults
 from step_skip.plan import CHEAPER_NAMES, choose_cheaper
@@ -54,6 +55,7 @@ class PriorChoices:
     skip_cache: int | None = None
     tea_cache_l1_thresh: float | None = None
     tea_cache_model_id: str | None = None
+    tiled: bool | Literal["auto"] = True  # decoded in tiles; auto: if whole frames take too much memory
 
 
 def check_images(model: str, family: Family, *, image: bool, end_image: bool) -> None:
@@ -176,7 +178,8 @@ def plan_prior(options: LoadOptions, choices: PriorChoices, *, family: str) -> d
         "family": family,
         "lora": describe_loras(options.loras),
         "dtype": options.dtype,
-        "tiled": True,
+        **{name: getattr(options, name) for name in ("vram", "quantize", "compile")},
+        "tiled": in_tiles(choices.tiled, options.model, sizes, model_dir=options.model_dir),
         **TILING,
         **describe_machine(options.device),
         "versions": installed_versions(),

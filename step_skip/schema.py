@@ -214,6 +214,11 @@ class Metadata(Schedule):
     skip_cache: Annotated[int, _between(2, MAX_STEPS)] | None = None
     tea_cache_l1_thresh: Positive | None = None
     tea_cache_model_id: Name = ""
+    vram: Name = ""
+    quantize: Literal["fp8"] | None = None
+    compile: Name | None = None
+    attention: Name = ""
+    peak_memory: Few[dict[str, Count | None]] = {}
     device: Name = ""
     device_name: Name = ""
     num_threads: Count = 0

@@ -186,6 +186,8 @@ def check_one_model(plans: list[tuple[Prior, Plan]]) -> None:
             ("model", first_plan.model, plan.model),
             ("dtype", first_plan.dtype, plan.dtype),
             ("lora", first_plan.lora, plan.lora),
+            ("quantize", first_plan.quantize, plan.quantize),
+            ("compile", first_plan.compile, plan.compile),
             ("model_fingerprint", recorded_weights(first), recorded_weights(prior)),
         ):
             if one != other:

@@ -57,7 +57,7 @@ def warn_of_doubts(group: Group, *, device: str) -> None:
             "versions, device"
         )
         return
-    names = ("torch", "diffsynth", "device_name")
+    names = ("torch", "diffsynth", "device_name", "attention")
     differ = [
         f"{name} {now} (then {then!r})"
         for name, now, then in differences_since(prior.metadata, device, names)

@@ -410,7 +410,7 @@ def test_metadata_that_says_something_impossible(prior_copy, infer, refused, cha
 
 def test_entries_that_a_later_version_added_are_left_alone(prior_copy, infer):
     """Nothing that is unknown may stop a prior of this format from loading."""
-    later = {"boundary": 0.875, "vram": "low", "attention": {"name": "sage"}, "lists": [[1]], "none": None}
+    later = {"boundary": 0.875, "precision": "int4", "kernel": {"name": "sage"}, "lists": [[1]], "none": None}
     edit_metadata(prior_copy, **later)
     sha256 = read_json(prior_copy / "run_metadata.json")["latents_sha256"]
     assert infer(prior_copy).report["latents_sha256"] == sha256
@@ -421,7 +421,7 @@ def test_entries_that_the_first_priors_lack(prior_copy, infer):
     later = ["lora", "formation", "stop_after", "save_decoded_videos", "device", "device_name", "num_threads"]
     later += ["seconds", "seconds_per_step", "forwards", "forwards_per_step", "latents_sha256", "prior_kind"]
     later += ["skip_cache", "tea_cache_l1_thresh", "tea_cache_model_id", "parameter_fingerprint", "created"]
-    later += ["family"]
+    later += ["family", "vram", "attention", "quantize", "compile", "peak_memory"]
     edit_metadata(prior_copy, **dict.fromkeys(later, ...))
     outcome = infer(prior_copy, "--dry_run")
     assert outcome.code == 0 and '"expected_seconds": null' in outcome.out

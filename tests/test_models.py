@@ -13,7 +13,8 @@ from helpers import PROMPT, listing, run_as_user
 
 from step_skip import loading
 from step_skip.files import InputError, RunError
-from step_skip.loading import load_pipeline, pick_device, pick_vram
+from step_skip.loading import load_pipeline, pick_device
+from step_skip.memory import HOMES
 from step_skip.models import (
     ROOT,
     LoadOptions,
@@ -52,6 +53,8 @@ def gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "a GPU")
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (state.free * 2**30, 80 * 2**30))
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda _: None)
+    monkeypatch.setattr(loading, "check_download", lambda *_: None)  # tests/test_machines.py
     return state
 
 
@@ -87,7 +90,6 @@ def test_a_14b_model_without_a_gpu_names_the_tiny_one(run, refused, asked, image
 def test_a_cpu_that_is_named_may_run_a_14b_model(caplog):
     assert pick_device("I2V-480P", "cpu") == "cpu"
     assert "I2V-480P on a CPU, as asked for" in caplog.text
-    assert pick_vram(options(device="cpu")) == "low"
 
 
 def with_published_files(base: Path, model: str) -> None:
@@ -108,12 +110,13 @@ def test_the_published_files_are_asked_for(run, gpu, asked, image, tmp_path, mon
     def stop():
         raise RunError("far enough")
 
-    outcome = run("generate_prior", "--model", model, "--image", image, "--output_dir", tmp_path / "priors")
+    command = ("--model", model, "--vram", "cpu", "--image", image, "--output_dir", tmp_path / "priors")
+    outcome = run("generate_prior", *command)
     assert (outcome.code, outcome.out) == (1, "")
     assert "far enough" in outcome.error
     assert set(asked) == PUBLISHED | {(MODEL_IDS[model], DIT)}
     given, files = loaded[0]
-    assert (given.model, given.device, given.dtype, given.vram) == (model, "cuda", "bfloat16", "auto")
+    assert (given.model, given.device, given.dtype, given.vram) == (model, "cuda", "bfloat16", "cpu")
     assert [path.name for path in files["dit"]] == SHARDS
     assert not (tmp_path / "priors").exists()
 
@@ -136,16 +139,15 @@ def test_only_what_is_needed_is_asked_for(gpu, asked, tmp_path, monkeypatch):
 
 
 def test_diffsynth_gets_the_files_that_were_found(gpu, asked, tmp_path, monkeypatch):
-    """from_pretrained is given paths, never asked to fetch; low VRAM means offloading to disk."""
+    """from_pretrained is given paths, never asked to fetch, and where weights lie that are not at work."""
     from diffsynth.pipelines.wan_video import WanVideoPipeline
 
     calls = []
     pipe = SimpleNamespace(dit=torch.nn.Linear(1, 1), dit2=None, torch_dtype=torch.bfloat16, device="cpu")
     monkeypatch.setattr(WanVideoPipeline, "from_pretrained", lambda **kwargs: calls.append(kwargs) or pipe)
     with_published_files(tmp_path, "I2V-480P")
-    for free, vram in ((80, "auto"), (24, "auto"), (80, "low"), (8, "plain")):
-        gpu.free = free
-        chosen = options(vram=vram, model_dir=tmp_path)
+    for mode in HOMES:
+        chosen = options(vram=mode, model_dir=tmp_path)
         load_pipeline(chosen, weight_files(chosen))
     assert not asked
     for call in calls:
@@ -154,29 +156,14 @@ def test_diffsynth_gets_the_files_that_were_found(gpu, asked, tmp_path, monkeypa
         assert [Path(path).stem for path in paths[1:]] == list(OTHERS.values())
         assert Path(call["tokenizer_config"].path) == tmp_path / "Wan-AI/Wan2.1-T2V-1.3B/google/umt5-xxl"
         assert call["torch_dtype"] == torch.bfloat16
-    assert [call["vram_limit"] for call in calls] == [None, 78, 78, None]
-    places = [{config.offload_device for config in call["model_configs"]} for call in calls]
-    assert places == [{None}, {"disk"}, {"disk"}, {None}]
-
-
-@pytest.mark.parametrize(
-    ("free", "vram", "expected"),
-    [
-        (80, "auto", "plain"),
-        (64, "auto", "plain"),
-        (63, "auto", "low"),
-        (8, "auto", "low"),
-        (8, "plain", "plain"),
-        (80, "low", "low"),
-    ],
-)
-def test_the_vram_mode_follows_the_free_vram_unless_told(gpu, free, vram, expected):
-    gpu.free = free
-    assert pick_vram(options(vram=vram)) == expected
-
-
-def test_the_tiny_model_never_asks_for_vram():
-    assert pick_vram(options(model="tiny", device="cpu")) == "plain"
+    assert {call["vram_limit"] for call in calls} == {78}
+    places = [[config.offload_device for config in call["model_configs"]] for call in calls]
+    assert places == [
+        [None, None, "cpu", "cpu"],  # DiT and VAE, then the encoders
+        ["cpu"] * 4,
+        ["cpu", "cpu", "disk", "disk"],
+        ["disk"] * 4,
+    ]
 
 
 # --- no network ---------------------------------------------------------------------------------------------

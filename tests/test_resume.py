@@ -15,11 +15,17 @@ from step_skip.files import RunError, _take, locked
 from step_skip.metadata import PriorWriter
 from step_skip.prior import step_files
 
-TIMES = {"created", "seconds", "seconds_per_step", "metadata_sha256"}  # the last covers the others
+TIMES = {
+    "created",
+    "seconds",
+    "seconds_per_step",
+    "peak_memory",
+    "metadata_sha256",
+}  # the last covers the others
 
 
 def told(prior, *, without=("run_id",)):
-    """A prior's metadata but for times."""
+    """A prior's metadata but for times and memory."""
     metadata = read_json(prior / "run_metadata.json")
     return {key: value for key, value in metadata.items() if key not in TIMES | set(without)}
 
@@ -30,7 +36,7 @@ def files_of(prior):
 
 
 def assert_same(finished, undisturbed):
-    """Byte for byte the same files, the same metadata but for times."""
+    """Byte for byte the same files, the same metadata but for times and memory."""
     assert files_of(finished) == files_of(undisturbed)
     assert told(finished) == told(undisturbed)
     names = ("seconds_per_step", "forwards_per_step")
