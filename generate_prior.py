@@ -70,11 +70,11 @@ from step_skip.prior import (
     bytes_of_steps,
     check_files,
     check_fingerprint,
-    check_run_id,
     denoised_file,
 )
 from step_skip.prior_plan import PriorChoices, check_images, check_prior_choices, plan_prior
 from step_skip.results import Clock
+from step_skip.run_dir import check_run_id
 from step_skip.steps import recommended_num_steps
 from step_skip.tell import describe_seconds, load_told
 

@@ -40,7 +40,8 @@ from step_skip.media import video_bytes
 from step_skip.memory import check_download, say_what_each_mode_takes
 from step_skip.models import model_defaults
 from step_skip.page import write_page
-from step_skip.plan import AUTO, FIXED, settings_of
+from step_skip.plan import FIXED, settings_of
+from step_skip.plan_steps import AUTO
 from step_skip.preview import check_previewable
 from step_skip.steps import DEFAULT_TEXT_SHARE, FORMATION_FILE
 from step_skip.sweep import (

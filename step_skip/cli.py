@@ -22,7 +22,8 @@ from step_skip.families import MODEL_NAMES
 from step_skip.files import DTYPES, InputError
 from step_skip.lora import Lora, parse_lora
 from step_skip.models import LoadOptions
-from step_skip.plan import AUTO, Choices
+from step_skip.plan import Choices
+from step_skip.plan_steps import AUTO
 from step_skip.schema import LIMITS, MAX_STEPS, is_utf8
 from step_skip.terminal import Terminated as Terminated  # the scripts' and tests' door
 from step_skip.terminal import one_line

@@ -6,7 +6,7 @@ import argparse
 
 from step_skip.compute import METHODS, OFF
 from step_skip.memory import HOMES
-from step_skip.plan import AUTO
+from step_skip.plan_steps import AUTO
 
 INHERITED = "(default: the prior's)"
 

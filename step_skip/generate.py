@@ -33,7 +33,6 @@ from step_skip.prior import (
     OUTPUT_FILE,
     Prior,
     context_file,
-    create_run_dir,
     damaged_files,
     denoised_file,
     identity_file,
@@ -47,6 +46,7 @@ from step_skip.prior import (
 )
 from step_skip.prior_plan import PriorChoices, check_images, check_prior_choices, plan_prior
 from step_skip.results import Clock, RunResult
+from step_skip.run_dir import create_run_dir
 from step_skip.steps import record_branch_distance, save_formation
 from step_skip.words import warn_of_embedded
 

@@ -1,7 +1,7 @@
 """One video to make from a prior, as data: every choice, and what has to be read for it.
 
 Choices and a prior's metadata go in, a `Plan` comes out. Nothing is loaded and nothing shared: any machine
-that has the prior can run it. The arithmetic of steps and sigmas is at the end.
+that has the prior can run it. Which steps it runs is chosen in plan_steps.py.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal
 
-from step_skip.closeness import CLOSENESS, DEFAULT_CLOSENESS, FIT
 from step_skip.compute import inherited
 from step_skip.experts import check_tea_cache_experts, choose_guidance, experts_of
 from step_skip.files import InputError
@@ -24,6 +23,7 @@ from step_skip.models import (
     model_defaults,
     published_name,
 )
+from step_skip.plan_steps import choose_steps
 from step_skip.prior import (
     SCHEDULE_FLAGS,
     Prior,
@@ -36,24 +36,13 @@ from step_skip.prior import (
     ranges,
     step_file,
 )
-from step_skip.steps import (
-    DEFAULT_TEXT_SHARE,
-    SAME_SIGMA,
-    AutoStep,
-    choose_start_step,
-    place_on_path,
-    recommended_num_steps,
-    recommended_start_step,
-    spread_steps,
-    tail_sigmas,
-)
+from step_skip.steps import AutoStep, place_on_path
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 CHEAPER_NAMES = ("skip_cache", "tea_cache_l1_thresh", "tea_cache_model_id")
 FIXED: Final = ("seed", "num_frames", "height", "width")  # by the prior's latents
-AUTO: Final = "auto"  # --start_step by the prior, --num_steps by the clip, --vae_tiling by sizes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -279,152 +268,6 @@ def choose_cheaper(
     model_id = tea_cache_model_id or published_name(model)
     check_tea_cache_model_id(model_id)
     return {"skip_cache": None, "tea_cache_l1_thresh": tea_cache_l1_thresh, "tea_cache_model_id": model_id}
-
-
-def choose_steps(choices: Choices, prior: Prior) -> dict[str, Any]:
-    """Method, start_step, steps_to_run and sigmas of a plan, and auto where that chose them.
-
-    Raises:
-        InputError: a step the prior doesn't have, or a prior without what a differential resume needs.
-    """
-    if choices.sigmas is not None:
-        return own_sigmas(choices.sigmas, prior)
-    differential = choices.steps is not None or choices.num_steps is not None
-    if choices.closeness is not None and choices.num_steps != AUTO:
-        raise InputError("--closeness is what --num_steps auto goes by: give that, too")
-    if prior.is_legacy and differential:
-        raise InputError(
-            "--steps needs the prior's velocities, which this older format lacks; use --start_step"
-        )
-    if not prior.is_complete and differential:
-        raise InputError(
-            f"--steps needs the prior's clean latents, and {prior.directory} was stopped after step "
-            f"{prior.whole_steps - 1}; use --start_step, or finish it with generate_prior.py --resume"
-        )
-    if choices.start_step == AUTO:
-        auto = choose_start_step(prior, choices.text_share or DEFAULT_TEXT_SHARE)
-        return remaining_steps(auto.step, prior, num_steps=choices.num_steps_after) | {"auto": auto}
-    resumes = not differential and prior.metadata.get("start_step_chosen", prior.is_legacy)
-    if resumes or choices.start_step is not None or not prior.is_complete:
-        start_step = resolve_start_step(choices.start_step, prior)
-        return remaining_steps(start_step, prior, num_steps=choices.num_steps_after)
-    if choices.num_steps_after is not None:
-        raise InputError("--num_steps_after spaces anew what is left after a step: give --start_step, too")
-    paths = auto_paths(choices, prior) if choices.num_steps == AUTO else None
-    return {
-        "method": "differential",
-        "start_step": None,
-        "steps_to_run": differential_steps(choices, prior) if paths is None else list(paths[-1]),
-        "sigmas": None,
-        "paths": paths,
-        "closeness": None if paths is None else choices.closeness or CLOSENESS[DEFAULT_CLOSENESS],
-    }
-
-
-def auto_paths(choices: Choices, prior: Prior) -> tuple[tuple[int, ...], ...]:
-    """The paths among which the first evaluation chooses, few steps first.
-
-    Raises:
-        InputError: what runs in two parts can't have them, or the prior has none of them.
-    """
-    for name in ("skip_cache", "tea_cache_l1_thresh"):
-        if getattr(choices, name) is not None:
-            raise InputError(
-                f"--num_steps auto and --{name} can't be had together: give --num_steps a number"
-            )
-    if isinstance(choices.cfg_scale, Sequence) and len(choices.cfg_scale) > 1:
-        raise InputError("--num_steps auto: give one --cfg_scale; how many steps run is not known before")
-    if len(prior.family.experts) > 1:
-        raise InputError("--num_steps auto: a model of two experts can't; give --num_steps a number")
-    total = prior.num_inference_steps
-    paths = (tuple(spread_steps(total, number)) for number in FIT if number <= total)
-    kept = [path for path in paths if prior.kept_steps is None or set(path) <= set(prior.kept_steps)]
-    return tuple(kept) or (tuple(prior.kept_steps or ()),)
-
-
-def own_sigmas(sigmas: Sequence[float], prior: Prior) -> dict[str, Any]:
-    """A resume on sigmas of its own, from where the prior's path is at the first of them.
-
-    Raises:
-        InputError: they don't decrease, or begin where the prior holds nothing.
-    """
-    if sigmas[-1] <= 0 or any(after >= now * (1 - SAME_SIGMA) for now, after in itertools.pairwise(sigmas)):
-        raise InputError(f"--sigmas {' '.join(map(str, sigmas))}: expected decreasing values above 0")
-    known = prior.metadata["scheduler_sigmas"]
-    try:
-        step, _ = place_on_path(sigmas[0], known)
-    except ValueError:
-        raise InputError(
-            f"--sigmas {sigmas[0]}: the prior begins at sigma {known[0]:.6g}; begin there or below"
-        ) from None
-    whole = prior.whole_steps
-    if sigmas[0] < (known[whole] if whole < len(known) else 0.0) * (1 - SAME_SIGMA):
-        raise InputError(
-            f"--sigmas {sigmas[0]}: {prior.directory} was stopped after step {whole - 1}; begin at "
-            f"{known[whole]:.6g} or above, or finish it with generate_prior.py --resume"
-        )
-    if prior.is_legacy and step == 0:
-        raise InputError(
-            f"--sigmas {sigmas[0]}: this older format holds nothing before step 0; begin at "
-            f"{known[1]:.6g} or below"
-        )
-    steps = list(range(len(sigmas)))
-    return {"method": "sigmas", "start_step": step - 1, "steps_to_run": steps, "sigmas": tuple(sigmas)}
-
-
-def remaining_steps(start_step: int, prior: Prior, *, num_steps: int | None) -> dict[str, Any]:
-    """A resume after a step, in the steps that are left or in so many others.
-
-    Raises:
-        InputError: none are left.
-    """
-    steps = list(range(start_step + 1, prior.num_inference_steps))
-    if num_steps in (None, len(steps)):
-        return {"method": "resume", "start_step": start_step, "steps_to_run": steps, "sigmas": None}
-    if not steps:
-        raise InputError(f"--num_steps_after {num_steps}: step {start_step} is the prior's last")
-    m = prior.metadata
-    begin = min(m["scheduler_sigmas"][start_step + 1], 1.0)  # not compared with the scheduler's yet
-    return {
-        "method": "sigmas",
-        "start_step": start_step,
-        "steps_to_run": list(range(num_steps)),
-        "sigmas": tuple(tail_sigmas(begin, num_steps, sigma_shift=m["sigma_shift"])),
-    }
-
-
-def resolve_start_step(choice: int | None, prior: Prior) -> int:
-    """The step of this prior that a --start_step means; None: the prior's recommendation, or its last step.
-
-    Raises:
-        InputError: the prior has no such step.
-    """
-    total = prior.num_inference_steps
-    last = total - 1 if prior.is_complete else prior.whole_steps - 1
-    if choice is None and prior.is_complete:
-        return prior.metadata.get("start_step", recommended_start_step(total))
-    if choice is not None and not 0 <= choice <= last:
-        raise InputError(f"--start_step {choice}: the prior has steps 0 to {last}")
-    return last if choice is None else choice
-
-
-def differential_steps(choices: Choices, prior: Prior) -> list[int]:
-    """The steps of a differential resume: those given, or so many at their places in the schedule.
-
-    Raises:
-        InputError: the prior has no such steps.
-    """
-    total = prior.num_inference_steps
-    num_steps = recommended_num_steps(total) if choices.num_steps is None else int(choices.num_steps)
-    if not 1 <= num_steps <= total:
-        raise InputError(f"--num_steps {num_steps}: the prior has only {total} steps")
-    steps = list(choices.steps or spread_steps(total, num_steps))
-    is_chosen = choices.steps is not None or choices.num_steps is not None
-    if prior.kept_steps is not None and not is_chosen and not set(steps) <= set(prior.kept_steps):
-        steps = list(prior.kept_steps)
-    if sorted(set(steps)) != steps or not 0 <= steps[0] <= steps[-1] < total:
-        raise InputError(f"--steps {steps}: expected increasing steps between 0 and {total - 1}")
-    return steps
 
 
 def settings_of(plan: Plan, prior: Prior) -> RunSettings:

@@ -31,7 +31,8 @@ from helpers import (
 from step_skip.files import InputError, replacing, sha256_tensor
 from step_skip.media import is_whole_mp4, write_video
 from step_skip.metadata import PriorWriter
-from step_skip.prior import context_file, create_run_dir
+from step_skip.prior import context_file
+from step_skip.run_dir import create_run_dir
 from step_skip.tensor_file import load_tensor
 
 OWN_KEYS = {

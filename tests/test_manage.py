@@ -8,7 +8,7 @@ import pytest
 from helpers import PROMPT, edit_metadata
 
 from step_skip.images import id_from_name
-from step_skip.prior import create_run_dir
+from step_skip.run_dir import create_run_dir
 
 
 @pytest.mark.parametrize(

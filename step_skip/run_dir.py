@@ -1,0 +1,53 @@
+"""The folder of a new prior: its name, and that no other has it."""
+
+from __future__ import annotations
+
+import re
+import time
+from pathlib import Path
+
+from step_skip.files import InputError
+
+
+def check_run_id(output_dir: Path, run_id: str | None) -> None:
+    """Refuse a run id that is taken, or that is no part of a file's name.
+
+    Raises:
+        InputError: it is.
+    """
+    if run_id is not None and not re.fullmatch(r"[\w.-]+", run_id, flags=re.ASCII):
+        raise InputError(f"--run_id {run_id!r}: use letters, digits, . _ and - only")
+    if run_id is not None and (output_dir / f"run_{run_id}").exists():
+        raise InputError(
+            f"{output_dir / f'run_{run_id}'} exists and is never overwritten; "
+            "choose another --run_id, remove it, or finish it with --resume"
+        )
+
+
+def create_run_dir(output_dir: Path, run_id: str | None, *, name: str = "") -> tuple[Path, str]:
+    """Make an empty `run_<id>` below `output_dir`; without an id, one from a name that is still free.
+
+    Args:
+        name: an id that another may have; "": the date and time.
+
+    Raises:
+        InputError: the id is taken, or the folder can't be written.
+    """
+    check_run_id(output_dir, run_id)
+    wanted = run_id or name or time.strftime("%Y%m%d_%H%M%S")
+    candidate, tries = wanted, 1
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        while True:
+            directory = output_dir / f"run_{candidate}"
+            try:
+                directory.mkdir()  # fails where it exists, also when two runs try at once
+                return directory, candidate
+            except FileExistsError:
+                check_run_id(output_dir, run_id)
+                tries += 1
+                candidate = f"{wanted}_{tries}"
+    except OSError as error:
+        raise InputError(
+            f"cannot write to {output_dir}: {error.strerror}; name a folder that can be written"
+        ) from error
