@@ -38,7 +38,7 @@ from helpers import PUBLISHED_KEYS
 import generate_prior
 import infer_from_prior
 import prior_utils
-from step_skip import jobs, pipeline
+from step_skip import pipeline, tell
 from step_skip.files import sha256_file
 from step_skip.loading import Model, load
 from step_skip.metadata import sealed
@@ -133,19 +133,18 @@ class Campaign:
     @contextlib.contextmanager
     def loaded(self) -> Iterator[None]:
         """The commands as they are, but that the model is loaded already."""
-        real = jobs.load_components, pipeline.release
+        real = tell.load_components, pipeline.release
 
         def load_components(options: Any, components: Any, *, check: Callable[..., Any], **_: Any) -> Model:
             check(self.model.fingerprint)
             return self.model
 
-        jobs.load_components = generate_prior.load_components = load_components
+        tell.load_components = load_components
         pipeline.release = lambda pipe, names: None
         try:
             yield
         finally:
-            jobs.load_components, pipeline.release = real
-            generate_prior.load_components = jobs.load_components
+            tell.load_components, pipeline.release = real
 
 
 # --- one case -----------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
+from step_skip.compute import OFF
 from step_skip.experts import choose_guidance, experts_of
 from step_skip.lora import lora_text, parse_recorded_loras
 from step_skip.models import model_defaults
@@ -90,6 +91,11 @@ def flags_of(report: Mapping[str, Any], prior: Prior) -> dict[str, Any]:
         given = list(given) if isinstance(given, tuple) else given
         if given not in (None, default):
             flags[name] = given
+    if (tiled := report.get("tiled", True)) != m.get("tiled", True):
+        flags["vae_tiling"] = "on" if tiled else "off"
+    for name in ("quantize", "compile"):
+        if (given := report.get(name)) != m.get(name):
+            flags[name] = given or OFF
     if prior.is_legacy:
         flags |= {name: report[name] for name in ("image", "model")}
     if (loras := report.get("lora", [])) != m.get("lora", []):

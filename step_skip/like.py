@@ -10,7 +10,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from step_skip import cli
+from step_skip import cli, cli_machine
 from step_skip.command import METHODS, flags_of
 from step_skip.files import InputError, read_file
 from step_skip.metadata import MAX_METADATA_BYTES, read_prior
@@ -40,7 +40,7 @@ def take_over(args: argparse.Namespace, given: Collection[str]) -> None:
         del flags["prompt"]
     for name, value in flags.items():
         if f"--{name}" not in given:
-            setattr(args, name, _as_given(name, value, where))
+            setattr(args, "tiled" if name == "vae_tiling" else name, _as_given(name, value, where))
 
 
 def _as_given(name: str, value: Any, where: str) -> Any:
@@ -54,6 +54,9 @@ def _as_given(name: str, value: Any, where: str) -> Any:
         "model_dir": cli.utf8_path,
         "image": cli.utf8_path,
         "lora": cli.lora_argument,
+        "vae_tiling": cli_machine.tiling,
+        "quantize": cli.utf8_text,
+        "compile": cli.utf8_text,
     }
     if name not in kinds:
         taken = cli.read_override(name, value, where)

@@ -617,7 +617,7 @@ def test_an_older_priors_file_that_is_swapped(older_prior, infer, image, monkeyp
         torch.save(torch.zeros(SHAPE), path)
         return inputs
 
-    monkeypatch.setattr("infer_from_prior.read_inputs", swap_after)
+    monkeypatch.setattr("step_skip.sweep.read_inputs", swap_after)
     outcome = infer(older_prior, "--model", "tiny", "--image", image, "--prompt", PROMPT)
     assert outcome.code == 2 and "step_0006.pt is damaged: its SHA-256" in outcome.error
 

@@ -127,11 +127,20 @@ def test_like_with_some_flags_changed(clip, run, tmp_path):
     assert (fewer["negative_prompt"], fewer["fps"]) == ("wobbly", 4)
 
 
-@pytest.mark.parametrize("flags", [("--start_step", 7), ("--sigmas", 0.9, 0.5), ("--start_step", "auto")])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--start_step", 7, "--vae_tiling", "off"),
+        ("--sigmas", 0.9, 0.5),
+        ("--start_step", "auto"),
+        ("--num_steps", "auto"),
+    ],
+)
 def test_like_a_clip_of_each_method(prior_copy, infer, run, tmp_path, flags):
     clip = infer(prior_copy, "--prompt", OTHER_PROMPT, *flags, "--output", tmp_path / "clip.mp4")
     again = like(run, clip.path, "--output", tmp_path / "again.mp4")
     assert again.report["latents_sha256"] == clip.report["latents_sha256"]
+    assert again.report["tiled"] == clip.report["tiled"]
 
 
 def test_like_a_clip_of_an_older_version_and_format(older_prior, infer, run, image, tmp_path):
