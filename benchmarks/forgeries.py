@@ -133,19 +133,19 @@ class Campaign:
     @contextlib.contextmanager
     def loaded(self) -> Iterator[None]:
         """The commands as they are, but that the model is loaded already."""
-        real = jobs.load_components, pipeline.release
+        real = jobs.load_told, pipeline.release
 
-        def load_components(options: Any, components: Any, *, check: Callable[..., Any], **_: Any) -> Model:
+        def load_told(options: Any, components: Any, *, check: Callable[..., Any], **_: Any) -> Model:
             check(self.model.fingerprint)
             return self.model
 
-        jobs.load_components = generate_prior.load_components = load_components
+        jobs.load_told = generate_prior.load_told = load_told
         pipeline.release = lambda pipe, names: None
         try:
             yield
         finally:
-            jobs.load_components, pipeline.release = real
-            generate_prior.load_components = jobs.load_components
+            jobs.load_told, pipeline.release = real
+            generate_prior.load_told = jobs.load_told
 
 
 # --- one case -----------------------------------------------------------------------------------------------
