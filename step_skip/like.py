@@ -104,7 +104,11 @@ def read_comment(path: Path) -> str:
         [*command, "-f", "ffmetadata", "-"], capture_output=True, stdin=subprocess.DEVNULL
     )
     comment = re.search(rb"^comment=((?:[^\\\n]|\\.)*)", found.stdout, flags=re.MULTILINE | re.DOTALL)
-    return "" if comment is None else re.sub(rb"\\(.)", rb"\1", comment[1], flags=re.DOTALL).decode()
+    return (
+        ""
+        if comment is None
+        else re.sub(rb"\\(.)", rb"\1", comment[1], flags=re.DOTALL).decode("utf-8", "replace")
+    )
 
 
 def find_prior(report: Mapping[str, Any], path: Path) -> Path:

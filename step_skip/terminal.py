@@ -47,6 +47,7 @@ DISK_ERRORS = (  # the disk's or the user's fault, not the program's
 # how torch's allocators say it, and the loader of shared libraries
 OUT_OF_MEMORY = re.compile("out of memory|can(no|')t allocate memory|failed to map segment", re.IGNORECASE)
 HIDDEN = {"Cc", "Cf", "Cs", "Zl", "Zp"}  # Unicode's control, format, half and separating characters
+MAX_LINE = 10_000  # characters of a message
 JOINERS = "\u200c\u200d"  # format characters that scripts and emoji need
 
 
@@ -82,8 +83,9 @@ def _escaped(character: str) -> str:
 
 
 def one_line(message: str) -> str:
-    """A message as `plain` text on one line."""
-    return plain(" ".join(message.splitlines()))
+    """A message as `plain` text on one line; a name in it may have megabytes."""
+    line = plain(" ".join(message[: MAX_LINE + 1].splitlines()))
+    return line if len(line) <= MAX_LINE else f"{line[:MAX_LINE]}..."
 
 
 class MessageHandler(logging.Handler):

@@ -37,6 +37,10 @@ def test_a_message_is_a_line():
     assert one_line("one\r\ntwo\x0bthree\u2028four\x85five\n") == "one two three four five"
 
 
+def test_a_message_ends_somewhere():
+    assert len(one_line("a" * 10**7)) < 20_000
+
+
 # --- what a forged prior has shown --------------------------------------------------------------------------
 
 
