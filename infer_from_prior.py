@@ -21,48 +21,40 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
 
 import argparse
 import contextlib
+import itertools
 import logging
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import prior_utils
 from step_skip import cli, cli_machine
 from step_skip.closeness import CLOSENESS, DEFAULT_CLOSENESS
+from step_skip.cost import components_to_load, describe_job, summarize_jobs
 from step_skip.families import MODELS
-from step_skip.files import InputError, check_folder
-from step_skip.infer import warn_of_what_differs, warn_of_words
-from step_skip.jobs import load_options, run_jobs
+from step_skip.files import InputError, RunError, check_folder
+from step_skip.infer import warn_of_words, what_differs
+from step_skip.jobs import check_first, load_options, run_jobs
 from step_skip.like import take_over
 from step_skip.loading import loaded_first, pick_device
 from step_skip.lora import Lora, describe_loras, distilled_hint, find_recorded_loras, parse_recorded_loras
+from step_skip.made import find_made, settle_single
 from step_skip.media import video_bytes
 from step_skip.memory import check_download, say_what_each_mode_takes
-from step_skip.models import model_defaults
+from step_skip.models import LoadOptions, model_defaults
 from step_skip.page import write_page
+from step_skip.places import sweep_folder
 from step_skip.plan import FIXED, settings_of
 from step_skip.plan_steps import AUTO
 from step_skip.preview import check_previewable
 from step_skip.steps import DEFAULT_TEXT_SHARE, FORMATION_FILE
-from step_skip.sweep import (
-    Group,
-    Job,
-    all_jobs,
-    components_to_load,
-    describe_job,
-    is_made,
-    load_all_inputs,
-    make_groups,
-    read_all_inputs,
-    settle_single,
-    summarize_jobs,
-    sweep_folder,
-)
+from step_skip.sweep import Group, all_jobs, by_weights, make_groups
 from step_skip.tell import (
+    doubts_of,
     report_failures,
     say_what_auto_means,
+    say_what_is_left_out,
     say_what_runs,
-    warn_of_doubts,
     warn_of_old_motion,
 )
 
@@ -295,80 +287,95 @@ def add_checked_arguments(parser: argparse.ArgumentParser) -> None:
 # --- the run ------------------------------------------------------------------------------------------------
 
 
-def load_all(groups: Sequence[Group]) -> str:
-    """Check every prior's schedule, load its tensors, and return the dtype they are in.
-
-    Raises:
-        InputError: a schedule differs, a file holds something else, or the dtypes differ.
-    """
-    from step_skip.schedule import check_installed_schedule
-
-    dtypes: dict[str, Path] = {}
-    for group in groups:
-        check_installed_schedule(group.prior)
-        dtypes.setdefault(load_all_inputs(group), group.prior.directory)
-    if len(dtypes) > 1:
-        raise InputError(f"{' and '.join(map(str, dtypes.values()))} differ in dtype; sweep them apart")
-    return next(iter(dtypes))
-
-
-def find_loras(jobs: Sequence[Job]) -> tuple[Lora, ...]:
-    """The LoRAs that a prior records; its videos' JSON describes them as they are applied now.
+def find_loras(groups: Sequence[Group]) -> tuple[Lora, ...]:
+    """The LoRAs that priors record; their videos' JSON describes them as they are applied now.
 
     Raises:
         InputError: see `find_recorded_loras`.
     """
-    loras = find_recorded_loras(jobs[0].plan.lora)
+    loras = find_recorded_loras(groups[0].jobs[0].plan.lora)
     described = describe_loras(loras)
-    for job in jobs:
-        job.plan = replace(job.plan, lora=described)
+    for job in all_jobs(groups):
+        if job.plan.lora != described:
+            job.plan = replace(job.plan, lora=described)
     return loras
 
 
-def make_videos(
-    groups: Sequence[Group], args: argparse.Namespace, *, there: int | None
-) -> dict[Path, Exception]:
-    """Check what is left to check, load the model and run; returns the errors of jobs that failed.
+def prepare(groups: Sequence[Group], args: argparse.Namespace) -> tuple[LoadOptions, dict[Path, Exception]]:
+    """Check what can be before weights are loaded, of priors that need the same; and say what is doubtful.
 
-    Args:
-        there: the videos of a sweep that are there already; None: no sweep, a single video.
+    Returns:
+        What to load; and by video what is wrong with the first priors.
+
+    Raises:
+        InputError: the device, the LoRAs or all of the priors can't be used.
     """
     jobs = all_jobs(groups)
-    model, folder = jobs[0].plan.model, jobs[0].path.parent
+    model = jobs[0].plan.model
     device = pick_device(model, args.device)
-    loras = find_loras(jobs) if args.lora is None else tuple(args.lora)
-    for group in groups:
-        warn_of_doubts(group, device=device)
-        warn_of_what_differs(group)
+    loras = find_loras(groups) if args.lora is None else tuple(args.lora)
+    doubts = ((*doubts_of(group, device=device), *what_differs(group)) for group in groups)
+    for doubt in dict.fromkeys(itertools.chain(*doubts)):
+        log.warning(doubt)
     warn_of_old_motion(groups)
-    dtype = load_all(groups)
-    sizes = [video_bytes(settings_of(job.plan, job.prior)) for job in jobs]
-    check_folder(folder, sum(sizes) + 2**20)
-    say_what_runs(groups, there=there)
+    dtype, failed = check_first(groups)
     guided = args.lora and any(job.plan.cfg_scale != 1 for job in jobs)
     if guided and (hint := distilled_hint(loras, sigmas=True)):
         log.info(hint)
     options = load_options(
-        jobs, device=device, dtype=dtype, vram=args.vram, model_dir=args.model_dir, loras=loras
+        groups, device=device, dtype=dtype, vram=args.vram, model_dir=args.model_dir, loras=loras
     )
     warn_of_words(groups, options)
-    with contextlib.nullcontext() if there is None else sweep_folder(folder):
-        return run_jobs(groups, options=options)
+    return options, failed
 
 
-def dry_run(jobs: Sequence[Job], args: argparse.Namespace, *, there: int) -> None:
+def make_videos(
+    groups: Sequence[Group], args: argparse.Namespace, *, there: int | None, contexts: Path | None
+) -> dict[Path, Exception]:
+    """Load one model after the other and make its videos; returns the errors of jobs that failed.
+
+    Args:
+        there: the videos of a sweep that are there already; None: no sweep, a single video.
+        contexts: see `run_jobs`.
+
+    Raises:
+        InputError, RunError: none of the priors could be used, or no model could be loaded.
+    """
+    jobs, batches = all_jobs(groups), by_weights(groups)
+    folder = jobs[0].folder
+    failed: dict[Path, Exception] = {}
+    for number, batch in enumerate(batches):
+        try:
+            options, unusable = prepare(batch, args)
+            failed |= unusable
+            usable = [group for group in batch if group.jobs[0].path not in unusable]
+            if number == 0:
+                firsts = [(group, settings_of(group.jobs[0].plan, group.prior)) for group in groups]
+                check_folder(folder, sum(len(group.jobs) * video_bytes(own) for group, own in firsts) + 2**20)
+                say_what_runs(groups, there=there)
+            with contextlib.nullcontext() if there is None else sweep_folder(folder):
+                failed |= run_jobs(usable, options=options, contexts=contexts)
+        except (InputError, RunError) as error:
+            if len(batches) == 1:
+                raise
+            failed |= {job.path: error for job in all_jobs(batch)}
+    return failed
+
+
+def dry_run(groups: Sequence[Group], args: argparse.Namespace, *, there: int, contexts: Path | None) -> None:
     """Say what the jobs that are left would take: time, memory, what would be loaded and downloaded."""
-    components = components_to_load(jobs)
-    loaded = ", ".join(components) or "nothing"
-    log.info(f"{summarize_jobs(jobs)}; {there} are there already; would load {loaded}")
-    if jobs:
-        plan = jobs[0].plan
+    batches = by_weights(groups)
+    needed = [components_to_load(batch, contexts) for batch in batches]
+    loaded = ", ".join(dict.fromkeys(itertools.chain(*needed))) or "nothing"
+    log.info(f"{summarize_jobs(all_jobs(groups))}; {there} are there already; would load {loaded}")
+    for batch, components in zip(batches, needed, strict=True):
+        plan = batch[0].jobs[0].plan
         device = "cuda" if plan.model in MODELS else "cpu"  # also where there is none
         device = device if args.device is None else pick_device(plan.model, args.device)
         dtype = plan.dtype or model_defaults(plan.model, args.model_dir).dtype
         loras = parse_recorded_loras(plan.lora)
         options = load_options(
-            jobs, device=device, dtype=dtype, vram=args.vram, model_dir=args.model_dir, loras=loras
+            batch, device=device, dtype=dtype, vram=args.vram, model_dir=args.model_dir, loras=loras
         )
         check_download(options, components)
         say_what_each_mode_takes(options, loaded_first(components))
@@ -380,7 +387,7 @@ def main(argv: list[str] | None = None) -> Path | str:
     if args.verify:
         return prior_utils.verify(args.prior_dir)
     is_sweep = args.prompts_file is not None or args.output_dir is not None
-    groups = make_groups(
+    groups, left_out = make_groups(
         args.prior_dir,
         cli.read_choices(args),
         output=args.output,
@@ -390,23 +397,26 @@ def main(argv: list[str] | None = None) -> Path | str:
         nearest=args.nearest,
     )
     jobs = all_jobs(groups)
+    is_sweep = is_sweep or len(jobs) > 1 or bool(left_out)
+    say_what_is_left_out(left_out)
     for job in jobs if args.preview else ():
         check_previewable(job.prior)
         job.preview = True
-    is_sweep = is_sweep or len(jobs) > 1
     say_what_auto_means(groups)
-    read_all_inputs(groups)
     if not is_sweep:
         settle_single(groups[0], output=args.output, overwrite=args.overwrite)
-    made = {job.path for group in groups for job in group.jobs if not args.overwrite and is_made(job, group)}
-    left = [replace(group, jobs=[job for job in group.jobs if job.path not in made]) for group in groups]
-    to_do = [group for group in left if group.jobs]
+    failed = {} if args.overwrite else find_made(groups)
+    there = sum(job.made for job in jobs)
+    folder = jobs[0].folder
+    contexts = folder if is_sweep and len(groups) > 1 else None
+    to_do = list(jobs_left(groups, failed))
     if args.dry_run:
-        dry_run(all_jobs(to_do), args, there=len(made))
-        return "\n".join(describe_job(job, made=job.path in made) for job in jobs)
-    if not is_sweep and made:
+        dry_run(to_do, args, there=there, contexts=contexts)
+        return "\n".join(map(describe_job, jobs))
+    if not is_sweep and there:
         log.info("made before, by the same choices, and whole: nothing to do")
-    failed = make_videos(to_do, args, there=len(made) if is_sweep else None) if to_do else {}
+    if to_do:
+        failed |= make_videos(to_do, args, there=there if is_sweep else None, contexts=contexts)
     if not is_sweep:
         if failed:
             raise next(iter(failed.values()))
@@ -415,12 +425,18 @@ def main(argv: list[str] | None = None) -> Path | str:
                 f"--output: another run made {args.output} meanwhile; this run's clip is {jobs[0].path}"
             )
         return jobs[0].path
-    folder = jobs[0].path.parent
     if len(failed) < len(jobs):
         with sweep_folder(folder):
             write_page(folder)
-    report_failures(failed, len(jobs))
+    report_failures(failed, len(jobs), folder=folder, left_out=left_out)
     return folder
+
+
+def jobs_left(groups: Sequence[Group], failed: Collection[Path]) -> Iterator[Group]:
+    """The groups with the jobs whose videos are still to be made."""
+    for group in groups:
+        if jobs := [job for job in group.jobs if not (job.made or (failed and job.path in failed))]:
+            yield replace(group, jobs=jobs)
 
 
 def command() -> None:

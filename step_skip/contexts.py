@@ -1,5 +1,6 @@
 """Prompts that were encoded after a prior was made: kept in its folder's `contexts/`, no part of it.
 
+A sweep of several priors keeps them once, in its own folder's `contexts/`, for its own videos alone.
 Anybody may have put a file there. So it is looked at as a stranger's before its values are read.
 """
 
@@ -7,25 +8,70 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from step_skip.files import dtype_name, folder_inside, read_file, replacing, sha256_tensor
+from step_skip.files import InputError, dtype_name, folder_inside, read_file, replacing, sha256_tensor
 from step_skip.prior import Prior, context_file
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import torch
+
+log = logging.getLogger(__name__)
 
 CONTEXTS_FOLDER = "contexts"
 MAX_CONTEXT_BYTES = 2**26  # a Wan2.1 context has 8 MiB
 
 
-def kept_context_path(prior: Prior, text: str) -> Path:
-    """Where the context of a text is kept; one name per text, text encoder and dtype."""
+class ContextStore:
+    """The contexts of one run, each in memory and on the disk once.
+
+    Args:
+        folder: the one they are kept in, a sweep's; None: each in its own prior.
+    """
+
+    def __init__(self, folder: Path | None = None):
+        self.folder = folder
+        self._encoded: dict[str, torch.Tensor] = {}  # by text: what this process encoded is for any prior
+        self._loaded: dict[Path, torch.Tensor | None] = {}  # what a folder kept is not
+
+    def get(self, prior: Prior, text: str) -> torch.Tensor | None:
+        """The context of a text for a prior, as the text encoder gave it; None: it has to be encoded."""
+        path = kept_context_path(prior, text, self.folder)
+        if path not in self._loaded:
+            self._loaded[path] = load_context(prior, text, self.folder)
+        return self._loaded[path]
+
+    def encode(self, prior: Prior, text: str, encode: Callable[[str], torch.Tensor]) -> torch.Tensor:
+        """The context of a text that `get` doesn't know, kept for the next run; each text is encoded once.
+
+        A folder that can't be written to only costs that.
+        """
+        if text not in self._encoded:
+            self._encoded[text] = encode(text)
+        path = kept_context_path(prior, text, self.folder)
+        if self._loaded.get(path) is None:
+            self._loaded[path] = self._encoded[text]
+            try:
+                save_context(prior, text, self._encoded[text], self.folder)
+            except (OSError, InputError) as error:
+                why = error.strerror if isinstance(error, OSError) else error
+                log.warning(f"cannot keep the encoded prompt in {self.folder or prior.directory} ({why})")
+        return self._encoded[text]
+
+
+def kept_context_path(prior: Prior, text: str, folder: Path | None = None) -> Path:
+    """Where the context of a text is kept; one name per text, text encoder and dtype.
+
+    Args:
+        folder: in which `contexts/` lies; None: the prior's.
+    """
     content = "\0".join([str(text_encoder_of(prior)), str(prior.metadata.get("dtype")), text])
-    return (
-        prior.directory / CONTEXTS_FOLDER / f"{hashlib.sha256(content.encode()).hexdigest()[:16]}.safetensors"
-    )
+    name = f"{hashlib.sha256(content.encode()).hexdigest()[:16]}.safetensors"
+    return (folder or prior.directory) / CONTEXTS_FOLDER / name
 
 
 def text_encoder_of(prior: Prior) -> str | None:
@@ -33,18 +79,18 @@ def text_encoder_of(prior: Prior) -> str | None:
     return prior.metadata.get("model_fingerprint", {}).get("text_encoder")
 
 
-def is_context_known(prior: Prior, text: str) -> bool:
-    """Whether a prior has a context of this text, its own or a kept one; its content isn't looked at."""
-    return prior.has(context_file(text)) or is_context_kept(prior, text)
+def is_context_known(prior: Prior, text: str, folder: Path | None = None) -> bool:
+    """Whether there is a context of this text, the prior's own or a kept one; its content isn't looked at."""
+    return prior.has(context_file(text)) or is_context_kept(prior, text, folder)
 
 
-def is_context_kept(prior: Prior, text: str) -> bool:
-    """Whether a file of this text's context is in the prior; neither it nor its folder may be a link."""
-    file = kept_context_path(prior, text)
+def is_context_kept(prior: Prior, text: str, folder: Path | None = None) -> bool:
+    """Whether a file of this text's context is there; neither it nor its folder may be a link."""
+    file = kept_context_path(prior, text, folder)
     return not file.parent.is_symlink() and not file.is_symlink() and file.is_file()
 
 
-def load_context(prior: Prior, text: str) -> torch.Tensor | None:
+def load_context(prior: Prior, text: str, folder: Path | None = None) -> torch.Tensor | None:
     """The kept context of a text, as the text encoder gave it, on the CPU; None: it has to be encoded.
 
     Anybody may have put it there. So it is a file of a context's size, and it has the shape and dtype of the
@@ -53,10 +99,10 @@ def load_context(prior: Prior, text: str) -> torch.Tensor | None:
     import safetensors.torch
     import torch
 
-    if text_encoder_of(prior) is None or not is_context_kept(prior, text):
+    if text_encoder_of(prior) is None or not is_context_kept(prior, text, folder):
         return None
     try:
-        content = read_file(kept_context_path(prior, text), most=MAX_CONTEXT_BYTES)
+        content = read_file(kept_context_path(prior, text, folder), most=MAX_CONTEXT_BYTES)
         context = safetensors.torch.load(content)["context"]
     except Exception:  # whatever safetensors and torch raise for what is none
         return None
@@ -67,8 +113,8 @@ def load_context(prior: Prior, text: str) -> torch.Tensor | None:
     return context if content == _context_bytes(prior, text, context) else None
 
 
-def save_context(prior: Prior, text: str, context: torch.Tensor) -> None:
-    """Keep a context in its prior, whole or not at all; two processes may do so at once.
+def save_context(prior: Prior, text: str, context: torch.Tensor, folder: Path | None = None) -> None:
+    """Keep a context in its prior or a sweep's folder, whole or not at all; two processes may do so at once.
 
     Not kept: NaN or infinite values, and what nothing could tell the text encoder of later.
 
@@ -80,7 +126,8 @@ def save_context(prior: Prior, text: str, context: torch.Tensor) -> None:
 
     if text_encoder_of(prior) is None or not torch.isfinite(context).all():
         return
-    target = folder_inside(prior.directory, CONTEXTS_FOLDER) / kept_context_path(prior, text).name
+    home = folder_inside(folder or prior.directory, CONTEXTS_FOLDER)
+    target = home / kept_context_path(prior, text, folder).name
     content = _context_bytes(prior, text, context.cpu().contiguous())
     target.parent.mkdir(exist_ok=True)
     with replacing(target) as temporary:

@@ -13,7 +13,7 @@ import logging
 import math
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -22,11 +22,13 @@ from step_skip.bank import check_one_bank, plan_for_bank
 from step_skip.closeness import FirstLook
 from step_skip.command import command_of, video_tags
 from step_skip.compute import OFF
-from step_skip.contexts import save_context
+from step_skip.contexts import ContextStore
 from step_skip.families import MODELS
 from step_skip.files import InputError, check_free, sha256_file, sha256_tensor, write_json
+from step_skip.inputs import know_contexts, load_inputs
 from step_skip.loading import Model, describe_machine, installed_versions, model_of
 from step_skip.lora import summarize_loras
+from step_skip.made import describe_settings
 from step_skip.media import write_video
 from step_skip.memory import peak_memory
 from step_skip.metadata import read_prior
@@ -50,14 +52,7 @@ from step_skip.prior import (
 )
 from step_skip.results import RunResult
 from step_skip.steps import FORMATION_KEY, guidance_decay
-from step_skip.sweep import (
-    Group,
-    Job,
-    describe_settings,
-    load_all_inputs,
-    make_group,
-    read_all_inputs,
-)
+from step_skip.sweep import Group, Job, make_group
 from step_skip.words import warn_of_embedded
 
 if TYPE_CHECKING:
@@ -101,7 +96,8 @@ class Clip:
         fps, tags = self.report["fps"], video_tags(self.report)
         write_video(self.frames, path, fps=fps, overwrite=overwrite, tags=tags)
         self.seconds["save"] = time.perf_counter() - begin
-        report = self.report | {"seconds": self.seconds, "video_sha256": sha256_file(path)}
+        made = {"video_sha256": sha256_file(path), "video_bytes": path.stat().st_size}
+        report = self.report | {"seconds": self.seconds} | made
         write_json(path.with_suffix(".json"), report, overwrite=overwrite)
         return path
 
@@ -183,50 +179,46 @@ def infer_from_prior(
         dtype=model.options.dtype,
     )
     plan = plan_for_bank(make_plan(choices, bank[0]), bank)
-    group = make_group(bank, [Job(bank[0], plan, Path())])
+    group = make_group(bank, [Job(bank[0], plan)])
     with contextlib.redirect_stdout(sys.stderr):
         check_installed_schedule(group.prior)
-        read_all_inputs([group])
-        load_all_inputs(group)
+        load_inputs(group)
         model.check(group.prior)
-        warn_of_what_differs(group)
+        for difference in what_differs(group):
+            log.warning(difference)
         warn_of_words([group], model.options)
         begin = time.perf_counter()
-        encode_new([group], model)
+        encode_new(group, model, ContextStore())
         encoded = time.perf_counter() - begin
         clip = make_clip(group, group.plans[0], model, callback=callback_on_step_end, progress=progress)
         clip.seconds["encode"] = encoded
         return clip
 
 
-def warn_of_what_differs(group: Group) -> None:
-    """Say where the prior was made in another way, so that its own prompt won't give its own video."""
-    plan, prior = group.plans[0], group.prior
+def what_differs(group: Group) -> Iterator[str]:
+    """Where the prior was made in another way, so that its own prompt won't give its own video."""
+    plan, prior = group.jobs[0].plan, group.prior
     own, given = (summarize_loras(each) for each in (prior.metadata.get("lora", []), plan.lora))
     if own != given:
-        log.warning(
-            f"runs with {given}, and the prior was made with {own}: a mix of two models, as asked for"
-        )
+        yield f"runs with {given}, and the prior was made with {own}: a mix of two models, as asked for"
     for name in ("quantize", "compile"):
         then, now = prior.metadata.get(name) or OFF, getattr(plan, name) or OFF
         if then != now:
-            log.warning(
+            yield (
                 f"runs with --{name} {now}, and the prior was made with {then}: its own prompt gives nearly "
                 "its own video"
             )
     if prior.metadata.get("lora") and plan.model in MODELS and "vram" not in prior.metadata:
-        log.warning(
+        yield (
             "the prior doesn't record its --vram: with low, an earlier version added LoRAs while it ran, and "
             "the last bits differ"
         )
     if plan.tiled is not None:
-        log.warning(
-            "decodes with another --vae_tiling than the prior: the same latents, nearly the same frames"
-        )
+        yield "decodes with another --vae_tiling than the prior: the same latents, nearly the same frames"
     for name in ("skip_cache", "tea_cache_l1_thresh"):
         value = prior.metadata.get(name)
         if value is not None and value != getattr(plan, name):
-            log.warning(
+            yield (
                 f"the prior was made with --{name} {value}, which is not taken over; give it, too, to have "
                 "steps as cheap, and without it the prior's own prompt gives nearly the prior's video"
             )
@@ -237,46 +229,44 @@ def warn_of_words(groups: Iterable[Group], options: LoadOptions) -> None:
     texts: dict[str, None] = {}
     for group in groups:
         own = {group.prior.metadata.get(name) for name in ("prompt", "negative_prompt")}
-        texts |= dict.fromkeys(text for plan in group.plans for text in plan.texts if text not in own)
+        texts |= dict.fromkeys(text for text in group.texts if text not in own)
     warn_of_embedded(options, texts)
 
 
 # --- encoding -----------------------------------------------------------------------------------------------
 
 
-def encode_new(groups: Iterable[Group], model: Model) -> None:
-    """Complete the inputs with what their priors don't hold, each prompt encoded once.
+def encode_new(group: Group, model: Model, store: ContextStore) -> None:
+    """Complete a group's inputs with what its priors don't hold, each prompt encoded once.
 
     What one prior's folder holds is never given to another: it may come from a stranger.
     """
-    from step_skip.pipeline import encode_image, encode_prompt
-
-    encoded: dict[str, torch.Tensor] = {}
-    for group in groups:
-        prior, own = group.prior, group.inputs
-        for text in dict.fromkeys(text for plan in group.plans for text in plan.texts):
-            if text not in own.contexts:
-                if text not in encoded:
-                    model.require("text_encoder", f"encode {text[:40]!r}")
-                    encoded[text] = encode_prompt(model.pipe, text).cpu()  # VRAM is for what runs
-                own.contexts[text] = encoded[text]
-                keep_context(prior, text, encoded[text])
-        runs = any(plan.steps_to_run for plan in group.plans)
-        names = set(map(identity_file, prior.identity_names))
-        lacks_identity = prior.is_legacy and not own.tensors.keys() & names
-        if runs and lacks_identity and own.image is not None:  # an older prior's plans name one
-            model.require("image_encoder", "encode the image")
-            identity = encode_image(model.pipe, own.image, num_frames=prior.metadata["num_frames"])
-            own.tensors.update((identity_file(name), tensor) for name, tensor in identity.items())
+    for text in know_contexts(group, store):
+        group.inputs.contexts[text] = encode_text(group.prior, text, model, store)
+    encode_identity(group, model)
 
 
-def keep_context(prior: Prior, text: str, context: torch.Tensor) -> None:
-    """Keep a context for the prior's next run; a prior that can't be written to only costs that."""
-    try:
-        save_context(prior, text, context)
-    except (OSError, InputError) as error:
-        why = error.strerror if isinstance(error, OSError) else error
-        log.warning(f"cannot keep the encoded prompt in {prior.directory} ({why})")
+def encode_text(prior: Prior, text: str, model: Model, store: ContextStore) -> torch.Tensor:
+    """A prompt's context, on the CPU: VRAM is for what runs."""
+    from step_skip import pipeline
+
+    def encode(text: str) -> torch.Tensor:
+        model.require("text_encoder", f"encode {text[:40]!r}")
+        return pipeline.encode_prompt(model.pipe, text).cpu()
+
+    return store.encode(prior, text, encode)
+
+
+def encode_identity(group: Group, model: Model) -> None:
+    """What the network sees of an older prior's image, which holds only latents."""
+    from step_skip.pipeline import encode_image
+
+    prior, own = group.prior, group.inputs
+    runs = any(plan.steps_to_run for plan in group.plans)
+    if prior.is_legacy and runs and not own.encoded and own.image is not None:  # its plans name one
+        model.require("image_encoder", "encode the image")
+        identity = encode_image(model.pipe, own.image, num_frames=prior.metadata["num_frames"])
+        own.encoded = {identity_file(name): tensor for name, tensor in identity.items()}
 
 
 # --- one clip -----------------------------------------------------------------------------------------------
@@ -379,7 +369,7 @@ def conditioning_of(plan: Plan, group: Group) -> Conditioning:
     """What the network sees besides latents: the prior's identity and the plan's prompts."""
     from step_skip.hooks import Conditioning
 
-    tensors, contexts = group.inputs.tensors, group.inputs.contexts
+    tensors, contexts = group.inputs.tensors | group.inputs.encoded, group.inputs.contexts
     return Conditioning(
         identity={name: tensors[identity_file(name)] for name in group.prior.identity_names},
         context_posi=contexts[plan.prompt],

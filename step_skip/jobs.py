@@ -2,27 +2,33 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import logging
 import math
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
+from step_skip.contexts import ContextStore
+from step_skip.cost import expected_seconds_of_each
 from step_skip.experts import experts_of
 from step_skip.files import InputError, TakenError
-from step_skip.infer import encode_new, make_clip, run_plan
+from step_skip.infer import encode_identity, encode_new, encode_text, make_clip, run_plan
+from step_skip.inputs import let_go, load_inputs, unknown_texts
 from step_skip.loading import Model
 from step_skip.lora import Lora
 from step_skip.memory import describe_peak, peak_memory
 from step_skip.models import COMPONENTS, ENCODERS, EXPERTS, SKIP_BRANCH, LoadOptions
+from step_skip.places import free_path
 from step_skip.plan import needed_components, settings_of
 from step_skip.preview import preview_to
 from step_skip.prior import check_fingerprint
 from step_skip.results import Clock
-from step_skip.sweep import Group, Job, all_jobs, expected_seconds_of_each, free_path
+from step_skip.sweep import Group, Job, all_jobs
 from step_skip.tell import describe_seconds, load_told
 
 if TYPE_CHECKING:
@@ -34,7 +40,7 @@ JOB_ERRORS = (InputError, RuntimeError, MemoryError, OSError)  # RunError and to
 
 
 def load_options(
-    jobs: Sequence[Job],
+    groups: Sequence[Group],
     *,
     device: str,
     dtype: str,
@@ -43,8 +49,8 @@ def load_options(
     loras: tuple[Lora, ...],
 ) -> LoadOptions:
     """What to load for these jobs; the size is that of the one that takes most memory."""
-    plan = jobs[0].plan
-    settings = [settings_of(job.plan, job.prior) for job in jobs]
+    plan = groups[0].jobs[0].plan
+    settings = [settings_of(group.jobs[0].plan, group.prior) for group in groups]
     return LoadOptions(
         model=plan.model,
         device=device,
@@ -59,46 +65,91 @@ def load_options(
     )
 
 
-def run_jobs(groups: Sequence[Group], *, options: LoadOptions) -> dict[Path, Exception]:
+def check_first(groups: Sequence[Group]) -> tuple[str, dict[Path, Exception]]:
+    """Check the schedule, files and tensors of the first prior, before any weights are loaded.
+
+    Returns:
+        The dtype of its latents; and by video what is wrong with priors before it that can't be used.
+
+    Raises:
+        InputError: none can: the first one's.
+    """
+    failed: dict[Path, Exception] = {}
+    for group in groups:
+        try:
+            return read_group(group), failed
+        except InputError as error:
+            failed |= {job.path: error for job in group.jobs}
+            let_go(group)
+    raise next(iter(failed.values()))
+
+
+def read_group(group: Group) -> str:
+    """Read what a prior or a bank gives to its videos, checked, and return the dtype of its latents.
+
+    Raises:
+        InputError: its schedule differs, or see `load_inputs`.
+    """
+    from step_skip.schedule import check_installed_schedule
+
+    check_installed_schedule(group.prior)
+    return load_inputs(group)
+
+
+def run_jobs(
+    groups: Sequence[Group], *, options: LoadOptions, contexts: Path | None = None
+) -> dict[Path, Exception]:
     """Load a model and make every video; one that fails doesn't stop the others.
 
     Args:
-        groups: with their inputs loaded.
+        groups: of priors that need the same weights, see `by_weights`.
+        contexts: the folder that keeps encoded prompts for all; None: each prior its own.
 
     Returns:
         The errors of the videos that could not be made.
 
     Raises:
-        InputError: weights that are missing, or are not those the priors were made with.
+        InputError: weights that are missing, or are those that no prior was made with.
         RunError: weights that could not be fetched.
     """
     from step_skip.pipeline import release
 
-    jobs, clock = all_jobs(groups), Clock()
-    needed = {
-        name
-        for group in groups
-        for plan in group.plans
-        for name in needed_components(plan, group.prior, known=group.inputs.contexts.keys())
-    }
+    clock, store = Clock(), ContextStore(contexts)
+    needed: set[str] = set()
+    for group in groups:
+        known = set(group.texts).difference(unknown_texts(group, store))
+        needed |= {name for plan in group.plans for name in needed_components(plan, group.prior, known=known)}
+    failed: dict[Path, Exception] = {}
 
     def check_all(found: Mapping[str, str]) -> None:
         for group in groups:
-            check_fingerprint(group.prior, found)
+            try:
+                check_fingerprint(group.prior, found)
+            except InputError as error:
+                failed.update({job.path: error for job in group.jobs})
+        if failed.keys() >= {group.jobs[0].path for group in groups}:
+            raise next(iter(failed.values()))
 
     components = [name for name in (*COMPONENTS, SKIP_BRANCH) if name in needed]
     model = load_told(options, components, check=check_all, by_expert=True)
+    usable = [group for group in groups if group.jobs[0].path not in failed]
     clock.add("load")
-    encode_new(groups, model)
+    for group in usable:
+        for text in unknown_texts(group, store):
+            encode_text(group.prior, text, model, store)
+        encode_identity(group, model)
     release(model.pipe, ENCODERS)
     clock.add("encode")
-    shared = {phase: clock.seconds[phase] / len(jobs) for phase in ("load", "encode")}
-    failed = make_all(groups, model, shared)
+    number = len(all_jobs(usable))
+    shared = {phase: clock.seconds[phase] / number for phase in ("load", "encode")}
+    failed |= make_all(usable, model, store, shared)
     log.info(describe_peak(peak_memory(options.device)))
     return failed
 
 
-def make_all(groups: Sequence[Group], model: Model, shared: Mapping[str, float]) -> dict[Path, Exception]:
+def make_all(
+    groups: Sequence[Group], model: Model, store: ContextStore, shared: Mapping[str, float]
+) -> dict[Path, Exception]:
     """Make every video on a loaded model; of two experts the first takes its steps of all, then the second.
 
     Args:
@@ -107,10 +158,7 @@ def make_all(groups: Sequence[Group], model: Model, shared: Mapping[str, float])
     Returns:
         The errors of the videos that could not be made.
     """
-    from step_skip.pipeline import release
-
     jobs = all_jobs(groups)
-    pairs = [(group, job) for group in groups for job in group.jobs]
     costs = expected_seconds_of_each(jobs) or [job.plan.forwards + 1 for job in jobs]
     failed: dict[Path, Exception] = {}
     pauses: dict[Path, Pause] = {}
@@ -119,19 +167,42 @@ def make_all(groups: Sequence[Group], model: Model, shared: Mapping[str, float])
         for expert in model.experts or [None]:
             if expert is not None:
                 shared = {**shared, "load": shared["load"] + model.use_expert(expert) / len(jobs)}
-            for number, ((group, job), cost) in enumerate(zip(pairs, costs, strict=True), 1):
-                bar.set_description(f"video {number} of {len(jobs)}", refresh=False)
-                share = share_of_expert(group, job, expert)
-                if not share or job.path in failed:
-                    continue
-                try:
-                    run_job(group, job, model=model, shared=shared, expert=expert, pauses=pauses)
-                except JOB_ERRORS as error:
-                    traceback.clear_frames(error.__traceback__)  # they hold tensors the next needs room for
-                    failed[job.path] = error
-                    release(model.pipe, ())
-                bar.update(cost * share)
+            numbered = zip(itertools.count(1), costs, strict=False)
+            for group in groups:
+                paths = [path for job in group.jobs if (path := job.path) not in failed]
+                attempt(functools.partial(get_ready, group, model, store), paths, failed, model)
+                for job, (number, cost) in zip(group.jobs, numbered, strict=False):
+                    bar.set_description(f"video {number} of {len(jobs)}", refresh=False)
+                    share = share_of_expert(group, job, expert)
+                    if share and job.path not in failed:
+                        run = functools.partial(run_job, group, job, model=model, shared=shared)
+                        attempt(
+                            functools.partial(run, expert=expert, pauses=pauses), [job.path], failed, model
+                        )
+                    bar.update(cost * share)
+                let_go(group)
     return failed
+
+
+def get_ready(group: Group, model: Model, store: ContextStore) -> None:
+    """Read and complete what a prior gives to its videos."""
+    read_group(group)
+    encode_new(group, model, store)
+
+
+def attempt(
+    action: Callable[[], None], paths: Collection[Path], failed: dict[Path, Exception], model: Model
+) -> None:
+    """Do something for these videos; where it fails, that is why they can't be made."""
+    from step_skip.pipeline import release
+
+    try:
+        if paths:
+            action()
+    except JOB_ERRORS as error:
+        traceback.clear_frames(error.__traceback__)  # they hold tensors the next needs room for
+        failed.update(dict.fromkeys(paths, error))
+        release(model.pipe, ())
 
 
 def share_of_expert(group: Group, job: Job, expert: str | None) -> float:

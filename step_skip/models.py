@@ -7,6 +7,7 @@ tiny                   data/tiny_wan_i2v: the same classes, small and trained, f
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import re
@@ -92,10 +93,18 @@ def read_tiny_config(folder: Path = TINY_DIR) -> dict[str, Any]:
     Raises:
         InputError: the folder holds none.
     """
+    path = folder / "config.json"
     try:
-        return dict(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+        stat = path.stat()
+        return dict(_config_of_version(path, stat.st_size, stat.st_mtime_ns))
     except (OSError, ValueError, TypeError) as error:
         raise _no_config(folder, error) from error
+
+
+@functools.lru_cache(maxsize=8)
+def _config_of_version(path: Path, size: int, mtime_ns: int) -> dict[str, Any]:
+    """Once for all plans of a sweep."""
+    return dict(json.loads(path.read_text(encoding="utf-8")))
 
 
 def _no_config(folder: Path, error: Exception) -> InputError:

@@ -45,7 +45,7 @@ CHEAPER_NAMES = ("skip_cache", "tea_cache_l1_thresh", "tea_cache_model_id")
 FIXED: Final = ("seed", "num_frames", "height", "width")  # by the prior's latents
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Choices:
     """What somebody asks of one video; None: as in the prior, or the default. The names are the flags'."""
 
@@ -81,7 +81,7 @@ class Choices:
     width: int | None = None
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Plan:
     """One video to make from a prior: every choice, nothing loaded."""
 
@@ -130,6 +130,11 @@ class Plan:
         return sum(1 if scale == 1 else 2 for scale in scales) - self.knows_nega
 
 
+_CHOICES: Final = tuple(field.name for field in dataclasses.fields(Choices))
+_PLAN: Final = tuple(field.name for field in dataclasses.fields(Plan))
+_SETTINGS: Final = tuple(field.name for field in dataclasses.fields(RunSettings))
+
+
 def make_plan(choices: Choices, prior: Prior) -> Plan:
     """Take from the prior what the command line left open, and refuse what contradicts it.
 
@@ -142,15 +147,15 @@ def make_plan(choices: Choices, prior: Prior) -> Plan:
     check_choices(choices, prior)
     model = choices.model or prior.metadata.get("model", "I2V-480P")
     defaults = model_defaults(model, choices.model_dir)
-    given = {name: value for name, value in vars(choices).items() if value is not None}
-    chosen = {**dataclasses.asdict(defaults), **prior.metadata, **given}
+    given = {name: value for name in _CHOICES if (value := getattr(choices, name)) is not None}
+    chosen = {**vars(defaults), **prior.metadata, **given}
     steps = choose_steps(choices, prior)
     experts = experts_of(steps["steps_to_run"], steps["sigmas"], prior)
     check_tea_cache_experts(choices.tea_cache_l1_thresh, experts)
     recorded = prior.metadata.get("lora", [])  # its files are opened only when a model is to be loaded
     given_loras = parse_recorded_loras(recorded) if choices.lora is None else choices.lora
     check_lora_experts(given_loras, experts=len(prior.family.experts))
-    plan = Plan(
+    entries: dict[str, Any] = dict(
         **steps,
         **choose_cheaper(
             model,
@@ -176,7 +181,9 @@ def make_plan(choices: Choices, prior: Prior) -> Plan:
         model=model,
         dtype=choices.dtype or prior.metadata.get("dtype"),
     )
-    plan = dataclasses.replace(plan, knows_nega=knows_first_nega(plan, prior))
+    plan = Plan(**entries)
+    if knows_first_nega(plan, prior):
+        plan = Plan(**entries, knows_nega=True)
     check_kept(plan, prior)
     return plan
 
@@ -272,12 +279,21 @@ def choose_cheaper(
 
 def settings_of(plan: Plan, prior: Prior) -> RunSettings:
     """The prior's settings, and of the plan what it decides itself."""
-    names = {field.name for field in dataclasses.fields(RunSettings)}
-    own = {name: value for name, value in vars(plan).items() if name in names}
+    recorded = {name: prior.metadata[name] for name in _SETTINGS if name in prior.metadata}
+    own = {name: getattr(plan, name) for name in _SETTINGS if name in _PLAN}
     if plan.tiled is None:
         del own["tiled"]
-    recorded = {name: value for name, value in prior.metadata.items() if name in names}
     return RunSettings(**{**recorded, **own})
+
+
+def describe_choices(plan: Plan) -> dict[str, Any]:
+    """A plan's entries that decide the video, as they stand in a result's JSON; the image has a checksum."""
+    entries = {name: getattr(plan, name) for name in _PLAN}
+    del entries["image"], entries["auto"], entries["knows_nega"]  # none of them changes the latents
+    steps = entries.pop("steps_to_run")
+    if plan.paths is None:  # else the run decides
+        entries["steps_run"] = steps
+    return {name: value for name, value in entries.items() if value is not None or name == "start_step"}
 
 
 # --- what a plan needs --------------------------------------------------------------------------------------

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from step_skip.cost import summarize_jobs
 from step_skip.files import RunError
 from step_skip.loading import Model, differences_since, load_components
 from step_skip.models import LoadOptions
 from step_skip.plan import Plan
 from step_skip.prior import Prior
 from step_skip.steps import is_late
-from step_skip.sweep import Group, all_jobs, summarize_jobs
+from step_skip.sweep import Group, all_jobs
 
 log = logging.getLogger(__name__)
 
@@ -47,13 +48,13 @@ def late_start(plan: Plan, prior: Prior) -> int | None:
     return step if is_late(step, prior.num_inference_steps) else None
 
 
-def warn_of_doubts(group: Group, *, device: str) -> None:
-    """Say what could not be checked, or what differs from when the prior was made and may change bits."""
+def doubts_of(group: Group, *, device: str) -> Iterator[str]:
+    """What could not be checked, or what differs from when the prior was made and may change bits."""
     prior = group.prior
     if prior.is_legacy:
-        log.warning(
+        yield (
             f"{prior.directory} is of an older format, so these could not be checked: model "
-            f"({group.plans[0].model} assumed), weights, image, prompts, cfg_scale, seed, checksums, "
+            f"({group.jobs[0].plan.model} assumed), weights, image, prompts, cfg_scale, seed, checksums, "
             "versions, device"
         )
         return
@@ -63,9 +64,7 @@ def warn_of_doubts(group: Group, *, device: str) -> None:
         for name, now, then in differences_since(prior.metadata, device, names)
     ]
     if differ:
-        log.warning(
-            f"not as when the prior was made: {', '.join(differ)}; the result may differ in the last bits"
-        )
+        yield f"not as when the prior was made: {', '.join(differ)}; the result may differ in the last bits"
 
 
 def say_what_auto_means(groups: Sequence[Group]) -> None:
@@ -116,16 +115,36 @@ def describe_seconds(seconds: Mapping[str, float], *, prior: Prior | None = None
     return f"{sum(seconds.values()):.1f} s: {', '.join(parts)}"
 
 
-def report_failures(failed: Mapping[Path, Exception], total: int) -> None:
-    """Tell what a sweep could not make.
+def say_what_is_left_out(left_out: Mapping[Path, Exception]) -> None:
+    """Tell of the priors from which nothing is made."""
+    for directory, error in left_out.items():
+        log.warning(f"left out: {_one_line(error, naming=directory)}")
+
+
+def report_failures(
+    failed: Mapping[Path, Exception], total: int, *, folder: Path, left_out: Mapping[Path, Exception]
+) -> None:
+    """Tell what a sweep could not make; what is wrong with a prior once for all its videos.
 
     Raises:
-        RunError: there is such a video.
+        RunError: there is such a video or prior.
     """
+    videos: dict[int, list[Path]] = {}  # by what is wrong
     for path, error in failed.items():
-        log.warning(f"{path.name} failed: {' '.join(str(error).split())[:200] or type(error).__name__}")
-    if failed:
+        videos.setdefault(id(error), []).append(path)
+    for path, *others in videos.values():
+        more = f" and {len(others)} others of its prior" if others else ""
+        log.warning(f"{path.name}{more} failed: {_one_line(failed[path])}")
+    parts = [f"{len(failed)} of {total} videos failed"] if failed else []
+    parts += [f"{len(left_out)} priors were left out"] if left_out else []
+    if parts:
         raise RunError(
-            f"{len(failed)} of {total} videos failed, see above; the others are in "
-            f"{next(iter(failed)).parent}; the same command tries only these again"
+            f"{' and '.join(parts)}, see above; the others are in {folder}; the same command tries only "
+            "these again"
         )
+
+
+def _one_line(error: Exception, *, naming: Path | None = None) -> str:
+    """What an error says, with the folder it is about."""
+    text = " ".join(str(error).split())[:200] or type(error).__name__
+    return text if naming is None or str(naming) in text else f"{naming}: {text}"

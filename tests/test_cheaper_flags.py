@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,10 +14,11 @@ from safetensors.torch import save_file
 import infer_from_prior
 from step_skip.cli import read_choices
 from step_skip.infer import between
+from step_skip.inputs import load_inputs
 from step_skip.lora import Lora, describe_loras
 from step_skip.metadata import read_prior
 from step_skip.plan import latents_files, part_of_step
-from step_skip.sweep import Group, Job, load_inputs, make_plans, read_inputs
+from step_skip.sweep import Group, Job, make_plans
 
 BLOCKS = 4  # of the tests' DiT
 
@@ -177,10 +177,9 @@ def test_the_priors_own_sigmas_give_its_own_video(prior, infer, tmp_path):
 def test_sigmas_begin_on_the_straight_line_between_two_steps(prior, sigma, step):
     args = infer_from_prior.parse_args(["--prior_dir", str(prior), "--sigmas", str(sigma), "0.1"])
     recorded = read_prior(prior)
-    [plan] = make_plans(recorded, read_choices(args))
+    (plan,) = make_plans(recorded, read_choices(args)).values()
     assert plan.start_step == step - 1
-    group = Group(recorded, [Job(recorded, plan, Path())])
-    group.inputs = read_inputs(group)
+    group = Group(recorded, [Job(recorded, plan)])
     load_inputs(group)
     ends = [group.inputs.tensors[name] for name in latents_files(plan, recorded)]
     begin = between(ends[0], ends[-1], part_of_step(plan, recorded))

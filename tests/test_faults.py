@@ -608,16 +608,16 @@ def test_a_file_that_is_swapped_after_its_sum_was_taken(prior_copy, infer, refus
 
 def test_an_older_priors_file_that_is_swapped(older_prior, infer, image, monkeypatch):
     """It records no sums: what was seen first has to be what is loaded."""
-    from step_skip import sweep
+    from step_skip import inputs
 
-    read, path = sweep.read_inputs, older_prior / "step_0006.pt"
+    read, path = inputs.read_inputs, older_prior / "step_0006.pt"
 
     def swap_after(group):
         inputs = read(group)
         torch.save(torch.zeros(SHAPE), path)
         return inputs
 
-    monkeypatch.setattr("step_skip.sweep.read_inputs", swap_after)
+    monkeypatch.setattr("step_skip.inputs.read_inputs", swap_after)
     outcome = infer(older_prior, "--model", "tiny", "--image", image, "--prompt", PROMPT)
     assert outcome.code == 2 and "step_0006.pt is damaged: its SHA-256" in outcome.error
 

@@ -9,6 +9,7 @@ import random
 import shutil
 import signal
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,12 +17,14 @@ import torch
 from conftest import build_model
 from helpers import OTHER_PROMPT, PROMPT, edit_metadata, listing, read_json
 
-from step_skip import pipeline
+from step_skip import inputs, jobs, made, pipeline
 from step_skip.contexts import kept_context_path, load_context, save_context
 from step_skip.files import sha256_file
 from step_skip.metadata import read_prior
+from step_skip.places import sweep_folder
+from step_skip.plan import Choices
 from step_skip.prior import context_file, load_conditioning
-from step_skip.sweep import sweep_folder
+from step_skip.sweep import make_groups, what_decides_plans
 
 THIRD_PROMPT = "The portrait nods."
 DECIDING = ("latents_sha256", "video_sha256", "steps_run", "prompt", "cfg_scale", "prior_files")
@@ -52,7 +55,7 @@ def second(make_prior) -> Path:
 @pytest.fixture(scope="session")
 def bfloat16(make_prior) -> Path:
     """A prior in another dtype."""
-    return make_prior("--dtype", "bfloat16")
+    return make_prior("--dtype", "bfloat16", "--run_id", "bfloat16")
 
 
 @pytest.fixture
@@ -209,18 +212,96 @@ def test_flags_of_a_sweep(prior_copy, infer, refused, flags, words):
     refused(lambda: infer(prior_copy, *flags), *words)
 
 
-def test_priors_that_do_not_go_together(prior_copy, bfloat16, older_prior, infer, refused, image, tmp_path):
+def test_priors_of_one_name_are_refused(prior_copy, infer, refused, tmp_path):
     shutil.copytree(prior_copy, tmp_path / "again")
-    cases = (
-        (tmp_path / "again", "same run_id"),
-        (bfloat16, "differ in dtype"),
-        (older_prior, "differ in dtype"),
+    refused(lambda: infer(prior_copy, "--prior_dir", tmp_path / "again"), "same run_id", "sweep them apart")
+
+
+def test_plans_are_shared_between_priors_but_for_what_is_their_own(prior, second):
+    choices = [Choices(start_step=step) for step in (6, 7)]
+    groups, left_out = make_groups([prior, second], choices)
+    one, other = groups
+    assert not left_out
+    assert all(a is b for a, b in zip(one.plans, other.plans, strict=True)) is (
+        read_prior(prior).metadata["seed"] == read_prior(second).metadata["seed"]
     )
-    for other, words in cases:
-        flags = ("--prior_dir", other, "--model", "tiny", "--image", image, "--prompt", PROMPT)
-        refused(lambda f=flags: infer(prior_copy, *f), words, "sweep them apart")
-    edit_metadata(tmp_path / "again", run_id="again", model_fingerprint={"dit": "0"})
-    refused(lambda: infer(prior_copy, "--prior_dir", tmp_path / "again"), "differ in model_fingerprint")
+    own = what_decides_plans(one.prior, choices)
+    for name, value in (("prompt", "another"), ("cfg_scale", 9.0), ("lora", [1]), ("num_inference_steps", 4)):
+        edited = replace(one.prior, metadata={**one.prior.metadata, name: value})
+        assert what_decides_plans(edited, choices) != own
+    pruned = replace(one.prior, metadata={**one.prior.metadata, "files": {}})
+    assert what_decides_plans(pruned, choices) != own
+    renamed = replace(one.prior, metadata={**one.prior.metadata, "run_id": "x", "formation": {}})
+    assert what_decides_plans(renamed, choices) == own
+    assert what_decides_plans(renamed, [Choices(start_step="auto")]) != own
+
+
+# --- odd priors ---------------------------------------------------------------------------------------------
+
+
+def test_odd_priors_fail_their_own_clips(prior, second, prior_copy, generate, infer, image, loads, tmp_path):
+    """A draft, no prior, one of other weights, a damaged one: each in a line, and the rest is made."""
+    draft = generate("--image", image, "--stop_after", 3, "--run_id", "draft").path
+    other = shutil.copytree(prior_copy, tmp_path / "other")
+    edit_metadata(prior_copy, run_id="damaged")
+    edit_metadata(other, run_id="other", model_fingerprint={"dit": "0" * 64})
+    (tmp_path / "none").mkdir()
+    flip(prior_copy / "step_0006.pt")
+    loads.clear()
+    priors = (tmp_path / "none", draft, other, prior_copy, second)
+    prompts = ("--prompt", PROMPT, OTHER_PROMPT)
+    command = ("--prior_dir", *priors, *prompts, "--output_dir", tmp_path / "sweep")
+    outcome = infer(prior, *command)
+    assert outcome.code == 1
+    assert "4 of 8 videos failed and 2 priors were left out" in outcome.error
+    lines = [line for line in outcome.err.splitlines() if "left out: " in line or " failed: " in line]
+    assert len(lines) == 4
+    for name, words in (
+        ("none", "holds no run_metadata.json"),
+        ("draft", "--start_step 6: the prior has steps 0 to 3"),
+        ("other", "weights are not those"),
+        ("damaged", "step_0006.pt is damaged"),
+    ):
+        assert sum(name in line and words in line for line in lines) == 1, (name, lines)
+    made = results(tmp_path / "sweep")
+    assert len(made) == 4 and len(loads) == 1
+    assert infer(prior, *command[:-2], "--dry_run").err.count("left out: ") == 2
+
+
+def test_the_first_prior_is_checked_before_anything_is_loaded(prior_copy, infer, refused, tmp_path):
+    copies = [shutil.copytree(prior_copy, tmp_path / f"run_{n}") for n in range(2)]
+    for number, copy in enumerate(copies):
+        edit_metadata(copy, run_id=str(number))
+        flip(copy / "step_0006.pt")
+    refused(lambda: infer(copies[0], "--prior_dir", copies[1]), "step_0006.pt is damaged")
+
+
+def test_priors_that_need_other_weights_run_one_after_the_other(prior, bfloat16, infer, loads, tmp_path):
+    outcome = infer(prior, "--prior_dir", bfloat16, "--prompt", OTHER_PROMPT, "--output_dir", tmp_path / "s")
+    assert outcome.code == 0, outcome.err
+    assert len(loads) == 2
+    reports = [read_json(path) for path in sorted((tmp_path / "s").glob("*.json"))]
+    assert sorted(report["dtype"] for report in reports) == ["bfloat16", "float32"]
+    for report in reports:
+        alone = infer(Path(report["prior_dir"]), "--prompt", OTHER_PROMPT, "--output", tmp_path / "a.mp4")
+        assert alone.report["latents_sha256"] == report["latents_sha256"]
+        (tmp_path / "a.mp4").unlink()
+        (tmp_path / "a.json").unlink()
+
+
+def test_one_prior_is_in_memory_at_a_time(prior, second, infer, monkeypatch, tmp_path):
+    held, groups, run_job = [], [], jobs.run_job
+
+    def spy(group, job, **how):
+        if group not in groups:
+            groups.append(group)
+        held.append(sum(bool(each.inputs.tensors) for each in groups))
+        run_job(group, job, **how)
+
+    monkeypatch.setattr(jobs, "run_job", spy)
+    infer(prior, "--prior_dir", second, "--prompt", PROMPT, OTHER_PROMPT, "--output_dir", tmp_path / "s")
+    assert held == [1, 1, 1, 1] and len(groups) == 2
+    assert not any(group.inputs.tensors or group.inputs.contexts for group in groups)
 
 
 # --- the run ------------------------------------------------------------------------------------------------
@@ -253,12 +334,18 @@ def test_a_known_prompt_needs_no_encoder(prior, infer, loads, encoded, tmp_path)
         assert read_json(path)["components_loaded"] == ["dit", "vae"]
 
 
-def test_a_prompt_is_encoded_once_for_all_priors_of_a_sweep(prior, second, infer, loads, encoded, tmp_path):
-    infer(prior, "--prior_dir", second, "--prompt", OTHER_PROMPT, "--output_dir", tmp_path / "sweep")
-    infer(prior, "--prompt", OTHER_PROMPT, "--output", tmp_path / "a.mp4")
-    infer(second, "--prompt", OTHER_PROMPT, "--output", tmp_path / "b.mp4")
+def test_a_prompt_is_encoded_and_kept_once_for_all_priors_of_a_sweep(
+    prior, second, infer, loads, encoded, tmp_path
+):
+    command = ("--prior_dir", second, "--prompt", OTHER_PROMPT, "--output_dir", tmp_path / "sweep")
+    made = results(infer(prior, *command).path)
+    assert len(list((tmp_path / "sweep" / "contexts").iterdir())) == 1
+    assert not (prior / "contexts").exists() and not (second / "contexts").exists()
+    for path in (tmp_path / "sweep").glob("*.mp4"):
+        path.unlink()
+    assert results(infer(prior, *command).path) == made
     assert encoded == [OTHER_PROMPT]
-    assert loads == [["dit", "text_encoder", "vae"], ["dit", "vae"], ["dit", "vae"]]
+    assert loads == [["dit", "text_encoder", "vae"], ["dit", "vae"]]
 
 
 def test_what_one_prior_keeps_is_not_given_to_another(prior_copy, second, infer, encoded, tmp_path):
@@ -269,20 +356,36 @@ def test_what_one_prior_keeps_is_not_given_to_another(prior_copy, second, infer,
     infer(prior_copy, "--prior_dir", second, "--prompt", OTHER_PROMPT, "--output_dir", tmp_path / "sweep")
     assert encoded == [OTHER_PROMPT]
     assert torch.equal(load_context(recorded, OTHER_PROMPT), forged)
-    assert not torch.equal(load_context(read_prior(second), OTHER_PROMPT), forged)
+    assert not torch.equal(load_context(recorded, OTHER_PROMPT, tmp_path / "sweep"), forged)
 
 
-def test_a_sweep_that_is_done_loads_nothing_and_changes_nothing(prior_copy, infer, loads):
+def test_what_a_sweep_keeps_stays_there(prior, second, infer, encoded, tmp_path):
+    """Its folder may be a stranger's: what is in it goes into its own videos alone."""
+    (tmp_path / "sweep").mkdir()
+    save_context(read_prior(prior), OTHER_PROMPT, torch.full((1, 8, 32), 7.0), tmp_path / "sweep")
+    command = ("--prior_dir", second, "--prompt", OTHER_PROMPT, "--output_dir")
+    infer(prior, *command, tmp_path / "sweep")
+    assert encoded == []
+    infer(prior, *command, tmp_path / "another")
+    infer(prior, "--prompt", OTHER_PROMPT, "--output", tmp_path / "a.mp4")
+    assert encoded == [OTHER_PROMPT] * 2
+
+
+def test_a_sweep_that_is_done_reads_nothing_and_changes_nothing(prior_copy, infer, loads, monkeypatch):
     command = ("--prompt", PROMPT, OTHER_PROMPT, "--start_step", "8-9")
     folder = infer(prior_copy, *command).path
     assert folder.parent == prior_copy / "outputs"
     before = listing(prior_copy)
     assert {"index.html", "contact_sheet.png"} < {path.name for path in folder.iterdir()}
     loads.clear()
+    read: list[object] = []
+    for module, name in ((inputs, "check_files"), (inputs, "load_latents"), (made, "sha256_file")):
+        monkeypatch.setattr(module, name, lambda *given, **_: read.append(given))
     outcome = infer(prior_copy, *command)
     assert outcome.path == folder
     assert listing(prior_copy) == before
     assert not loads
+    assert read == []
     assert "0 videos, 0 forwards" in infer(prior_copy, *command, "--dry_run").err
 
 
@@ -298,6 +401,7 @@ def edit(path: Path, **changes) -> None:
     "damage",
     [
         lambda video: cut(video),
+        lambda video: flip(video),
         lambda video: video.unlink(),
         lambda video: cut(video.with_suffix(".json")),
         lambda video: video.with_suffix(".json").unlink(),
@@ -305,7 +409,16 @@ def edit(path: Path, **changes) -> None:
         lambda video: edit(video.with_suffix(".json"), cfg_scale=3),
         lambda video: edit(video.with_suffix(".json"), prior_files={}),
     ],
-    ids=["video cut", "no video", "JSON cut", "no JSON", "a list", "other settings", "another prior"],
+    ids=[
+        "video cut",
+        "video flipped",
+        "no video",
+        "JSON cut",
+        "no JSON",
+        "a list",
+        "other settings",
+        "another prior",
+    ],
 )
 def test_what_is_not_whole_is_made_again(prior, infer, tmp_path, damage):
     command = ("--prompt", PROMPT, OTHER_PROMPT, "--start_step", 8, "--output_dir", tmp_path / "sweep")

@@ -1,0 +1,181 @@
+"""What a sweep costs besides its videos: planning many jobs, memory by the number of priors, asking again.
+
+    python benchmarks/scale.py --output benchmarks/results/scale.json
+
+No video is computed. Priors are copies of one of the embedded model, with a run_id of their own and their
+files as hard links; for memory they have latents of 480 x 832 pixels and 81 frames, with random values. Every
+figure is of a process of its own: CPU seconds with imports, and the most memory it took.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
+sys.path.insert(0, str(ROOT))
+
+import infer_from_prior
+from step_skip.files import write_json
+from step_skip.metadata import sealed
+from step_skip.prior import METADATA_FILE
+
+IMAGE = ROOT / "data" / "tiny_wan_i2v" / "inputs" / "mila.png"
+LARGE = {"height": 480, "width": 832, "num_frames": 81}
+PLANNED = ((50, 1000),)
+PRIORS = (10, 200)
+CLIPS = 5000
+
+
+def copies(prior: Path, number: int, folder: Path) -> list[Path]:
+    """So many priors that differ in nothing but their names."""
+    metadata, made = json.loads((prior / METADATA_FILE).read_text()), []
+    for each in range(number):
+        copy = folder / f"run_{each:04d}"
+        copy.mkdir(parents=True)
+        for name in metadata["files"]:
+            os.link(prior / name, copy / name)
+        write_json(copy / METADATA_FILE, sealed(metadata | {"run_id": f"{each:04d}"}))
+        made.append(copy)
+    return made
+
+
+def make_large(prior: Path) -> None:
+    """Give a prior the tensors of a larger video, with random values."""
+    import torch
+
+    from step_skip.metadata import PriorWriter, read_prior
+
+    small = read_prior(prior)
+    metadata = {**small.metadata, **LARGE}
+    tensors = [name for name in metadata["files"] if name.endswith(".pt") and not name.startswith("context")]
+    metadata["files"] = {name: sum_ for name, sum_ in metadata["files"].items() if name not in tensors}
+    writer = PriorWriter(prior, metadata)
+    for name in tensors:
+        shape = list(writer.prior.latents_shape)
+        if name == "y.pt":
+            shape[1] += 4
+        elif name == "clip_feature.pt":
+            shape = small.metadata["shapes"][name]
+        writer.save_tensor(name, torch.randn(shape))
+    writer.finish("complete")
+
+
+# --- measured, each in a process of its own -----------------------------------------------------------------
+
+
+def ask(priors: list[Path], prompts: Path, *flags: str) -> None:
+    """infer_from_prior.py, with its output thrown away."""
+    argv = ["--prior_dir", *map(str, priors), "--prompts_file", str(prompts), *flags]
+    with contextlib.redirect_stdout(io.StringIO()):
+        infer_from_prior.main(argv)
+
+
+def plan(priors: list[Path], prompts: Path) -> None:
+    """A dry run of everything."""
+    ask(priors, prompts, "--dry_run")
+
+
+def read(priors: list[Path], prompts: Path) -> None:
+    """A sweep whose priors are read and whose videos are not made."""
+    from step_skip import jobs
+
+    jobs.run_job = lambda *_, **__: None
+    infer_from_prior.write_page = lambda folder: None
+    ask(priors, prompts, "--output_dir", str(prompts.parent / f"sweep_{len(priors)}"))
+
+
+def look(priors: list[Path], prompts: Path) -> None:
+    """What a finished sweep finds, asked again; its page is left out."""
+    infer_from_prior.write_page = lambda folder: None
+    ask(priors, prompts, "--output_dir", str(prompts.parent / "finished"))
+
+
+def pretend(priors: list[Path], prompts: Path) -> None:
+    """Put a video and its JSON where each of a sweep's would be."""
+    from step_skip import cli
+    from step_skip.made import describe_settings
+    from step_skip.sweep import make_groups
+
+    folder, video = prompts.parent / "finished", (priors[0] / "output_full.mp4").read_bytes()
+    folder.mkdir()
+    argv = ["--prior_dir", *map(str, priors), "--prompts_file", str(prompts)]
+    groups, _ = make_groups(priors, cli.read_choices(infer_from_prior.parse_args(argv)), output_dir=folder)
+    for group in groups:
+        for job in group.jobs:
+            job.path.write_bytes(video)
+            report = describe_settings(group, job.plan) | {"video_bytes": len(video), "video_sha256": ""}
+            job.report_path.write_text(json.dumps(report, indent=2))
+
+
+STEPS = {step.__name__: step for step in (plan, read, look, pretend)}
+
+
+def measure(step: str, folder: Path, prompts: int) -> dict[str, float]:
+    """A step with all priors of a folder and so many prompts, in a process of its own."""
+    file = folder / "prompts.txt"
+    file.write_text("\n".join(f"she moves {number}" for number in range(prompts)))
+    begin = time.perf_counter()
+    command = [sys.executable, __file__, "--measure", step, "--folder", folder]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(done.stderr)
+    return json.loads(done.stdout.splitlines()[-1]) | {"seconds": round(time.perf_counter() - begin, 2)}
+
+
+def measured(step: str, folder: Path) -> dict[str, float]:
+    """The same, within it."""
+    STEPS[step](sorted(folder.glob("run_*")), folder / "prompts.txt")
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    seconds = sum(each.ru_utime + each.ru_stime for each in used)
+    return {"cpu_seconds": round(seconds, 2), "peak_mb": round(used[0].ru_maxrss / 1024)}
+
+
+def main() -> None:
+    """Measure everything and write what was found."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--output", type=Path, default=HERE / "out" / "scale.json")
+    parser.add_argument("--measure", choices=STEPS, help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.measure:
+        print(json.dumps(measured(args.measure, args.folder)))
+        return
+    import generate_prior
+
+    work = Path(tempfile.mkdtemp())
+    flags = ["--model", "tiny", "--image", str(IMAGE), "--prompt", "she stays still"]
+    prior = Path(generate_prior.main([*flags, "--output_dir", str(work)]))
+    result: dict[str, Any] = {"planned": {}, "peak_memory": {}}
+    for priors, prompts in PLANNED:
+        copies(prior, priors, folder := work / f"planned_{priors}_{prompts}")
+        result["planned"][f"{priors} priors x {prompts} prompts"] = measure("plan", folder, prompts)
+    copies(prior, 5, folder := work / "asked")
+    measure("pretend", folder, CLIPS // 5)
+    result["asked_again"] = {f"{CLIPS} clips": measure("look", folder, CLIPS // 5)}
+    make_large(prior)
+    for priors in PRIORS:
+        copies(prior, priors, folder := work / f"read_{priors}")
+        result["peak_memory"][f"{priors} priors of 480p"] = measure("read", folder, 1)
+    shutil.rmtree(work)
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    write_json(args.output, result)
+    print(json.dumps(result, indent=2))
+
+
+if __name__ == "__main__":
+    main()
