@@ -21,6 +21,7 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
 
 import argparse
 import contextlib
+import functools
 import itertools
 import logging
 from collections.abc import Collection, Iterator, Sequence
@@ -30,6 +31,7 @@ from pathlib import Path
 import prior_utils
 from step_skip import cli, cli_machine
 from step_skip.closeness import CLOSENESS, DEFAULT_CLOSENESS
+from step_skip.cluster import Cluster, connected, run_on_cluster
 from step_skip.cost import components_to_load, describe_job, summarize_jobs
 from step_skip.families import MODELS
 from step_skip.files import InputError, RunError, check_folder
@@ -107,6 +109,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         dtype_help="(default: the prior's; any other is refused)",
     )
     cli_machine.add_machine_arguments(parser, inherits=True)
+    cli_machine.add_cluster_arguments(parser)
     args = parser.parse_args(argv)
     given = cli.given_flags(argv)
     if args.prior_dir is None and args.like is None:
@@ -115,6 +118,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if args.verify and others:
         parser.error(f"--verify only looks at priors: leave out {others[0]}")
     cli.check_quotes(parser, argv, args.prompt)
+    if args.workers is not None and args.ray is None:
+        parser.error("--workers are those of a Ray cluster: give --ray, too")
+    if args.ray is not None and args.preview:
+        parser.error("--preview is not shown by the workers of --ray: leave it out")
     if args.overwrite and args.output is None:
         parser.error("--overwrite replaces what --output names: give --output")
     if args.like is not None:
@@ -301,7 +308,9 @@ def find_loras(groups: Sequence[Group]) -> tuple[Lora, ...]:
     return loras
 
 
-def prepare(groups: Sequence[Group], args: argparse.Namespace) -> tuple[LoadOptions, dict[Path, Exception]]:
+def prepare(
+    groups: Sequence[Group], args: argparse.Namespace, cluster: Cluster | None
+) -> tuple[LoadOptions, dict[Path, Exception]]:
     """Check what can be before weights are loaded, of priors that need the same; and say what is doubtful.
 
     Returns:
@@ -312,9 +321,12 @@ def prepare(groups: Sequence[Group], args: argparse.Namespace) -> tuple[LoadOpti
     """
     jobs = all_jobs(groups)
     model = jobs[0].plan.model
-    device = pick_device(model, args.device)
+    device = pick_device(model, args.device) if cluster is None else cluster.device(model, args.device)
     loras = find_loras(groups) if args.lora is None else tuple(args.lora)
-    doubts = ((*doubts_of(group, device=device), *what_differs(group)) for group in groups)
+    doubts = (
+        (*(doubts_of(group, device=device) if cluster is None else ()), *what_differs(group))
+        for group in groups
+    )
     for doubt in dict.fromkeys(itertools.chain(*doubts)):
         log.warning(doubt)
     warn_of_old_motion(groups)
@@ -330,11 +342,17 @@ def prepare(groups: Sequence[Group], args: argparse.Namespace) -> tuple[LoadOpti
 
 
 def make_videos(
-    groups: Sequence[Group], args: argparse.Namespace, *, there: int | None, contexts: Path | None
+    groups: Sequence[Group],
+    args: argparse.Namespace,
+    cluster: Cluster | None = None,
+    *,
+    there: int | None,
+    contexts: Path | None,
 ) -> dict[Path, Exception]:
     """Load one model after the other and make its videos; returns the errors of jobs that failed.
 
     Args:
+        cluster: on whose workers; None: in this process.
         there: the videos of a sweep that are there already; None: no sweep, a single video.
         contexts: see `run_jobs`.
 
@@ -344,22 +362,30 @@ def make_videos(
     jobs, batches = all_jobs(groups), by_weights(groups)
     folder = jobs[0].folder
     failed: dict[Path, Exception] = {}
-    for number, batch in enumerate(batches):
+    told = False
+    for batch in batches:
         try:
-            options, unusable = prepare(batch, args)
+            options, unusable = prepare(batch, args, cluster)
             failed |= unusable
             usable = [group for group in batch if group.jobs[0].path not in unusable]
-            if number == 0:
+            if not told:
                 firsts = [(group, settings_of(group.jobs[0].plan, group.prior)) for group in groups]
                 check_folder(folder, sum(len(group.jobs) * video_bytes(own) for group, own in firsts) + 2**20)
                 say_what_runs(groups, there=there)
+                told = True
             with contextlib.nullcontext() if there is None else sweep_folder(folder):
-                failed |= run_jobs(usable, options=options, contexts=contexts)
+                run = run_jobs if cluster is None else functools.partial(run_on_cluster, cluster=cluster)
+                failed |= run(usable, options=options, contexts=contexts)
         except (InputError, RunError) as error:
             if len(batches) == 1:
                 raise
             failed |= {job.path: error for job in all_jobs(batch)}
     return failed
+
+
+def on_cluster(args: argparse.Namespace) -> contextlib.AbstractContextManager[Cluster | None]:
+    """The cluster of --ray; None without it."""
+    return contextlib.nullcontext() if args.ray is None else connected(args.ray, workers=args.workers)
 
 
 def dry_run(groups: Sequence[Group], args: argparse.Namespace, *, there: int, contexts: Path | None) -> None:
@@ -416,7 +442,8 @@ def main(argv: list[str] | None = None) -> Path | str:
     if not is_sweep and there:
         log.info("made before, by the same choices, and whole: nothing to do")
     if to_do:
-        failed |= make_videos(to_do, args, there=there if is_sweep else None, contexts=contexts)
+        with on_cluster(args) as cluster:
+            failed |= make_videos(to_do, args, cluster, there=there if is_sweep else None, contexts=contexts)
     if not is_sweep:
         if failed:
             raise next(iter(failed.values()))

@@ -28,13 +28,19 @@ ROOT = HERE.parent
 sys.path.insert(0, str(ROOT))
 
 import infer_from_prior
+from step_skip import cli
+from step_skip.cost import summarize_jobs
 from step_skip.files import write_json
+from step_skip.made import describe_settings, find_made
 from step_skip.metadata import sealed
+from step_skip.plan import Choices
 from step_skip.prior import METADATA_FILE
+from step_skip.sweep import all_jobs, make_groups
 
 IMAGE = ROOT / "data" / "tiny_wan_i2v" / "inputs" / "mila.png"
 LARGE = {"height": 480, "width": 832, "num_frames": 81}
-PLANNED = ((50, 1000),)
+PLANNED = ((50, 1000), (1, 50_000), (1000, 1000))
+LISTED = 50_000  # jobs of a dry run, which prints a line for each
 PRIORS = (10, 200)
 CLIPS = 5000
 
@@ -88,6 +94,19 @@ def plan(priors: list[Path], prompts: Path) -> None:
     ask(priors, prompts, "--dry_run")
 
 
+def count(priors: list[Path], prompts: Path) -> None:
+    """The jobs, their names, which are made and what they cost, without a line for each."""
+    groups, _ = make_groups(priors, choices_of(priors, prompts))
+    find_made(groups)
+    print(summarize_jobs(all_jobs(groups)), file=sys.stderr)
+
+
+def choices_of(priors: list[Path], prompts: Path) -> list[Choices]:
+    """What the command line asks for."""
+    argv = ["--prior_dir", *map(str, priors), "--prompts_file", str(prompts)]
+    return cli.read_choices(infer_from_prior.parse_args(argv))
+
+
 def read(priors: list[Path], prompts: Path) -> None:
     """A sweep whose priors are read and whose videos are not made."""
     from step_skip import jobs
@@ -105,14 +124,9 @@ def look(priors: list[Path], prompts: Path) -> None:
 
 def pretend(priors: list[Path], prompts: Path) -> None:
     """Put a video and its JSON where each of a sweep's would be."""
-    from step_skip import cli
-    from step_skip.made import describe_settings
-    from step_skip.sweep import make_groups
-
     folder, video = prompts.parent / "finished", (priors[0] / "output_full.mp4").read_bytes()
     folder.mkdir()
-    argv = ["--prior_dir", *map(str, priors), "--prompts_file", str(prompts)]
-    groups, _ = make_groups(priors, cli.read_choices(infer_from_prior.parse_args(argv)), output_dir=folder)
+    groups, _ = make_groups(priors, choices_of(priors, prompts), output_dir=folder)
     for group in groups:
         for job in group.jobs:
             job.path.write_bytes(video)
@@ -120,7 +134,7 @@ def pretend(priors: list[Path], prompts: Path) -> None:
             job.report_path.write_text(json.dumps(report, indent=2))
 
 
-STEPS = {step.__name__: step for step in (plan, read, look, pretend)}
+STEPS = {step.__name__: step for step in (plan, count, read, look, pretend)}
 
 
 def measure(step: str, folder: Path, prompts: int) -> dict[str, float]:
@@ -160,10 +174,13 @@ def main() -> None:
     work = Path(tempfile.mkdtemp())
     flags = ["--model", "tiny", "--image", str(IMAGE), "--prompt", "she stays still"]
     prior = Path(generate_prior.main([*flags, "--output_dir", str(work)]))
-    result: dict[str, Any] = {"planned": {}, "peak_memory": {}}
+    result: dict[str, Any] = {"planned": {}, "dry_run": {}, "peak_memory": {}}
     for priors, prompts in PLANNED:
         copies(prior, priors, folder := work / f"planned_{priors}_{prompts}")
-        result["planned"][f"{priors} priors x {prompts} prompts"] = measure("plan", folder, prompts)
+        name = f"{priors} priors x {prompts} prompts"
+        result["planned"][name] = measure("count", folder, prompts)
+        if priors * prompts <= LISTED:
+            result["dry_run"][name] = measure("plan", folder, prompts)
     copies(prior, 5, folder := work / "asked")
     measure("pretend", folder, CLIPS // 5)
     result["asked_again"] = {f"{CLIPS} clips": measure("look", folder, CLIPS // 5)}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from step_skip import cli
 from step_skip.compute import METHODS, OFF
 from step_skip.memory import HOMES
 from step_skip.plan_steps import AUTO
@@ -51,6 +52,25 @@ def add_machine_arguments(parser: argparse.ArgumentParser, *, inherits: bool) ->
         metavar="BACKEND",
         help="torch.compile the DiT's blocks; the first step takes minutes, the others less "
         f"{INHERITED + '; off: not' if inherits else ''}",
+    )
+
+
+def add_cluster_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add --ray and --workers."""
+    group = parser.add_argument_group("many GPUs", "docs/cluster.md; needs Ray: pip install .[ray]")
+    group.add_argument(
+        "--ray",
+        nargs="?",
+        const="auto",
+        metavar="ADDRESS",
+        help="make the videos on a Ray cluster (default: the one here; local: all GPUs of this machine); "
+        "this command reads the priors and writes every file",
+    )
+    group.add_argument(
+        "--workers",
+        type=cli.positive_int,
+        metavar="N",
+        help="at most so many, each with a model of its own (default: one per GPU)",
     )
 
 

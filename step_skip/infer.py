@@ -96,10 +96,13 @@ class Clip:
         fps, tags = self.report["fps"], video_tags(self.report)
         write_video(self.frames, path, fps=fps, overwrite=overwrite, tags=tags)
         self.seconds["save"] = time.perf_counter() - begin
-        made = {"video_sha256": sha256_file(path), "video_bytes": path.stat().st_size}
-        report = self.report | {"seconds": self.seconds} | made
-        write_json(path.with_suffix(".json"), report, overwrite=overwrite)
+        write_json(path.with_suffix(".json"), self.report_of(path), overwrite=overwrite)
         return path
+
+    def report_of(self, path: Path) -> dict[str, Any]:
+        """What is written beside the .mp4 that was made of it."""
+        made = {"video_sha256": sha256_file(path), "video_bytes": path.stat().st_size}
+        return self.report | {"seconds": self.seconds} | made
 
 
 def infer_from_prior(

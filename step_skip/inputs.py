@@ -73,28 +73,36 @@ def load_tensors(group: Group) -> str:
     return found
 
 
+def own_contexts(group: Group) -> None:
+    """Give a group the contexts that are files of its priors."""
+    for text in group.texts:
+        for member in group.members:
+            own = member.inputs.tensors.get(context_file(text))
+            if own is not None:
+                group.inputs.contexts[text] = own
+
+
 def know_contexts(group: Group, store: ContextStore) -> list[str]:
     """Give a group the contexts that are known, its priors' own or kept; returns the other prompts."""
+    own_contexts(group)
     contexts = group.inputs.contexts
     for text in group.texts:
         for member in group.members if text not in contexts else ():
-            own = member.inputs.tensors.get(context_file(text))
-            context = store.get(member.prior, text) if own is None else own
+            context = store.get(member.prior, text)
             if context is not None:
                 contexts[text] = context
     return [text for text in group.texts if text not in contexts]
 
 
+def unheld_texts(group: Group) -> list[str]:
+    """The prompts of a group whose contexts are no files of its priors."""
+    return [t for t in group.texts if not any(m.prior.has(context_file(t)) for m in group.members)]
+
+
 def unknown_texts(group: Group, store: ContextStore) -> list[str]:
     """The prompts of a group that have to be encoded; none of its tensors is read to tell."""
-    return [
-        text
-        for text in group.texts
-        if not any(
-            member.prior.has(context_file(text)) or store.get(member.prior, text) is not None
-            for member in group.members
-        )
-    ]
+    members = group.members
+    return [t for t in unheld_texts(group) if all(store.get(m.prior, t) is None for m in members)]
 
 
 def let_go(group: Group) -> None:

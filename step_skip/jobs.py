@@ -9,7 +9,7 @@ import math
 import traceback
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from tqdm import tqdm
 
@@ -37,6 +37,15 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 JOB_ERRORS = (InputError, RuntimeError, MemoryError, OSError)  # RunError and torch's own are RuntimeErrors
+
+
+class Savable(Protocol):
+    """A video that was made here (`infer.Clip`), or on another machine (`cluster.MadeClip`)."""
+
+    forwards: int
+    seconds: dict[str, float]
+
+    def save(self, path: Path, *, overwrite: bool = False) -> object: ...
 
 
 def load_options(
@@ -115,23 +124,12 @@ def run_jobs(
     from step_skip.pipeline import release
 
     clock, store = Clock(), ContextStore(contexts)
-    needed: set[str] = set()
-    for group in groups:
-        known = set(group.texts).difference(unknown_texts(group, store))
-        needed |= {name for plan in group.plans for name in needed_components(plan, group.prior, known=known)}
     failed: dict[Path, Exception] = {}
 
-    def check_all(found: Mapping[str, str]) -> None:
-        for group in groups:
-            try:
-                check_fingerprint(group.prior, found)
-            except InputError as error:
-                failed.update({job.path: error for job in group.jobs})
-        if failed.keys() >= {group.jobs[0].path for group in groups}:
-            raise next(iter(failed.values()))
+    def check(found: Mapping[str, str]) -> None:
+        failed.update(check_weights(groups, found))
 
-    components = [name for name in (*COMPONENTS, SKIP_BRANCH) if name in needed]
-    model = load_told(options, components, check=check_all, by_expert=True)
+    model = load_told(options, components_of(groups, store), check=check, by_expert=True)
     usable = [group for group in groups if group.jobs[0].path not in failed]
     clock.add("load")
     for group in usable:
@@ -144,6 +142,32 @@ def run_jobs(
     shared = {phase: clock.seconds[phase] / number for phase in ("load", "encode")}
     failed |= make_all(usable, model, store, shared)
     log.info(describe_peak(peak_memory(options.device)))
+    return failed
+
+
+def components_of(groups: Sequence[Group], store: ContextStore) -> list[str]:
+    """The parts of the model that jobs need."""
+    needed: set[str] = set()
+    for group in groups:
+        known = set(group.texts).difference(unknown_texts(group, store))
+        needed |= {name for plan in group.plans for name in needed_components(plan, group.prior, known=known)}
+    return [name for name in (*COMPONENTS, SKIP_BRANCH) if name in needed]
+
+
+def check_weights(groups: Sequence[Group], found: Mapping[str, str]) -> dict[Path, Exception]:
+    """Compare weights with those of every prior; by video what is wrong with priors of others.
+
+    Raises:
+        InputError: none was made with these.
+    """
+    failed: dict[Path, Exception] = {}
+    for group in groups:
+        try:
+            check_fingerprint(group.prior, found)
+        except InputError as error:
+            failed |= {job.path: error for job in group.jobs}
+    if failed.keys() >= {group.jobs[0].path for group in groups}:
+        raise next(iter(failed.values()))
     return failed
 
 
@@ -242,6 +266,11 @@ def run_job(
         return
     clip = make_clip(group, job.plan, model, callback=callback, pause=pause)
     clip.seconds |= shared
+    save_clip(clip, job)
+
+
+def save_clip(clip: Savable, job: Job) -> None:
+    """Write a video in its job's place, and say what it cost."""
     while True:
         try:
             clip.save(job.path, overwrite=job.overwrite)

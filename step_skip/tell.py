@@ -133,7 +133,7 @@ def report_failures(
     for path, error in failed.items():
         videos.setdefault(id(error), []).append(path)
     for path, *others in videos.values():
-        more = f" and {len(others)} others of its prior" if others else ""
+        more = f" and {len(others)} others" if others else ""
         log.warning(f"{path.name}{more} failed: {_one_line(failed[path])}")
     parts = [f"{len(failed)} of {total} videos failed"] if failed else []
     parts += [f"{len(left_out)} priors were left out"] if left_out else []
