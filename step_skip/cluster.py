@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
+import socket
 import tempfile
 from collections import Counter, deque
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -88,19 +89,40 @@ def connected(address: str, *, workers: int | None) -> Iterator[Cluster]:
         raise InputError("--ray needs Ray, which is not installed: pip install .[ray]") from error
     import torch
 
+    check_address(address)
     try:
         ray.init(address=address, log_to_driver=False, configure_logging=False, include_dashboard=None)
     except (ConnectionError, ValueError, RuntimeError) as error:
-        raise InputError(
-            f"--ray {address}: no cluster there ({str(error).splitlines()[0][:100]}); start one with "
-            "ray start --head, or use --ray local"
-        ) from error
+        raise no_cluster(address, error) from error
     try:
         there = ray.cluster_resources()
         gpus, cpus = int(there.get("GPU", 0)), int(there.get("CPU", 1))
         yield Cluster(min(workers or gpus or cpus, gpus or cpus), gpus, torch.get_num_threads())
     finally:
         ray.shutdown()
+
+
+def check_address(address: str) -> None:
+    """Refuse an address at which nothing answers: Ray itself would try for minutes.
+
+    Raises:
+        InputError: nothing does.
+    """
+    host, colon, port = address.rpartition(":")
+    if not (colon and port.isdecimal()) or "://" in address:
+        return
+    try:
+        socket.create_connection((host, int(port)), timeout=5).close()
+    except (OSError, OverflowError) as error:
+        raise no_cluster(address, error) from error
+
+
+def no_cluster(address: str, error: Exception) -> InputError:
+    """What is said where a cluster can't be reached."""
+    return InputError(
+        f"--ray {address}: no cluster there ({str(error).splitlines()[0][:100]}); start one with "
+        "ray start --head, or use --ray local"
+    )
 
 
 # --- in a worker --------------------------------------------------------------------------------------------
