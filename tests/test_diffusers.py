@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 
 import pytest
@@ -11,12 +12,13 @@ from helpers import FRAMES, PROMPT, SIZE
 
 import step_skip
 from prior_utils import verify
-from step_skip import InputError
+from step_skip import InputError, comfyui
 from step_skip.prior import load_latents, noise_pred_file, noise_pred_nega_file, step_file
 
 pytest.importorskip("diffusers")
 sys.path.insert(0, str(ROOT / "integrations" / "diffusers"))
 
+from diffusers import AutoencoderKLWan
 from embedded import embedded_pipeline
 
 from step_skip.diffusers import generate_prior, infer_from_prior
@@ -170,3 +172,9 @@ def test_other_pipelines_and_weights_are_refused(pipe, own_prior, model_dir):
         infer_from_prior(other, own_prior, NEW)
     with pytest.raises(InputError, match="--steps"):
         infer_from_prior(pipe, own_prior, NEW, steps=[7])
+
+
+def test_latent_statistics_written_down_for_comfyui_are_those_of_the_vae():
+    defaults = inspect.signature(AutoencoderKLWan.__init__).parameters
+    assert list(comfyui.MEAN) == defaults["latents_mean"].default
+    assert list(comfyui.STD) == defaults["latents_std"].default

@@ -1,6 +1,7 @@
 """A prior and a clip on a pipeline of diffusers, here the embedded model's, on the CPU.
 
     python integrations/diffusers/example.py
+    python integrations/diffusers/example.py --compare    # the same by DiffSynth, and how far they are apart
 
 Of the real model the pipeline is instead
 
@@ -15,9 +16,12 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from diffusers import WanImageToVideoPipeline
 from diffusers.utils import export_to_video
 from embedded import embedded_pipeline
 
+import step_skip
+from step_skip import Prior, load
 from step_skip.diffusers import generate_prior, infer_from_prior
 from step_skip.models import TINY_DIR
 
@@ -33,6 +37,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--prompt", default="she moves to the left", help="the new motion")
     parser.add_argument("--num_inference_steps", type=int, default=20, help="of the prior")
     parser.add_argument("--num_steps", type=int, default=4, help="of the clip")
+    parser.add_argument("--compare", action="store_true", help="run DiffSynth on the same prior, too")
     parser.add_argument("--output_dir", type=Path, default=Path("prior_output"))
     return parser.parse_args()
 
@@ -53,6 +58,22 @@ def main() -> None:
     path = export_to_video(clip.frames, str(prior.directory / "clip.mp4"), fps=8)
     print(f"{clip.forwards} forwards, the prior took {prior.metadata['forwards']}")
     print(path)
+    if args.compare:
+        compare(pipe, prior, args.prompt, num_steps=args.num_steps)
+
+
+def compare(pipe: WanImageToVideoPipeline, prior: Prior, prompt: str, *, num_steps: int) -> None:
+    """Print how far both frameworks' latents are apart, on one prior with one conditioning."""
+    model = load("tiny")
+    for text, steps in (
+        ("the prior's own", {"start_step": 0}),  # all of its steps after the first
+        (prompt, {"start_step": prior.num_inference_steps // 2}),
+        (prompt, {"num_steps": num_steps}),
+    ):
+        given = None if text == "the prior's own" else text
+        theirs = infer_from_prior(pipe, prior, given, **steps).latents
+        ours = step_skip.infer_from_prior(model, prior, given, progress=False, **steps).latents
+        print(f"{text}, {steps}: {float((theirs - ours).abs().max()):.1e} of {float(ours.std()):.2f}")
 
 
 if __name__ == "__main__":
