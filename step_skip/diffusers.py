@@ -62,17 +62,10 @@ log = logging.getLogger(__name__)
 
 FAMILY = FAMILIES[DEFAULT_FAMILY]
 TEXT_TOKENS = 512  # of a prompt, as WanImageToVideoPipeline pads it
-NOT_HERE = (  # of PriorChoices, what DiffSynth's pipeline alone does
-    *(
-        "denoising_strength",
-        "stop_after",
-        "save_decoded_videos",
-        "tiled",
-        "cfg_scale_2",
-        "switch_DiT_boundary",
-    ),
-    *("skip_cache", "tea_cache_l1_thresh", "tea_cache_model_id"),
-)
+NOT_HERE = {  # of PriorChoices, what DiffSynth's pipeline alone does
+    *("denoising_strength", "stop_after", "save_decoded_videos", "tiled", "cfg_scale_2"),
+    *("switch_DiT_boundary", "skip_cache", "tea_cache_l1_thresh", "tea_cache_model_id"),
+}
 
 
 def generate_prior(
@@ -108,6 +101,7 @@ def generate_prior(
     wanted, pictures = read_pictures({IMAGE_FILE: image}, wanted, defaults=defaults, family=FAMILY)
     metadata = plan_prior(options, wanted, family=DEFAULT_FAMILY)
     cfg_scale = one_guidance(metadata["cfg_scale"])
+    contexts = [encode(pipe, text) for text in (prompt, metadata["negative_prompt"])]
     directory, run_id = create_run_dir(Path(output_dir), run_id, name=id_of(pictures, prompt))
     metadata |= {
         "run_id": run_id,
@@ -127,7 +121,7 @@ def generate_prior(
             pipe,
             writer.prior,
             ResumableScheduler(),
-            contexts=[encode(pipe, text) for text in (prompt, metadata["negative_prompt"])],
+            contexts=contexts,
             cfg_scale=cfg_scale,
             on_start=functools.partial(save_start, writer),
             on_step=functools.partial(save_step, writer),
@@ -260,7 +254,7 @@ def encode(pipe: WanImageToVideoPipeline, text: str) -> torch.Tensor:
 class Adapted:
     """A scheduler of ours as diffusers calls it."""
 
-    order = 1  # network evaluations a step, as diffusers' progress bar counts them
+    order = 1  # timesteps a step, as diffusers counts them for its progress bar
 
     def __init__(self, scheduler: ReportingScheduler, schedule: Mapping[str, float]):
         self.scheduler = scheduler

@@ -66,14 +66,14 @@ def compare(pipe: WanImageToVideoPipeline, prior: Prior, prompt: str, *, num_ste
     """Print how far both frameworks' latents are apart, on one prior with one conditioning."""
     model = load("tiny")
     for text, steps in (
-        ("the prior's own", {"start_step": 0}),  # all of its steps after the first
+        (None, {"start_step": 0}),  # the prior's own prompt: all of its steps after the first
         (prompt, {"start_step": prior.num_inference_steps // 2}),
         (prompt, {"num_steps": num_steps}),
     ):
-        given = None if text == "the prior's own" else text
-        theirs = infer_from_prior(pipe, prior, given, **steps).latents
-        ours = step_skip.infer_from_prior(model, prior, given, progress=False, **steps).latents
-        print(f"{text}, {steps}: {float((theirs - ours).abs().max()):.1e} of {float(ours.std()):.2f}")
+        theirs = infer_from_prior(pipe, prior, text, **steps).latents
+        ours = step_skip.infer_from_prior(model, prior, text, progress=False, **steps).latents
+        difference, deviation = float((theirs - ours).abs().max()), float(ours.std())
+        print(f"{text or 'own prompt'}, {steps}: {difference:.1e}, standard deviation {deviation:.2f}")
 
 
 if __name__ == "__main__":
