@@ -23,7 +23,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
@@ -142,7 +142,7 @@ def infer_from_prior(
     cfg_scale: float | None = None,
     steps: Sequence[int] | None = None,
     num_steps: int | None = None,
-    start_step: int | None = None,
+    start_step: int | Literal["auto"] | None = None,
 ) -> RunResult:
     """Make a clip of a prior's identity in a few of its steps; `frames` are PIL images. Nothing is written.
 
@@ -153,7 +153,7 @@ def infer_from_prior(
             made by this pipeline.
         negative_prompt, cfg_scale: None: the prior's.
         steps, num_steps: a differential resume at these steps, or at so many.
-        start_step: a plain resume after this step instead.
+        start_step: a plain resume after this step instead, or "auto".
 
     Raises:
         InputError: a prior that is damaged or doesn't fit, or choices that contradict it.

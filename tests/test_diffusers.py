@@ -72,7 +72,7 @@ def apart(one: torch.Tensor, other: torch.Tensor) -> float:
 
 
 @pytest.mark.parametrize(
-    "steps", [{}, {"num_steps": 1}, {"steps": [0, 2, 5]}, {"start_step": 2}, {"start_step": 5}]
+    "steps", [{}, {"num_steps": 1}, {"steps": [0, 2, 5]}, {"start_step": "auto"}, {"start_step": 5}]
 )
 def test_own_prompt_gives_own_latents(pipe, own_prior, steps):
     clip = infer_from_prior(pipe, own_prior, **steps)
