@@ -172,6 +172,8 @@ def infer_from_prior(
         start_step=start_step,
     )
     plan = make_plan(choices, prior)
+    if plan.paths is not None:
+        raise InputError('num_steps="auto" is not to be had on a pipeline of diffusers; give a number')
     own_scale = one_guidance(plan.cfg_scale)
     group = make_group([prior], [Job(prior, plan, Path())])
     check_installed_schedule(prior)

@@ -170,6 +170,8 @@ def test_other_pipelines_and_weights_are_refused(pipe, own_prior, model_dir):
     other.transformer_2 = other.transformer
     with pytest.raises(InputError, match="expected a WanImageToVideoPipeline of Wan2.1"):
         infer_from_prior(other, own_prior, NEW)
+    with pytest.raises(InputError, match="auto"):
+        infer_from_prior(pipe, own_prior, num_steps="auto")
     with pytest.raises(InputError, match="--steps"):
         infer_from_prior(pipe, own_prior, NEW, steps=[7])
 
