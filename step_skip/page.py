@@ -11,6 +11,7 @@ of its own, and index.html leads to them. The last line on stdout is the page.
 from __future__ import annotations
 
 import contextlib
+import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
     from PIL import Image
 
     OnMade = Callable[[Path, Sequence[Image.Image]], None]
+
+log = logging.getLogger(__name__)
 
 PAGE_FILE = "index.html"
 SHEET_FILE = "contact_sheet.png"
@@ -51,8 +54,15 @@ class SweepPage:
         self.clips = read_clips(self.folder)
 
     def add(self, path: Path, frames: Sequence[Image.Image], *, expected: int) -> None:
-        """Keep a new video's poster, and write the page if the last time is long enough ago."""
-        save_poster(path, frames)
+        """Keep a new video's poster and bring the page up to date; what fails there fails no video."""
+        try:
+            save_poster(path, frames)
+            self.update(path, expected=expected)
+        except (OSError, InputError) as error:  # no reason to lose a video
+            log.warning(f"the page is not up to date ({error})")
+
+    def update(self, path: Path, *, expected: int) -> None:
+        """Take a new video in, and write the page if the last time is long enough ago."""
         if self.clips:
             self.clips[path] = read_clip(path) or Clip(path=path)
         else:  # those of an earlier run, too
@@ -126,6 +136,7 @@ def running_page(folder: Path, order: Sequence[str]) -> Iterator[OnMade]:
     finally:
         with contextlib.suppress(InputError):  # nothing was made
             page.read()
+        if page.clips:
             page.write()
 
 

@@ -65,6 +65,7 @@ class Clip:
     path: Path
     report: Mapping[str, Any] = field(default_factory=dict)  # a result's JSON or a prior's metadata
     poster: Path | None = None  # none where the video can't be shown
+    shape: tuple[int, int] = (1, 1)  # width and height of its frames
     problem: str | None = None
 
     @property
@@ -224,10 +225,10 @@ def look_at(path: Path, *, report: Mapping[str, Any] | None = None, problem: str
     """A clip with its poster, or what is wrong with its video."""
     report = report or {}
     try:
-        poster = find_poster(path, num_frames=report.get("num_frames"))
+        poster, shape = find_poster(path, num_frames=report.get("num_frames"))
     except InputError as error:
         return Clip(path=path, report=report, problem=problem or str(error))
-    return Clip(path=path, report=report, poster=poster, problem=problem)
+    return Clip(path=path, report=report, poster=poster, shape=shape, problem=problem)
 
 
 # --- priors -------------------------------------------------------------------------------------------------

@@ -23,7 +23,6 @@ from urllib.parse import quote
 from step_skip.files import InputError
 from step_skip.lora import summarize_loras
 from step_skip.page_clips import SETTINGS, Clip, Section, prior_title
-from step_skip.posters import FRAMES, read_poster
 from step_skip.schema import is_number
 
 NOTHING: tuple[object, ...] = (None, "", [])  # settings that were not used
@@ -207,20 +206,11 @@ def video_html(base: Path, clip: Clip, *, label: str) -> str:
     """The video over its poster, where there is one to play; a link to it where no script runs."""
     if clip.poster is None:
         return ""
-    width, height = shape_of(clip.poster)  # their ratio keeps the place until the video is there
+    width, height = clip.shape  # their ratio keeps the place until the video is there
     url, poster = relative_url(clip.path, base), relative_url(clip.poster, base)
     place = f'data-src="{url}" width="{width}" height="{height}"'
     return f"""<a class="frame" href="{url}" aria-label="{escaped(label)}">
 <img src="{poster}" alt="" loading="lazy"><video {place} muted playsinline preload="auto"></video></a>"""
-
-
-def shape_of(poster: Path) -> tuple[int, int]:
-    """Width and height of one of a poster's frames."""
-    try:
-        strip = read_poster(poster)
-    except OSError:  # gone meanwhile
-        return 1, 1
-    return strip.width // FRAMES, strip.height
 
 
 # --- words --------------------------------------------------------------------------------------------------

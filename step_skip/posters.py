@@ -65,11 +65,14 @@ def write_poster(video: Path, thumbs: Sequence[Image.Image]) -> Path:
     return path
 
 
-def find_poster(video: Path, *, num_frames: int | None) -> Path:
+def find_poster(video: Path, *, num_frames: int | None) -> tuple[Path, tuple[int, int]]:
     """The poster of a video that is there; made anew where it is older than the video or its JSON.
 
     Args:
         num_frames: how many the video must have; None: unknown.
+
+    Returns:
+        The poster, and width and height of each of its frames.
 
     Raises:
         InputError: the video is missing or damaged, as far as it has to be looked at.
@@ -78,9 +81,10 @@ def find_poster(video: Path, *, num_frames: int | None) -> Path:
     with contextlib.suppress(OSError):
         newest = max(each.lstat().st_mtime_ns for each in (video, video.with_suffix(".json")))
         if not video.is_symlink() and video.is_file() and path.lstat().st_mtime_ns >= newest:
-            read_poster(path)
-            return path
-    return write_poster(video, read_thumbs(video, num_frames=num_frames))
+            strip = read_poster(path)
+            return path, (strip.width // FRAMES, strip.height)
+    thumbs = read_thumbs(video, num_frames=num_frames)
+    return write_poster(video, thumbs), thumbs[0].size
 
 
 def read_poster(path: Path) -> Image.Image:

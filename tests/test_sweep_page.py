@@ -548,3 +548,16 @@ def test_enlarge_compare_sort_and_star(browser, page, results):
     assert js(names) == ["early.mp4"]
     js("localStorage.clear()")
     assert browser.get_log("browser") == []
+
+
+def test_posters_come_first(browser, page, results):
+    """A video that isn't near the screen isn't loaded; its poster keeps its place, as large."""
+    for number in range(12):
+        add_result(results, f"more {number}", prompt=f"more {number}")
+    page()
+    set_screen(browser, width=390, height=400)
+    browser.get((results / "index.html").as_uri())
+    wait_until(browser, "return near.has(videos[0]) && isReady(videos[0])", message="not loaded")
+    assert not browser.execute_script("return videos.at(-1).hasAttribute('src')")
+    sizes = "return [videos[1], videos.at(-1)].map((each) => each.offsetWidth + 'x' + each.offsetHeight)"
+    assert len(set(browser.execute_script(sizes))) == 1
