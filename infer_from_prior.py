@@ -20,7 +20,6 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until all is imported: nothing is there yet to be told
 
 import argparse
-import contextlib
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
@@ -39,7 +38,7 @@ from step_skip.lora import Lora, describe_loras, distilled_hint, find_recorded_l
 from step_skip.media import video_bytes
 from step_skip.memory import check_download, say_what_each_mode_takes
 from step_skip.models import model_defaults
-from step_skip.page import write_page
+from step_skip.page import running_page, write_page
 from step_skip.plan import FIXED, settings_of
 from step_skip.plan_steps import AUTO
 from step_skip.preview import check_previewable
@@ -326,12 +325,13 @@ def find_loras(jobs: Sequence[Job]) -> tuple[Lora, ...]:
 
 
 def make_videos(
-    groups: Sequence[Group], args: argparse.Namespace, *, there: int | None
+    groups: Sequence[Group], args: argparse.Namespace, *, there: int | None, order: Sequence[str] = ()
 ) -> dict[Path, Exception]:
     """Check what is left to check, load the model and run; returns the errors of jobs that failed.
 
     Args:
         there: the videos of a sweep that are there already; None: no sweep, a single video.
+        order: the names of all videos of a sweep, as they were asked for.
     """
     jobs = all_jobs(groups)
     model, folder = jobs[0].plan.model, jobs[0].path.parent
@@ -352,8 +352,10 @@ def make_videos(
         jobs, device=device, dtype=dtype, vram=args.vram, model_dir=args.model_dir, loras=loras
     )
     warn_of_words(groups, options)
-    with contextlib.nullcontext() if there is None else sweep_folder(folder):
+    if there is None:
         return run_jobs(groups, options=options)
+    with sweep_folder(folder), running_page(folder, order) as on_made:
+        return run_jobs(groups, options=options, on_made=on_made)
 
 
 def dry_run(jobs: Sequence[Job], args: argparse.Namespace, *, there: int) -> None:
@@ -406,7 +408,9 @@ def main(argv: list[str] | None = None) -> Path | str:
         return "\n".join(describe_job(job, made=job.path in made) for job in jobs)
     if not is_sweep and made:
         log.info("made before, by the same choices, and whole: nothing to do")
-    failed = make_videos(to_do, args, there=len(made) if is_sweep else None) if to_do else {}
+    order = [job.path.name for job in jobs]
+    there = len(made) if is_sweep else None
+    failed = make_videos(to_do, args, there=there, order=order) if to_do else {}
     if not is_sweep:
         if failed:
             raise next(iter(failed.values()))
@@ -416,9 +420,9 @@ def main(argv: list[str] | None = None) -> Path | str:
             )
         return jobs[0].path
     folder = jobs[0].path.parent
-    if len(failed) < len(jobs):
+    if not to_do:
         with sweep_folder(folder):
-            write_page(folder)
+            write_page(folder, order)
     report_failures(failed, len(jobs))
     return folder
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from step_skip.experts import experts_of
 from step_skip.files import InputError, TakenError
-from step_skip.infer import encode_new, make_clip, run_plan
+from step_skip.infer import Clip, encode_new, make_clip, run_plan
 from step_skip.loading import Model
 from step_skip.lora import Lora
 from step_skip.memory import describe_peak, peak_memory
@@ -26,7 +26,11 @@ from step_skip.sweep import Group, Job, all_jobs, expected_seconds_of_each, free
 from step_skip.tell import describe_seconds, load_told
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
+
     from step_skip.pipeline import Pause
+
+    OnMade = Callable[[Path, Sequence[Image]], None]
 
 log = logging.getLogger(__name__)
 
@@ -59,11 +63,14 @@ def load_options(
     )
 
 
-def run_jobs(groups: Sequence[Group], *, options: LoadOptions) -> dict[Path, Exception]:
+def run_jobs(
+    groups: Sequence[Group], *, options: LoadOptions, on_made: OnMade | None = None
+) -> dict[Path, Exception]:
     """Load a model and make every video; one that fails doesn't stop the others.
 
     Args:
         groups: with their inputs loaded.
+        on_made: called with each video's path and frames once it is written.
 
     Returns:
         The errors of the videos that could not be made.
@@ -93,12 +100,14 @@ def run_jobs(groups: Sequence[Group], *, options: LoadOptions) -> dict[Path, Exc
     release(model.pipe, ENCODERS)
     clock.add("encode")
     shared = {phase: clock.seconds[phase] / len(jobs) for phase in ("load", "encode")}
-    failed = make_all(groups, model, shared)
+    failed = make_all(groups, model, shared, on_made)
     log.info(describe_peak(peak_memory(options.device)))
     return failed
 
 
-def make_all(groups: Sequence[Group], model: Model, shared: Mapping[str, float]) -> dict[Path, Exception]:
+def make_all(
+    groups: Sequence[Group], model: Model, shared: Mapping[str, float], on_made: OnMade | None = None
+) -> dict[Path, Exception]:
     """Make every video on a loaded model; of two experts the first takes its steps of all, then the second.
 
     Args:
@@ -125,7 +134,9 @@ def make_all(groups: Sequence[Group], model: Model, shared: Mapping[str, float])
                 if not share or job.path in failed:
                     continue
                 try:
-                    run_job(group, job, model=model, shared=shared, expert=expert, pauses=pauses)
+                    clip = run_job(group, job, model=model, shared=shared, expert=expert, pauses=pauses)
+                    if clip is not None and on_made is not None:
+                        on_made(job.path, clip.frames)
                 except JOB_ERRORS as error:
                     traceback.clear_frames(error.__traceback__)  # they hold tensors the next needs room for
                     failed[job.path] = error
@@ -150,8 +161,8 @@ def run_job(
     shared: Mapping[str, float],
     expert: str | None,
     pauses: dict[Path, Pause],
-) -> None:
-    """Make one video and write it, or run the steps of its first expert.
+) -> Clip | None:
+    """Make one video, write and return it, or run the steps of its first expert.
 
     Args:
         shared: this video's share of the seconds that loading and encoding took.
@@ -168,7 +179,7 @@ def run_job(
     if pause is None and expert is not None and len(set(experts)) > 1:
         pauses[job.path] = pause = Pause(experts.count(expert))
         run_plan(group, job.plan, model.pipe, callback=callback, pause=pause)
-        return
+        return None
     clip = make_clip(group, job.plan, model, callback=callback, pause=pause)
     clip.seconds |= shared
     while True:
@@ -178,3 +189,4 @@ def run_job(
         except TakenError:  # by another run, meanwhile: no clip is lost
             job.path = free_path(job.path)
     log.info(f"{job.path}: {clip.forwards} forwards, {describe_seconds(clip.seconds, prior=job.prior)}")
+    return clip
