@@ -14,7 +14,7 @@ demo: $(VENV)/installed
 	printf '%s\n' "the prior and three new clips, side by side; open this page:" "$$sweep/index.html"
 
 test: $(VENV)/installed-tests lint
-	$(BIN)/python -m pytest -rs
+	$(BIN)/python -m pytest -rs -n auto --dist loadfile
 
 # Chromium, in which the tests open a sweep's page; without it they are skipped
 browser:

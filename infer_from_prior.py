@@ -44,7 +44,7 @@ from step_skip.made import find_made, settle_single
 from step_skip.media import video_bytes
 from step_skip.memory import check_download, say_what_each_mode_takes
 from step_skip.models import LoadOptions, model_defaults
-from step_skip.page import write_page
+from step_skip.page import running_page, write_page
 from step_skip.places import sweep_folder
 from step_skip.plan import FIXED, settings_of
 from step_skip.plan_steps import AUTO
@@ -348,6 +348,7 @@ def make_videos(
     *,
     there: int | None,
     contexts: Path | None,
+    order: Sequence[str] = (),
 ) -> dict[Path, Exception]:
     """Load one model after the other and make its videos; returns the errors of jobs that failed.
 
@@ -355,6 +356,7 @@ def make_videos(
         cluster: on whose workers; None: in this process.
         there: the videos of a sweep that are there already; None: no sweep, a single video.
         contexts: see `run_jobs`.
+        order: the names of all videos of a sweep, as they were asked for.
 
     Raises:
         InputError, RunError: none of the priors could be used, or no model could be loaded.
@@ -373,9 +375,12 @@ def make_videos(
                 check_folder(folder, sum(len(group.jobs) * video_bytes(own) for group, own in firsts) + 2**20)
                 say_what_runs(groups, there=there)
                 told = True
-            with contextlib.nullcontext() if there is None else sweep_folder(folder):
-                run = run_jobs if cluster is None else functools.partial(run_on_cluster, cluster=cluster)
-                failed |= run(usable, options=options, contexts=contexts)
+            run = run_jobs if cluster is None else functools.partial(run_on_cluster, cluster=cluster)
+            if there is None:
+                failed |= run(usable, options=options)
+                continue
+            with sweep_folder(folder), running_page(folder, order) as on_made:
+                failed |= run(usable, options=options, contexts=contexts, on_made=on_made)
         except (InputError, RunError) as error:
             if len(batches) == 1:
                 raise
@@ -442,8 +447,11 @@ def main(argv: list[str] | None = None) -> Path | str:
     if not is_sweep and there:
         log.info("made before, by the same choices, and whole: nothing to do")
     if to_do:
+        order = [f"{job.name}.mp4" for job in jobs] if is_sweep else []
         with on_cluster(args) as cluster:
-            failed |= make_videos(to_do, args, cluster, there=there if is_sweep else None, contexts=contexts)
+            failed |= make_videos(
+                to_do, args, cluster, there=there if is_sweep else None, contexts=contexts, order=order
+            )
     if not is_sweep:
         if failed:
             raise next(iter(failed.values()))
@@ -452,9 +460,9 @@ def main(argv: list[str] | None = None) -> Path | str:
                 f"--output: another run made {args.output} meanwhile; this run's clip is {jobs[0].path}"
             )
         return jobs[0].path
-    if len(failed) < len(jobs):
+    if not to_do and there:
         with sweep_folder(folder):
-            write_page(folder)
+            write_page(folder, [f"{job.name}.mp4" for job in jobs])
     report_failures(failed, len(jobs), folder=folder, left_out=left_out)
     return folder
 

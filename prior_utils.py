@@ -5,6 +5,8 @@
     python prior_utils.py show prior_output/run_mila
     python prior_utils.py prune prior_output/run_*    # what could go of them; with --yes it goes
     python prior_utils.py rm prior_output/run_mila    # likewise, all of it
+    python prior_utils.py export prior_output/run_mila --step 6    # its latents as a .latent of ComfyUI
+    python prior_utils.py import latents/*.latent     # a run that was made there, as a prior
 
 The names here stay; the parts they come from are in step_skip.
 """
@@ -17,7 +19,7 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-from step_skip import cli, prune
+from step_skip import cli, comfyui, prune
 from step_skip.files import DTYPES, InputError, RunError, replacing, sha256_file, sha256_tensor, write_json
 from step_skip.manage import list_priors, remove_priors, show_prior
 from step_skip.metadata import (
@@ -196,6 +198,39 @@ def prune_priors(argv: list[str]) -> str:
     return "\n".join(map(str, args.prior_dir))
 
 
+def export_prior(argv: list[str]) -> str:
+    """Write the latents after one of a prior's steps as a .latent, which ComfyUI's LoadLatent reads."""
+    parser = cli.Parser(export_prior.__doc__ or "")
+    parser.prog += " export"
+    parser.add_argument("prior_dir", type=cli.utf8_path, metavar="DIR", help="a run_<id> folder")
+    parser.add_argument(
+        "--step", type=cli.non_negative_int, metavar="N", help="the step (default: the last, clean latents)"
+    )
+    output = "the file (default: run_<id>_step_<N>.latent, here)"
+    parser.add_argument("--output", type=cli.utf8_path, metavar="FILE", help=output)
+    args = parser.parse_args(argv)
+    prior = read_prior(args.prior_dir)
+    step = prior.num_inference_steps - 1 if args.step is None else args.step
+    path = args.output or Path(f"run_{prior.metadata['run_id']}_{Path(step_file(step)).stem}.latent")
+    return str(comfyui.export_latents(prior, path, step=step))
+
+
+def import_prior(argv: list[str]) -> str:
+    """Make a prior of a run in ComfyUI: one .latent for each of its steps, by euler and simple."""
+    parser = cli.Parser(import_prior.__doc__ or "")
+    parser.prog += " import"
+    files = "saved by SaveLatent after each step, in their order"
+    parser.add_argument("latents", type=cli.utf8_path, nargs="+", metavar="FILE", help=files)
+    parser.add_argument("--output_dir", type=cli.utf8_path, default=Path("prior_output"), metavar="DIR")
+    parser.add_argument("--run_id", help="the folder's name is run_<run_id> (default: the first file's)")
+    shift = "that of ModelSamplingSD3 there"
+    parser.add_argument("--sigma_shift", type=cli.positive_float, default=5.0, help=shift)
+    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="the model's here")
+    args = parser.parse_args(argv)
+    own = {name: getattr(args, name) for name in ("sigma_shift", "run_id", "dtype")}
+    return str(comfyui.import_run(args.latents, args.output_dir, **own))
+
+
 def parse_command(argv: list[str]) -> argparse.Namespace:
     """The words after one of COMMANDS."""
     parser = argparse.ArgumentParser(prog=f"prior_utils.py {argv[0]}", description=COMMANDS[argv[0]])
@@ -211,10 +246,11 @@ def parse_command(argv: list[str]) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> str:
-    """List, show, remove or prune priors, or verify them, as infer_from_prior.py --verify does."""
+    """List, show, remove, prune, export or import priors, or verify them, as infer_from_prior.py --verify."""
     argv = sys.argv[1:] if argv is None else argv
-    if argv[:1] == ["prune"]:
-        return prune_priors(argv[1:])
+    with_parsers = {"prune": prune_priors, "export": export_prior, "import": import_prior}
+    if argv and argv[0] in with_parsers:
+        return with_parsers[argv[0]](argv[1:])
     if argv and argv[0] in COMMANDS:
         args = parse_command(argv)
         if argv[0] == "rm":

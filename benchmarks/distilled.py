@@ -5,7 +5,7 @@
 The embedded model's LoRA was distilled for 4 steps without guidance. The cases are promise.py's: the LoRA
 from noise in 4, 3, 2, 1 steps; its own priors of 4, 8, 16, 50 steps, of a prompt that holds still, followed
 in 1, 2, 3 steps of one forward each; the base model's own prior of 50 steps in 1 to 4. All of it is held
-against the base model's full run of 50 steps. Goes on where it stopped; some ten seconds a case on a core.
+against the base model's full run of 50 steps. Goes on where it stopped; half a minute a case on a core.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ def main(argv: list[str] | None = None) -> None:
 
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
-    parser.add_argument("--identities", type=int, default=32, help="unseen identities (default: 32)")
+    parser.add_argument("--identities", type=int, default=14, help="unseen identities (default: 14)")
     parser.add_argument("--output", type=Path, default=HERE / "out" / "distilled")
     parser.add_argument("--workers", type=int, default=2, help="processes (default: 2)")
     args = parser.parse_args(argv)

@@ -28,16 +28,14 @@ def main() -> None:
     )
     parser.add_argument("--image", type=Path, default=ROOT / "data" / "tiny_wan_i2v" / "inputs" / "mila.png")
     parser.add_argument("--prompts", nargs="+", default=PROMPTS)
-    parser.add_argument("--start_steps", nargs="+", default=["2", "4", "6"])
+    parser.add_argument("--num_steps", nargs="+", default=["2", "3", "4"])
     parser.add_argument("--frame", type=int, default=12, help="the frame that is shown")
     parser.add_argument("--output", type=Path, required=True)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         prior = run("generate_prior.py", "--model", "tiny", "--image", args.image, "--output_dir", folder)
         sweep = ("--prior_dir", prior, "--output_dir", Path(folder, "sweep"), "--prompt", *args.prompts)
-        run("infer_from_prior.py", *sweep, "--start_step", *args.start_steps)
-        run("infer_from_prior.py", *sweep)
-        page = run("-m", "step_skip.page", Path(folder, "sweep"))
+        page = run("infer_from_prior.py", *sweep, "--num_steps", *args.num_steps) / "index.html"
         args.output.parent.mkdir(parents=True, exist_ok=True)
         take_screenshot(page, args.output, frame=args.frame, profile=Path(folder, "profile"))
     print(args.output)
@@ -51,9 +49,10 @@ def take_screenshot(page: Path, output: Path, *, frame: int, profile: Path) -> N
     try:
         set_screen(browser, width=1120, height=1340)
         browser.get(page.as_uri())
-        wait_until(browser, "return videos.every(isReady)", message="the videos are not loaded")
+        ready = "return near.size > 9 && [...near].every(isReady)"
+        wait_until(browser, ready, message="the videos are not loaded")
         show_frame(browser, frame)
-        wait_until(browser, "return videos.every(isReady)", message="the frame is not shown")
+        wait_until(browser, ready, message="the frame is not shown")
         browser.save_screenshot(str(output))
     finally:
         browser.quit()

@@ -47,7 +47,7 @@ def make_model(folder: Path, model: str) -> dict[str, int]:
 def write_component(folder: Path, component: str, weights: Weights, *, seed: int) -> None:
     """Write one component, in as many shards as it was published in."""
     shapes, dtype = published_shapes(weights), published_dtype(weights)
-    number = math.ceil(weights.file_bytes / SHARD_BYTES)
+    number = math.ceil(weights.file_bytes / SHARD_BYTES) if "*" in weights.pattern else 1
     shards: list[dict[str, list[int]]] = [{} for _ in range(number)]
     total, before = sum(map(math.prod, shapes.values())), 0
     for name in sorted(shapes):

@@ -35,6 +35,9 @@ from step_skip.tell import doubts_of
 
 if TYPE_CHECKING:
     import torch
+    from PIL.Image import Image
+
+    from step_skip.jobs import OnMade
 
 log = logging.getLogger(__name__)
 
@@ -133,6 +136,7 @@ class MadeClip:
     """A video as a worker gives it back: its file, and what is written beside it."""
 
     video: bytes
+    frames: list[Image]  # the first, the middle and the last
     report: dict[str, Any]
     forwards: int
     seconds: dict[str, float]
@@ -185,7 +189,10 @@ class Worker:
             with tempfile.TemporaryDirectory() as folder:
                 path = clip.save(Path(folder) / "clip.mp4")
                 doubts = list(doubts_of(group, device=self.model.options.device))
-                return MadeClip(path.read_bytes(), clip.report_of(path), clip.forwards, clip.seconds, doubts)
+                few = [clip.frames[place] for place in (0, (len(clip.frames) - 1) // 2, -1)]
+                return MadeClip(
+                    path.read_bytes(), few, clip.report_of(path), clip.forwards, clip.seconds, doubts
+                )
         except JOB_ERRORS as error:
             return plain_error(error)
 
@@ -220,7 +227,12 @@ class Given:
 
 
 def run_on_cluster(
-    groups: Sequence[Group], cluster: Cluster, *, options: LoadOptions, contexts: Path | None = None
+    groups: Sequence[Group],
+    cluster: Cluster,
+    *,
+    options: LoadOptions,
+    contexts: Path | None = None,
+    on_made: OnMade | None = None,
 ) -> dict[Path, Exception]:
     """Make every video on the workers of a cluster; see `jobs.run_jobs`, which does the same in one process.
 
@@ -233,7 +245,7 @@ def run_on_cluster(
     store = ContextStore(contexts)
     components = [name for name in components_of(groups, store) if name != "text_encoder"]
     encode_first(groups, cluster, options, store)
-    run = Run(groups, cluster, options, components, store)
+    run = Run(groups, cluster, options, components, store, on_made)
     try:
         run.to_the_end()
     finally:
@@ -271,7 +283,9 @@ class Run:
         options: LoadOptions,
         components: Collection[str],
         store: ContextStore,
+        on_made: OnMade | None,
     ):
+        self.on_made = on_made
         self.groups, self.cluster, self.options, self.store = groups, cluster, options, store
         self.components = list(components)
         self.failed: dict[Path, Exception] = {}
@@ -375,7 +389,7 @@ class Run:
                 if doubt not in self.told:
                     log.warning(doubt)
                 self.told.add(doubt)
-            save_clip(result, job)
+            save_clip(result, job, self.on_made)
         except JOB_ERRORS as error:
             self.failed[job.path] = error
 

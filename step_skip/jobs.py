@@ -32,7 +32,11 @@ from step_skip.sweep import Group, Job, all_jobs
 from step_skip.tell import describe_seconds, load_told
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
+
     from step_skip.pipeline import Pause
+
+    OnMade = Callable[[Path, Sequence[Image]], None]
 
 log = logging.getLogger(__name__)
 
@@ -42,6 +46,7 @@ JOB_ERRORS = (InputError, RuntimeError, MemoryError, OSError)  # RunError and to
 class Savable(Protocol):
     """A video that was made here (`infer.Clip`), or on another machine (`cluster.MadeClip`)."""
 
+    frames: list[Image]
     forwards: int
     seconds: dict[str, float]
 
@@ -106,13 +111,18 @@ def read_group(group: Group) -> str:
 
 
 def run_jobs(
-    groups: Sequence[Group], *, options: LoadOptions, contexts: Path | None = None
+    groups: Sequence[Group],
+    *,
+    options: LoadOptions,
+    contexts: Path | None = None,
+    on_made: OnMade | None = None,
 ) -> dict[Path, Exception]:
     """Load a model and make every video; one that fails doesn't stop the others.
 
     Args:
         groups: of priors that need the same weights, see `by_weights`.
         contexts: the folder that keeps encoded prompts for all; None: each prior its own.
+        on_made: called with each video's path and frames once it is written.
 
     Returns:
         The errors of the videos that could not be made.
@@ -140,7 +150,7 @@ def run_jobs(
     clock.add("encode")
     number = len(all_jobs(usable))
     shared = {phase: clock.seconds[phase] / number for phase in ("load", "encode")}
-    failed |= make_all(usable, model, store, shared)
+    failed |= make_all(usable, model, store, shared, on_made)
     log.info(describe_peak(peak_memory(options.device)))
     return failed
 
@@ -172,7 +182,11 @@ def check_weights(groups: Sequence[Group], found: Mapping[str, str]) -> dict[Pat
 
 
 def make_all(
-    groups: Sequence[Group], model: Model, store: ContextStore, shared: Mapping[str, float]
+    groups: Sequence[Group],
+    model: Model,
+    store: ContextStore,
+    shared: Mapping[str, float],
+    on_made: OnMade | None = None,
 ) -> dict[Path, Exception]:
     """Make every video on a loaded model; of two experts the first takes its steps of all, then the second.
 
@@ -200,9 +214,8 @@ def make_all(
                     share = share_of_expert(group, job, expert)
                     if share and job.path not in failed:
                         run = functools.partial(run_job, group, job, model=model, shared=shared)
-                        attempt(
-                            functools.partial(run, expert=expert, pauses=pauses), [job.path], failed, model
-                        )
+                        run = functools.partial(run, expert=expert, pauses=pauses, on_made=on_made)
+                        attempt(run, [job.path], failed, model)
                     bar.update(cost * share)
                 let_go(group)
     return failed
@@ -245,6 +258,7 @@ def run_job(
     shared: Mapping[str, float],
     expert: str | None,
     pauses: dict[Path, Pause],
+    on_made: OnMade | None = None,
 ) -> None:
     """Make one video and write it, or run the steps of its first expert.
 
@@ -266,10 +280,10 @@ def run_job(
         return
     clip = make_clip(group, job.plan, model, callback=callback, pause=pause)
     clip.seconds |= shared
-    save_clip(clip, job)
+    save_clip(clip, job, on_made)
 
 
-def save_clip(clip: Savable, job: Job) -> None:
+def save_clip(clip: Savable, job: Job, on_made: OnMade | None) -> None:
     """Write a video in its job's place, and say what it cost."""
     while True:
         try:
@@ -278,3 +292,5 @@ def save_clip(clip: Savable, job: Job) -> None:
         except TakenError:  # by another run, meanwhile: no clip is lost
             job.path = free_path(job.path)
     log.info(f"{job.path}: {clip.forwards} forwards, {describe_seconds(clip.seconds, prior=job.prior)}")
+    if on_made is not None:
+        on_made(job.path, clip.frames)

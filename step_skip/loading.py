@@ -375,6 +375,7 @@ def _load_tiny(options: LoadOptions, files: Mapping[str, list[Path]]) -> WanVide
 def _load_real(options: LoadOptions, files: Mapping[str, list[Path]]) -> WanVideoPipeline:
     import torch
     from diffsynth.pipelines.wan_video import ModelConfig, WanVideoPipeline
+    from safetensors import SafetensorError
 
     dtype, mode = getattr(torch, options.dtype), pick_vram(options, files)
 
@@ -386,13 +387,18 @@ def _load_real(options: LoadOptions, files: Mapping[str, list[Path]]) -> WanVide
         return ModelConfig(path=named if len(named) > 1 else named[0], **homes)
 
     tokenizer = ModelConfig(path=str(tokenizer_folder(options))) if "text_encoder" in files else None
-    pipe = WanVideoPipeline.from_pretrained(
-        torch_dtype=dtype,
-        device=options.device,
-        model_configs=[config(name, paths) for name, paths in files.items()],
-        tokenizer_config=tokenizer,
-        vram_limit=vram_limit(options.device),
-    )
+    try:
+        pipe = WanVideoPipeline.from_pretrained(
+            torch_dtype=dtype,
+            device=options.device,
+            model_configs=[config(name, paths) for name, paths in files.items()],
+            tokenizer_config=tokenizer,
+            vram_limit=vram_limit(options.device),
+        )
+    except (SafetensorError, ValueError) as error:  # a file that was cut off; keys and shapes of no model
+        raise InputError(
+            f"DiffSynth can't load the weights of {options.model} ({str(error)[:300]}); fetch the file again"
+        ) from error
     if torch.device(options.device).type == "cpu":
         pipe.device_type = (
             "cuda"  # where DiffSynth empties the cache: torch.cpu can't, torch.cuda needs no GPU

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import numpy as np
     from PIL.Image import Image
 
-THUMB_HEIGHT = 96  # pixels
+THUMB_HEIGHT = 240  # pixels, at most
 MAX_BOXES = 100  # of an .mp4; ffmpeg writes four
 MAX_AREA = 2**25  # pixels of a frame that is decoded for a page: 8K
 
@@ -121,7 +121,7 @@ def is_whole_mp4(path: Path) -> bool:
 
 
 def read_thumbs(path: Path, *, num_frames: int | None) -> list[Image]:
-    """First, middle and last frame of a video, THUMB_HEIGHT pixels high.
+    """First, middle and last frame of a video, at most THUMB_HEIGHT pixels high.
 
     Args:
         num_frames: how many it must have; None: unknown.
@@ -165,9 +165,10 @@ def _decoded(path: Path, *, most: int) -> Iterator[np.ndarray]:
 
 
 def thumb(frame: Any) -> Image:
-    """A frame, [H, W, 3] uint8, as an image of THUMB_HEIGHT pixels."""
+    """A frame, [H, W, 3] uint8, as an image of at most THUMB_HEIGHT pixels in height."""
     from PIL import Image
 
     height, width, _ = frame.shape
-    size = min(max(1, round(width * THUMB_HEIGHT / height)), 8 * THUMB_HEIGHT), THUMB_HEIGHT
+    new = min(height, THUMB_HEIGHT)
+    size = min(max(1, round(width * new / height)), 8 * THUMB_HEIGHT), new
     return Image.fromarray(frame).resize(size, Image.Resampling.LANCZOS)

@@ -337,7 +337,7 @@ def _call(
     result = RunResult([], torch.empty(0), [], 0, seconds=clock.seconds)
 
     def report_step(step: Step) -> None:
-        _check_finite(step)  # waits for the device, so that the time below is the step's own
+        check_finite(step)  # waits for the device, so that the time below is the step's own
         seconds, forwards = clock.add("denoise"), counter.forwards - result.forwards
         result.seconds_per_step.append(seconds)
         result.steps.append(step.index)
@@ -386,7 +386,7 @@ def _cheaper(
         yield inputs, units, model_fn
 
 
-def _check_finite(step: Step) -> None:
+def check_finite(step: Step) -> None:
     if not torch.isfinite(step.latents).all():
         raise RunError(
             f"latents became NaN or infinite at step {step.index} (sigma {step.sigma:.3f}); stopped there. "

@@ -42,10 +42,6 @@ DEFAULT_TEXT_SHARE = 0.6  # what about 9 of 10 new prompts need to be obeyed: be
 DENSER, DENSER_FEW, FEW = 1.7, 2.0, 3  # to the end; for up to FEW steps of a differential resume; 1: evenly
 LATE = 0.5  # share of the schedule after which a resumed run rarely changes the motion
 SAME_SIGMA = 1e-6  # relative; sigmas are float32 and come by way of text
-CURVES = (
-    ("still_distances", "still part formed (who, where)", "#7f8c8d"),
-    ("moving_distances", "moving part formed (what happens)", "#2471a3"),
-)
 
 
 # --- while a prior is made ----------------------------------------------------------------------------------
@@ -62,10 +58,20 @@ def save_formation(writer: PriorWriter) -> None:
     """Add the record to a prior whose steps are all saved, and draw it; it is whole without the picture."""
     writer.metadata[FORMATION_KEY] = record = measure_formation(writer.prior)
     try:
-        sigmas = writer.metadata["scheduler_sigmas"]
-        writer.save(FORMATION_FILE, lambda path: plot_formation(record, path, sigmas=sigmas))
+        writer.save(FORMATION_FILE, lambda path: draw_formation(writer.prior, record, path))
     except Exception as error:  # whatever a plotting library and its fonts may raise
         log.warning(f"no {FORMATION_FILE} ({type(error).__name__}: {error}); the prior is whole without it")
+
+
+def draw_formation(prior: Prior, record: Mapping[str, Any], path: Path) -> None:
+    """Draw the record, with what `--start_step auto` makes of it."""
+    from step_skip.formation import plot_formation
+
+    left, measured, auto = None, False, None
+    if record["text_moves"] is not None:
+        left, measured = say_left(record["text_moves"], sigmas=prior.metadata["scheduler_sigmas"])
+        auto = latest_step(left, DEFAULT_TEXT_SHARE)
+    plot_formation(prior, record, path, left=left, measured=measured, share=DEFAULT_TEXT_SHARE, auto=auto)
 
 
 def measure_formation(prior: Prior) -> dict[str, list[float] | None]:
@@ -232,32 +238,6 @@ def guidance_decay(
         first = (ends[step] - ends[end]) * branch_distances[step]
         decays.append(mean / first if first else 1.0)
     return decays
-
-
-# --- one glance to choose by --------------------------------------------------------------------------------
-
-
-def plot_formation(record: Mapping[str, Any], path: Path, *, sigmas: Sequence[float]) -> None:
-    """Draw how far both parts have formed, and what the text has yet to say, over the steps."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6.4, 4), layout="constrained")
-    axes = figure.subplots()
-    for key, label, colour in CURVES:
-        if record[key] is not None:
-            axes.plot([1 - distance for distance in record[key]], "o-", color=colour, label=label)
-    if record["text_moves"] is not None:
-        left, measured = say_left(record["text_moves"], sigmas=sigmas)
-        label = "the text's say that is left" + ("" if measured else "\n(by the schedule)")
-        axes.plot(left, "s--", color="#c0392b", label=label)
-        auto = latest_step(left, DEFAULT_TEXT_SHARE)
-        if auto is not None:
-            axes.axvline(auto, color="#c0392b", ls=":", label=f"--start_step auto: {auto}")
-    axes.set(xlabel="after step", ylabel="share", xlim=(-0.3, len(sigmas) - 0.7), ylim=(-0.03, 1.03))
-    axes.locator_params(axis="x", integer=True, nbins=12)
-    axes.grid(alpha=0.3)
-    figure.legend(loc="outside upper center", ncols=2, frameon=False)
-    figure.savefig(path, dpi=120)
 
 
 # --- places in a schedule -----------------------------------------------------------------------------------

@@ -83,12 +83,12 @@ MODEL_CONFIG = {
 }
 
 
-def build_model(folder: Path, *, seed: int = 0) -> Path:
+def build_model(folder: Path, *, seed: int = 0, config: dict = MODEL_CONFIG) -> Path:
     """An embedded model of the same classes, smaller still and untrained: a step takes milliseconds."""
     from safetensors.torch import save_file
 
-    (folder / "config.json").write_text(json.dumps(MODEL_CONFIG))
-    for name, module in build_tiny(MODEL_CONFIG, seed=seed).items():
+    (folder / "config.json").write_text(json.dumps(config))
+    for name, module in build_tiny(config, seed=seed).items():
         weights = module.state_dict()
         if name == "vae":
             weights |= {"mean": module.mean, "std": module.std}

@@ -183,7 +183,7 @@ def test_a_picture_that_fails_costs_no_prior(generate, infer, image, monkeypatch
     def fail(*_, **__):
         raise ImportError("No module named 'matplotlib'")
 
-    monkeypatch.setattr(steps, "plot_formation", fail)
+    monkeypatch.setattr(steps, "draw_formation", fail)
     outcome = generate("--image", image, "--num_inference_steps", 2, "--prompt", PROMPT)
     prior = outcome.path
     assert "warning: no formation.png (ImportError: No module named 'matplotlib')" in outcome.err

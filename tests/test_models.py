@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import safetensors.torch
 import torch
 from helpers import PROMPT, listing, run_as_user
 
@@ -423,3 +424,13 @@ def test_a_prior_of_a_14b_model_needs_a_gpu_too(prior_copy, run, refused, asked)
     refused(lambda: run(*command), "I2V-480P", "needs a CUDA GPU", "--model tiny")
     assert not asked
     assert "diffsynth" in sys.modules  # so that the spy was in place
+
+
+@pytest.mark.parametrize("content", [{}, {"weight": torch.zeros(1)}])
+def test_weights_that_diffsynth_does_not_know_are_told_in_one_line(run, image, tmp_path, content):
+    with_published_files(tmp_path, "I2V-480P")
+    for path in tmp_path.rglob("*.safetensors"):
+        path.write_bytes(safetensors.torch.save(content) if content else b"cut off")
+    flags = ("--model", "I2V-480P", "--model_dir", tmp_path, "--device", "cpu", "--vram", "disk")
+    outcome = run("generate_prior", *flags, "--image", image, "--output_dir", tmp_path / "priors")
+    assert outcome.code == 2 and "can't load the weights" in outcome.error and "fetch" in outcome.error

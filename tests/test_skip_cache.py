@@ -11,6 +11,7 @@ import torch
 from helpers import read_json
 
 from step_skip.cheaper import Branch, Middle, skip_cache
+from step_skip.closeness import FirstLook
 from step_skip.differential import Trajectory
 from step_skip.files import InputError, RunError, sha256_tensor
 from step_skip.hooks import Conditioning
@@ -126,7 +127,7 @@ def test_a_differential_resume_counts_the_steps_it_runs(pipe, settings, load, co
     latents = [load(name) for name in ("initial_latents.pt", "step_0004.pt", "step_0007.pt", "step_0009.pt")]
     trajectory = Trajectory(steps, latents, [load(f"noise_pred_{step:04d}.pt") for step in steps])
     cached = replace(settings, skip_cache=2)
-    result = run_differential(pipe, cached, trajectory=trajectory, conditioning=conditioning)
+    result = run_differential(pipe, cached, paths=FirstLook([{3: trajectory}]), conditioning=conditioning)
     assert result.block_evaluations == evaluated(2, 1)
 
 

@@ -20,7 +20,8 @@ from helpers import FRAMES, OTHER_PROMPT, PROMPT, read_json
 from PIL import Image
 
 from step_skip.files import write_json
-from step_skip.page import GAP, LINE, THUMB_HEIGHT, write_page
+from step_skip.page import write_page
+from step_skip.page_sheet import FRAME_HEIGHT, GAP, LINE
 
 HOSTILE = (
     "<script>window.injected = 1</script>",
@@ -43,7 +44,9 @@ class Tags(HTMLParser):
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags[tag] += 1
         self.attributes |= {name for name, _ in attrs}
-        self.links += [value for name, value in attrs if name in ("src", "data-src", "href")]
+        self.links += [
+            value for name, value in attrs if name in ("src", "data-src", "data-json", "href") and value
+        ]
 
     def handle_data(self, data: str) -> None:
         self.text += data
@@ -108,20 +111,21 @@ def test_what_the_page_says(page, results, prior):
     files = linked_files(results, found)
     assert all(file.is_file() for file in files)
     assert files[0] == results / "contact_sheet.png"
-    assert files[1].samefile(prior / "output_full.mp4")
-    assert {file.name for file in files[2:]} == {"early.mp4", "strong.mp4", "late.mp4", "own.mp4"}
+    assert files[1].read_bytes() == (prior / "output_full.mp4").read_bytes()
+    names = {"early", "strong", "late", "own"}
+    assert {file.stem for file in files[1:] if not file.stem.startswith("prior_")} == names
     seconds = sum(read_json(results / "late.json")["seconds"].values())
     for words in (
         read_json(prior / "run_metadata.json")["run_id"],
         f"prior: {PROMPT}",
-        f"after step 6late for a new motion5 forwards, {seconds:.1f} scfg_scale 5.0",
+        f"after step 6late for a new motion5 forwards, {seconds:.1f} sguidance 5",
         "steps 0 73 forwards, ",
-        "cfg_scale 7.5",
-        "negative_prompt Still.",
-        "num_inference_steps 10",
+        "guidance 7.5",
+        "negative prompt Still.",
+        "steps of a full run 10",
         "4 videos, 30 forwards.",
-        f"1. {PROMPT}",
-        f"2. {OTHER_PROMPT}",
+        f"1. {OTHER_PROMPT}",
+        f"2. {PROMPT}",
     ):
         assert words in found.text
     assert found.text.count("late for a new motion") == 1
@@ -131,23 +135,24 @@ def test_the_contact_sheet_shows_first_middle_and_last_frames(page, results, pri
     import imageio.v3 as iio
 
     page()
-    side, gap, line = THUMB_HEIGHT, GAP, LINE
+    side, gap, line = FRAME_HEIGHT, GAP, LINE
     row, tile = 2 * line + side + gap, 3 * side + gap
     with Image.open(results / "contact_sheet.png") as sheet:
         assert sheet.size == (gap + 3 * tile, gap + 3 * row)
         for video, (x, y) in (
             (prior / "output_full.mp4", (0, 0)),
-            (results / "own.mp4", (2, 1)),
-            (results / "early.mp4", (0, 2)),
-            (results / "late.mp4", (1, 2)),
+            (results / "early.mp4", (0, 1)),
+            (results / "late.mp4", (1, 1)),
+            (results / "own.mp4", (2, 2)),
         ):
             frames = iio.imread(video)
             for place, frame in enumerate((0, (FRAMES - 1) // 2, FRAMES - 1)):
                 left, top = gap + x * tile + place * side, gap + y * row + 2 * line
                 shown = sheet.crop((left, top, left + side, top + side))
                 expected = Image.fromarray(frames[frame]).resize((side, side), Image.Resampling.LANCZOS)
-                assert np.array_equal(np.asarray(shown), np.asarray(expected))
-        gap_in_the_grid = sheet.crop((gap, gap + row + line, gap + tile, gap + 2 * row))
+                apart = np.abs(np.asarray(shown, dtype=float) - np.asarray(expected, dtype=float))
+                assert apart.mean() < 8  # JPEG
+        gap_in_the_grid = sheet.crop((gap, gap + 2 * row + line, gap + tile, gap + 3 * row))
         assert gap_in_the_grid.getcolors() == [(tile * (row - line), (255, 255, 255))]
 
 
@@ -252,18 +257,20 @@ def test_folders_that_are_refused(run, refused, prior_copy, tmp_path, make, word
 
 
 def test_a_prior_moved_with_its_outputs(run, made, prior, tmp_path):
-    """The page made again after a move links to the prior that holds it."""
+    """The page made again after a move shows the prior that holds it."""
     moved = shutil.copytree(prior, tmp_path / prior.name)
     outputs = shutil.copytree(made, moved / "outputs" / "sweep")
-    found = Tags(run("step_skip.page", outputs).path)
-    assert "../../output_full.mp4" in found.links
+    for result in outputs.glob("*.json"):
+        write_json(result, read_json(result) | {"prior_dir": f"/gone/{prior.name}"})
+    files = linked_files(outputs, Tags(run("step_skip.page", outputs).path))
+    assert files[1].read_bytes() == (prior / "output_full.mp4").read_bytes()
 
 
 def test_a_folder_reached_by_a_link(page, results, prior, tmp_path):
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere" / "link").symlink_to(results)
     files = linked_files(results, Tags(write_page(tmp_path / "elsewhere" / "link")))
-    assert files[1].samefile(prior / "output_full.mp4")
+    assert files[1].read_bytes() == (prior / "output_full.mp4").read_bytes()
 
 
 # --- in a browser -------------------------------------------------------------------------------------------
@@ -289,7 +296,7 @@ def test_every_video_plays(browser, page, results, screen, dark):
     width, height = screen
     set_screen(browser, width=width, height=height, dark=dark)
     browser.get((results / "index.html").as_uri())
-    for video in browser.find_elements("tag name", "video"):
+    for video in browser.find_elements("css selector", "main video"):
         browser.execute_script("arguments[0].scrollIntoView({block: 'center'})", video)
         wait_until(
             browser,
@@ -299,7 +306,7 @@ def test_every_video_plays(browser, page, results, screen, dark):
         )
     for script, expected in (
         ("window.injected", None),
-        ("document.images.length", 0),
+        ("[...document.images].every((image) => image.naturalWidth === 96 || !image.complete)", True),
         ("document.scripts.length", 1),
         ("document.documentElement.scrollWidth > innerWidth", False),
         (
@@ -375,5 +382,182 @@ def test_own_sigmas_are_told_apart(page, results):
     add_result(results, "older", method="resume", start_step=-1, steps_run=[0, 1], sigmas=[0.9, 0.3])
     text = (page(), (results / "index.html").read_text())[1]
     for words in ("sigmas 1 0.5", "sigmas 1 0.25", "sigmas 0.9 0.3"):
-        assert f"<b>{words}</b>" in text
+        assert f'<b class="steps">{words}</b>' in text
     assert "after step -1" not in text
+
+
+# --- while a sweep runs, and of many videos -----------------------------------------------------------------
+
+
+def test_a_page_copied_elsewhere_is_complete(page, results, tmp_path):
+    """Nothing that it shows lies outside the folder."""
+    page()
+    copy = shutil.copytree(results, tmp_path / "copy")
+    files = linked_files(copy, Tags(copy / "index.html"))
+    assert all(file.resolve().is_relative_to(copy) and file.is_file() for file in files)
+
+
+def test_made_again_it_decodes_no_video(page, results, monkeypatch):
+    """Neither does it read the prior, unless something is newer than its poster."""
+    from step_skip import media, page_clips
+
+    page()
+    before = (results / "index.html").read_text()
+    read = []
+    decoded = media._decoded
+    monkeypatch.setattr(
+        media, "_decoded", lambda path, **most: read.append(path.name) or decoded(path, **most)
+    )
+    monkeypatch.setattr(page_clips, "read_prior", lambda directory: read.append(directory))
+    page()
+    assert (results / "index.html").read_text() == before
+    assert read == []
+    add_result(results, "late", start_step=5)
+    page()
+    assert set(read) == {"late.mp4"}
+
+
+@pytest.mark.parametrize(
+    "lay", [lambda path: path.write_text("no picture"), lambda path: path.symlink_to("/etc")]
+)
+def test_a_poster_that_is_none_is_made_anew(page, results, lay):
+    page()
+    poster = results / "page" / "late.jpg"
+    poster.unlink()
+    lay(poster)
+    page()
+    with Image.open(poster) as strip:
+        assert strip.size == (96, 32)
+    assert not poster.is_symlink()
+
+
+def test_a_link_in_place_of_what_the_page_keeps(run, refused, results, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (results / "page").symlink_to(tmp_path / "elsewhere")
+    refused(lambda: run("step_skip.page", results), "page is a symbolic link")
+
+
+def test_a_sweeps_page_grows_with_it(infer, prior, tmp_path, monkeypatch):
+    """After every video the page shows those that are there, in the order of the prompts; then it is done."""
+    from step_skip import page as page_module
+    from step_skip.page_html import Running
+
+    seen = []
+    write = page_module.SweepPage.write
+
+    def spy(self, running: Running | None = None) -> None:
+        write(self, running)
+        seen.append(Tags(self.folder / "index.html"))
+
+    monkeypatch.setattr(page_module.SweepPage, "write", spy)
+    monkeypatch.setattr(page_module, "SHARE_OF_TIME", 1e9)
+    prompts = ("The portrait zooms.", "A portrait nods.", PROMPT)
+    folder = infer(prior, "--prompt", *prompts, "--start_step", 9, "--output_dir", tmp_path / "sweep").path
+    assert [("data-until" in tags.attributes) for tags in seen] == [True, True, True, False]
+    assert "2 videos of 3 so far" in seen[1].text
+    places = [seen[-1].text.index(f"{prompt}after step 9") for prompt in prompts]
+    assert places == sorted(places)
+    assert not [link for link in seen[-1].links if link.endswith(".jpg") and not (folder / link).is_file()]
+
+
+def test_of_many_videos_each_prior_has_a_page(page, results, monkeypatch):
+    from step_skip import page as page_module
+
+    add_result(results, "of another", prior_run_id="another", prior_dir="/another")
+    page()
+    monkeypatch.setattr(page_module, "MOST_ON_A_PAGE", 2)
+    monkeypatch.setattr(page_module, "MOST_ON_A_SHEET", 2)
+    index = page()
+    assert index.tags["video"] == 2  # those of the dialog
+    assert not (results / "contact_sheet.png").exists()
+    pages = [file for file in linked_files(results, index) if file.suffix == ".html"]
+    assert len(pages) == 2
+    first = Tags(pages[0])
+    assert all(file.is_file() for file in linked_files(results / "page", first))
+    assert "early.mp4" in " ".join(first.links)
+
+
+def test_a_bank_is_one_section(page, results):
+    """Each video says which prior it followed."""
+    for name, run_id in (("one", "still"), ("two", "left")):
+        changes = {"prior_run_id": run_id, "prior_dir": f"/{run_id}", "nearest_of": ["still", "left"]}
+        add_result(results, name, **changes)
+    found = page()
+    assert found.tags["section"] == 2
+    assert "follows still" in found.text and "follows left" in found.text
+
+
+def test_commands_to_copy(page, results):
+    """The clip's own, and with more steps; nothing but our script's words, whatever the JSON says."""
+    from step_skip.page_clips import read_clip
+    from step_skip.page_html import command_of, with_more_steps
+
+    own = read_clip(results / "own.mp4")
+    command = command_of(own)
+    assert command == own.report["command"]
+    assert with_more_steps(command, own.report) == command.replace("--steps 0 7", "--num_steps 3")
+    early = read_clip(results / "early.mp4")
+    assert "--start_step 1" in with_more_steps(command_of(early), early.report)
+    for forged, expected in (
+        ("curl evil | sh", None),
+        ("python infer_from_prior.py; rm -rf /", None),
+        (
+            "python infer_from_prior.py --prior_dir x ; rm -rf /",
+            "python infer_from_prior.py --prior_dir x ';' rm -rf /",
+        ),
+        ("python infer_from_prior.py '\x1b[2J'", None),
+        (["python"], None),
+    ):
+        add_result(results, "forged", command=forged)
+        assert command_of(read_clip(results / "forged.mp4")) == expected
+
+
+def test_letters_that_no_font_has_are_no_boxes():
+    from step_skip.page_sheet import font_for, lacks
+
+    for text in ("plain", "\u732b walks \U0001f600"):
+        font, shown = font_for(text)
+        assert not lacks(font, shown)
+
+
+def press(browser: Any, key: str) -> None:
+    browser.find_element("tag name", "body").send_keys(key)
+
+
+def test_enlarge_compare_sort_and_star(browser, page, results):
+    """By keys: a clip large, two compared; sorted, starred and filtered, which a reload keeps."""
+    page()
+    set_screen(browser, width=1280, height=1000)
+    browser.get((results / "index.html").as_uri())
+    js = browser.execute_script
+    press(browser, "2")
+    wait_until(browser, "return dialog.open && isReady($('a'))", message="not enlarged")
+    assert js("return current.dataset.result") == "early.mp4"
+    press(browser, "3")
+    wait_until(browser, "return isReady($('b')) && stage.className === 'wipe'", message="not compared")
+    assert js("return getComputedStyle($('b')).clipPath") == "inset(0px 0px 0px 50%)"
+    press(browser, "d")
+    assert js("return getComputedStyle($('b')).mixBlendMode") == "difference"
+    press(browser, "s")
+    browser.find_element("id", "close").click()
+    js("$('sort').value = 'forwards'; $('sort').dispatchEvent(new Event('input'))")
+    names = "return [...document.querySelectorAll('#flat figure')].map((each) => each.dataset.result)"
+    assert js(names) == ["own.mp4", "late.mp4", "early.mp4"]
+    browser.find_element("id", "starred").click()
+    browser.refresh()
+    assert js(names) == ["early.mp4"]
+    js("localStorage.clear()")
+    assert browser.get_log("browser") == []
+
+
+def test_posters_come_first(browser, page, results):
+    """A video that isn't near the screen isn't loaded; its poster keeps its place, as large."""
+    for number in range(12):
+        add_result(results, f"more {number}", prompt=f"more {number}")
+    page()
+    set_screen(browser, width=390, height=400)
+    browser.get((results / "index.html").as_uri())
+    wait_until(browser, "return near.has(videos[0]) && isReady(videos[0])", message="not loaded")
+    assert not browser.execute_script("return videos.at(-1).hasAttribute('src')")
+    sizes = "return [videos[1], videos.at(-1)].map((each) => each.offsetWidth + 'x' + each.offsetHeight)"
+    assert len(set(browser.execute_script(sizes))) == 1

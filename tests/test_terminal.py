@@ -212,6 +212,13 @@ def test_an_import_that_fails_half_way(tmp_path, line, code, word):
         f"    {line}\n"
         "except KeyboardInterrupt:\n    raise ImportError('numpy could not be imported')\n"
     )
-    ended = as_from_a_shell(tmp_path, "generate_prior.py", "--model", "tiny", "--image", "none.png")
+    ended = as_from_a_shell(
+        tmp_path,
+        "generate_prior.py",
+        "--model",
+        "tiny",
+        "--image",
+        ROOT / "data/tiny_wan_i2v/inputs/mila.png",
+    )
     assert (ended.returncode, ended.stdout) == (code, "")
     assert word in ended.stderr and len(ended.stderr.splitlines()) == 1

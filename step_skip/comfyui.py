@@ -1,0 +1,189 @@
+"""A prior's latents as ComfyUI's .latent files, and a run that was made in ComfyUI as a prior.
+
+A .latent is what ComfyUI's nodes SaveLatent and LoadLatent write and read (its nodes.py): a safetensors file
+with latents as the VAE has them. Where they are still noisy they are divided by 1 - sigma, because a sampler
+that goes on without adding noise multiplies by it (its comfy/model_sampling.py, CONST):
+
+    latent = mean + std * latents / (1 - sigma)      mean, std: its comfy/latent_formats.py, Wan21
+
+So all latents of a run have a .latent but the noise it begins with, where sigma is 1.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from step_skip.files import InputError, check_free, read_file, replacing, write_json
+from step_skip.metadata import PriorWriter, check_distinct
+from step_skip.prior import METADATA_FILE, Prior, check_files, load_latents, step_file
+from step_skip.run_dir import create_run_dir
+
+if TYPE_CHECKING:
+    import torch
+
+log = logging.getLogger(__name__)
+
+MEAN = (
+    *(-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508),
+    *(0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921),
+)
+STD = (
+    *(2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743),
+    *(3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160),
+)
+SIGMAS = 1000  # of which ComfyUI's scheduler simple takes those of its steps
+LATENTS, MARK = (
+    "latent_tensor",
+    "latent_format_version_0",
+)  # without the mark LoadLatent scales by 1 / 0.18215
+MAX_LATENT_BYTES = 2**30  # 81 frames of 720 x 1280 pixels have 19 MB
+
+
+def to_comfyui(latents: torch.Tensor, sigma: float) -> torch.Tensor:
+    """Latents at a sigma below 1 as a LATENT of ComfyUI, in float32; [B, 16, T, H, W], both."""
+    mean, std = statistics()
+    return mean + std * latents.float() / (1 - sigma)
+
+
+def from_comfyui(latent: torch.Tensor, sigma: float) -> torch.Tensor:
+    """The other way round."""
+    mean, std = statistics()
+    return (latent.float() - mean) / std * (1 - sigma)
+
+
+def statistics() -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and standard deviation of the latents of Wan2.1's VAE, [1, 16, 1, 1, 1] each."""
+    import torch
+
+    mean, std = (torch.tensor(values).view(1, -1, 1, 1, 1) for values in (MEAN, STD))
+    return mean, std
+
+
+def export_latents(prior: Prior, path: Path, *, step: int | None = None) -> Path:
+    """Write the latents after a step, None: the clean ones, as a .latent; tells how ComfyUI goes on.
+
+    Raises:
+        InputError: another kind of latents than Wan2.1's, or a step that the prior doesn't have.
+        TakenError: the file exists.
+    """
+    import torch
+    from safetensors.torch import save
+
+    steps = prior.num_inference_steps
+    step = steps - 1 if step is None else step
+    if prior.family.latent_channels != len(MEAN):
+        raise InputError(
+            f"{prior.directory} has {prior.family.latent_channels} latent channels, and ComfyUI's scaling is "
+            f"known here for the {len(MEAN)} of Wan2.1's VAE; export a prior of such a model"
+        )
+    if not 0 <= step < steps:
+        raise InputError(f"--step {step}: {prior.directory} has steps 0 to {steps - 1}")
+    check_free(path)
+    check_files(prior, [step_file(step)])
+    latent = to_comfyui(load_latents(prior, step_file(step)), sigmas_after(prior)[step])
+    content = save({LATENTS: latent, MARK: torch.tensor([])})
+    with replacing(path, overwrite=False) as temporary:
+        temporary.write_bytes(content)
+    warn_of_spacing(steps)
+    shift = f"{prior.metadata['sigma_shift']:g}"
+    log.info(
+        "clean latents: LoadLatent, VAEDecode"
+        if step == steps - 1
+        else f"to go on: LoadLatent, ModelSamplingSD3 with shift {shift}, KSamplerAdvanced with add_noise "
+        f"disable, steps {steps}, start_at_step {step + 1}, euler, simple"
+    )
+    return path
+
+
+def import_run(
+    paths: Sequence[Path],
+    output_dir: Path,
+    *,
+    sigma_shift: float,
+    run_id: str | None = None,
+    dtype: str = "bfloat16",
+) -> Path:
+    """Make a prior of a run of ComfyUI, one .latent for each of its steps; returns the prior's folder.
+
+    It is one of the older format, which records neither image nor prompt: infer_from_prior.py is given both.
+
+    Raises:
+        InputError: a file that is no .latent of Wan2.1's VAE, or unlike the others.
+    """
+    import torch
+
+    from step_skip.schedule import compute_schedule
+
+    timesteps, sigmas = compute_schedule(
+        num_inference_steps=len(paths), denoising_strength=1.0, sigma_shift=sigma_shift
+    )
+    check_distinct(timesteps)
+    warn_of_spacing(len(paths))
+    latents = [read_latent(path) for path in paths]
+    for path, each in zip(paths, latents, strict=True):
+        if each.shape != latents[0].shape:
+            raise InputError(
+                f"{path} holds {list(each.shape)}, and {paths[0]} {list(latents[0].shape)}; name the files "
+                "of one run"
+            )
+    directory, run_id = create_run_dir(output_dir, run_id, name=paths[0].stem)
+    writer = PriorWriter(directory, {})
+    for step, (latent, sigma) in enumerate(zip(latents, [*sigmas[1:], 0.0], strict=True)):
+        writer.save_tensor(step_file(step), from_comfyui(latent, sigma).to(getattr(torch, dtype)))
+    frames, height, width = latents[0].shape[2:]
+    write_json(
+        directory / METADATA_FILE,
+        {
+            "run_id": run_id,
+            "num_inference_steps": len(paths),
+            "denoising_strength": 1.0,
+            "sigma_shift": sigma_shift,
+            "scheduler_timesteps": timesteps,
+            "scheduler_sigmas": sigmas,
+            **{"height": 8 * height, "width": 8 * width, "num_frames": 4 * (frames - 1) + 1},
+        },
+    )
+    return directory
+
+
+def read_latent(path: Path) -> torch.Tensor:
+    """The content of a .latent, float32 as LoadLatent gives it, [1, 16, T, H, W].
+
+    Raises:
+        InputError: it is none of Wan2.1's VAE.
+    """
+    import torch
+    from safetensors.torch import load
+
+    try:
+        tensors = load(read_file(path, most=MAX_LATENT_BYTES))
+    except InputError:
+        raise
+    except Exception as error:  # whatever safetensors raises for what is none
+        raise InputError(f"{path} is no .latent of ComfyUI ({type(error).__name__}); save it anew") from error
+    latent, names = tensors.get(LATENTS), ", ".join(sorted(tensors))
+    if latent is None or MARK not in tensors:
+        raise InputError(f"{path} holds {names or 'nothing'}, expected {LATENTS} and {MARK}; save it anew")
+    if latent.ndim != 5 or latent.shape[:2] != (1, len(MEAN)) or not torch.isfinite(latent).all():
+        raise InputError(
+            f"{path} holds {list(latent.shape)}, expected the finite latents of one video of Wan2.1, "
+            f"[1, {len(MEAN)}, frames, height, width]"
+        )
+    return latent.float()
+
+
+def warn_of_spacing(num_inference_steps: int) -> None:
+    """Say where ComfyUI's steps are not at DiffSynth's sigmas."""
+    if SIGMAS % num_inference_steps:
+        log.warning(
+            f"{num_inference_steps} steps: ComfyUI's simple spaces them otherwise than DiffSynth, nearly the "
+            f"same; a number that divides {SIGMAS}, 10 or 50 for example, has the same sigmas"
+        )
+
+
+def sigmas_after(prior: Prior) -> list[float]:
+    """The sigma at which each step ends."""
+    return [*prior.metadata["scheduler_sigmas"][1:], 0.0]
