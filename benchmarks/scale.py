@@ -3,8 +3,8 @@
     python benchmarks/scale.py --output benchmarks/results/scale.json
 
 No video is computed. Priors are copies of one of the embedded model, with a run_id of their own and their
-files as hard links; for memory they have latents of 480 x 832 pixels and 81 frames, with random values. Every
-figure is of a process of its own: CPU seconds with imports, and the most memory it took.
+files as hard links; for memory they have latents of 480 x 832 pixels and 33 frames in float32, with random
+values. Every figure is of a process of its own: CPU seconds with imports, and the most memory it took.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from step_skip.prior import METADATA_FILE
 from step_skip.sweep import all_jobs, make_groups
 
 IMAGE = ROOT / "data" / "tiny_wan_i2v" / "inputs" / "mila.png"
-LARGE = {"height": 480, "width": 832, "num_frames": 81}
+LARGE = {"height": 480, "width": 832, "num_frames": 33}
 PLANNED = ((50, 1000), (1, 50_000), (1000, 1000))
 LISTED = 50_000  # jobs of a dry run, which prints a line for each
 PRIORS = (10, 200)
@@ -112,13 +112,13 @@ def read(priors: list[Path], prompts: Path) -> None:
     from step_skip import jobs
 
     jobs.run_job = lambda *_, **__: None
-    infer_from_prior.write_page = lambda folder: None
+    infer_from_prior.write_page = lambda *_: None
     ask(priors, prompts, "--output_dir", str(prompts.parent / f"sweep_{len(priors)}"))
 
 
 def look(priors: list[Path], prompts: Path) -> None:
     """What a finished sweep finds, asked again; its page is left out."""
-    infer_from_prior.write_page = lambda folder: None
+    infer_from_prior.write_page = lambda *_: None
     ask(priors, prompts, "--output_dir", str(prompts.parent / "finished"))
 
 
@@ -154,7 +154,8 @@ def measured(step: str, folder: Path) -> dict[str, float]:
     STEPS[step](sorted(folder.glob("run_*")), folder / "prompts.txt")
     used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     seconds = sum(each.ru_utime + each.ru_stime for each in used)
-    return {"cpu_seconds": round(seconds, 2), "peak_mb": round(used[0].ru_maxrss / 1024)}
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return {"cpu_seconds": round(seconds, 2), "peak_mb": round(int(status["VmHWM"].split()[0]) / 1024)}
 
 
 def main() -> None:
@@ -171,10 +172,17 @@ def main() -> None:
         return
     import generate_prior
 
+    args.output.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp())
     flags = ["--model", "tiny", "--image", str(IMAGE), "--prompt", "she stays still"]
     prior = Path(generate_prior.main([*flags, "--output_dir", str(work)]))
-    result: dict[str, Any] = {"planned": {}, "dry_run": {}, "peak_memory": {}}
+    load = {"cores": os.cpu_count(), "load": os.getloadavg()[0]}
+    result: dict[str, Any] = load | {"planned": {}, "dry_run": {}, "peak_memory": {}}
+    make_large(large := Path(shutil.copytree(prior, work / "large")))
+    for priors in PRIORS:
+        copies(large, priors, folder := work / f"read_{priors}")
+        result["peak_memory"][f"{priors} priors of 480p"] = measure("read", folder, 1)
+        write_json(args.output, result)
     for priors, prompts in PLANNED:
         copies(prior, priors, folder := work / f"planned_{priors}_{prompts}")
         name = f"{priors} priors x {prompts} prompts"
@@ -184,13 +192,8 @@ def main() -> None:
     copies(prior, 5, folder := work / "asked")
     measure("pretend", folder, CLIPS // 5)
     result["asked_again"] = {f"{CLIPS} clips": measure("look", folder, CLIPS // 5)}
-    make_large(prior)
-    for priors in PRIORS:
-        copies(prior, priors, folder := work / f"read_{priors}")
-        result["peak_memory"][f"{priors} priors of 480p"] = measure("read", folder, 1)
-    shutil.rmtree(work)
-    args.output.parent.mkdir(parents=True, exist_ok=True)
     write_json(args.output, result)
+    shutil.rmtree(work)
     print(json.dumps(result, indent=2))
 
 
