@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 from step_skip.files import InputError, replacing
 from step_skip.page_clips import Clip, Section, by_prior, keep_order, read_clip, read_clips
-from step_skip.page_html import Running, escaped, page_html, relative_url
+from step_skip.page_html import Running, escaped, page_html, relative_url, summarize
 from step_skip.page_sheet import draw_sheet
 from step_skip.posters import kept_folder, save_poster
 from step_skip.prior import check_way
@@ -77,7 +77,8 @@ class SweepPage:
     def write(self, running: Running | None = None) -> None:
         """Write the page, or the index and the page of every prior; without `running` the sheet, too."""
         strays = [clip for clip in self.clips.values() if not clip.report]
-        sections = by_prior(self.folder, (clip for clip in self.clips.values() if clip.report), self.priors)
+        results = [clip for clip in self.clips.values() if clip.report]
+        sections = by_prior(self.folder, results, self.priors)
         if running is None:
             write_sheet(self.folder, sections, strays)
         title, has_sheet = self.folder.resolve().name, (self.folder / SHEET_FILE).is_file()
@@ -86,16 +87,28 @@ class SweepPage:
             links += f"<ol>{''.join(self.write_section(section, running) for section in sections)}</ol>"
             sections = []
         page = page_html(
-            self.folder, title=title, sections=sections, strays=strays, links=links, running=running
+            self.folder,
+            title=title,
+            summary=summarize(results, running),
+            sections=sections,
+            strays=strays,
+            links=links,
+            running=running,
         )
         write_text(self.folder / PAGE_FILE, page)
 
     def write_section(self, section: Section, running: Running | None) -> str:
         """Write the page of a section, and return its line in the index."""
-        first = next(iter(section.priors.values()))
-        path = kept_folder(self.folder) / f"{first.path.stem}.html"
+        path = kept_folder(self.folder) / f"{section.name}.html"
         back = f'<a href="{relative_url(self.folder / PAGE_FILE, path.parent)}">All priors</a>'
-        page = page_html(path.parent, title=section.title, sections=[section], links=back, running=running)
+        page = page_html(
+            path.parent,
+            title=section.title,
+            summary=summarize(section.clips),
+            sections=[section],
+            links=back,
+            running=running,
+        )
         write_text(path, page)
         link = relative_url(path, self.folder)
         return f'<li><a href="{link}">{escaped(section.title)}</a>, {len(section.clips)} videos</li>'

@@ -104,6 +104,11 @@ class Section:
         return ", ".join(dict.fromkeys(clip.report["prior_run_id"] for clip in self.clips))
 
     @property
+    def name(self) -> str:
+        """A name for its page, another for every section."""
+        return f"{slug(self.title)}_{digest_of(section_key(self.clips[0].report))}"
+
+    @property
     def prompts(self) -> list[str]:
         """The rows, as they were asked for."""
         return list(dict.fromkeys(clip.report["prompt"] for clip in self.clips))
@@ -147,6 +152,11 @@ def section_key(report: Mapping[str, Any]) -> tuple[str, ...]:
     """Results of one key stand together: of one prior, or of the same bank of them."""
     bank = report.get("nearest_of")
     return tuple(map(str, bank)) if isinstance(bank, list) and bank else prior_key(report)
+
+
+def digest_of(key: tuple[str, ...]) -> str:
+    """A part of a file name, another for every key."""
+    return hashlib.sha256(repr(key).encode(errors="backslashreplace")).hexdigest()[:8]
 
 
 # --- reading ------------------------------------------------------------------------------------------------
@@ -253,8 +263,8 @@ def by_prior(folder: Path, clips: Iterable[Clip], known: dict[tuple[str, str], C
 
 def read_prior_clip(folder: Path, report: Mapping[str, Any]) -> Clip:
     """The own video of a result's prior: the one that the page keeps, or the prior's, which is kept then."""
-    digest = hashlib.sha256(repr(prior_key(report)).encode(errors="backslashreplace")).hexdigest()[:8]
-    kept = kept_folder(folder) / f"prior_{slug(report['prior_run_id'])}_{digest}.mp4"
+    name = f"prior_{slug(report['prior_run_id'])}_{digest_of(prior_key(report))}.mp4"
+    kept = kept_folder(folder) / name
     with contextlib.suppress(InputError, ValueError, RecursionError):
         metadata = json.loads(read_file(kept.with_suffix(".json"), most=MAX_METADATA_BYTES))
         if isinstance(metadata, dict) and isinstance(metadata.get("num_frames"), int):

@@ -50,6 +50,7 @@ def page_html(
     base: Path,
     *,
     title: str,
+    summary: str,
     sections: Sequence[Section] = (),
     strays: Sequence[Clip] = (),
     links: str = "",
@@ -67,10 +68,9 @@ def page_html(
         figures = "".join(figure_html(base, clip, title=clip.path.name) for clip in strays)
         parts.append(f'<section><h2>Without a JSON file</h2><div class="cards">{figures}</div></section>')
     style, script = asset("page.css"), asset("page.js")
-    progress = f" of {running.expected} so far" if running else ""
     return string.Template(asset("page.html")).substitute(
         title=escaped(title),
-        summary=f"{len(clips)} videos{progress}, {sum(clip.report['forwards'] for clip in clips)} forwards.",
+        summary=summary,
         links=links,
         fps=max((clip.report["fps"] for clip in clips), default=16),
         running="" if running is None else f' data-until="{time.time() + running.patience:.0f}"',
@@ -81,6 +81,12 @@ def page_html(
         script=script,
         script_hash=csp_hash(script),
     )
+
+
+def summarize(clips: Sequence[Clip], running: Running | None = None) -> str:
+    """How many results there are, and what they cost."""
+    progress = f" of {running.expected} so far" if running else ""
+    return f"{len(clips)} videos{progress}, {sum(clip.report['forwards'] for clip in clips)} forwards."
 
 
 @cache

@@ -463,7 +463,8 @@ def test_a_sweeps_page_grows_with_it(infer, prior, tmp_path, monkeypatch):
 def test_of_many_videos_each_prior_has_a_page(page, results, monkeypatch):
     from step_skip import page as page_module
 
-    add_result(results, "of another", prior_run_id="another", prior_dir="/another")
+    for name in ("one", "other"):
+        add_result(results, name, prior_run_id=name, prior_dir="/gone")
     page()
     monkeypatch.setattr(page_module, "MOST_ON_A_PAGE", 2)
     monkeypatch.setattr(page_module, "MOST_ON_A_SHEET", 2)
@@ -471,7 +472,8 @@ def test_of_many_videos_each_prior_has_a_page(page, results, monkeypatch):
     assert index.tags["video"] == 2  # those of the dialog
     assert not (results / "contact_sheet.png").exists()
     pages = [file for file in linked_files(results, index) if file.suffix == ".html"]
-    assert len(pages) == 2
+    assert len(set(pages)) == 3
+    assert "5 videos, " in index.text
     first = Tags(pages[0])
     assert all(file.is_file() for file in linked_files(results / "page", first))
     assert "early.mp4" in " ".join(first.links)
