@@ -34,6 +34,7 @@ from evaluate import psnr
 from promise import Job, run_cases, ssim
 from promise_methods import STEPS, Case, as_array, differential, make_prior
 
+from step_skip.closeness import velocities_apart
 from step_skip.differential import DifferentialScheduler
 
 FIT_IDENTITY, TEST_IDENTITY = 3_000_000, 4_000_000  # streams of identities of their own
@@ -138,7 +139,7 @@ class Watched(DifferentialScheduler):
 
 def first_distance(prior, full) -> float:
     """How far a prior's first velocity is from the new clip's, which is the full run's."""
-    return rms(full.noise_pred[0] - prior.noise_pred[0])
+    return round(velocities_apart(full.noise_pred[0], prior.noise_pred[0]), 6)
 
 
 def rms(tensor) -> float:

@@ -16,7 +16,7 @@ sys.path[:0] = [
 
 from promise_report import Row, guidances, guided_by, mean_of, table
 
-from step_skip.closeness import CLOSENESS, FIT, MOST, predicted_closeness
+from step_skip.closeness import CLOSENESS, FIT, MOST, fewest_steps, predicted_closeness
 
 NEAR = 2.0  # dB
 
@@ -85,8 +85,7 @@ def auto_table(rows: list[Row]) -> str:
         taken = []
         for by_steps in clips.values():
             apart = float(by_steps[1]["apart"])
-            enough = (n for n in FIT if predicted_closeness(apart, n) >= closeness)
-            taken.append(by_steps[next(enough, max(FIT))])
+            taken.append(by_steps[fewest_steps(apart, FIT, closeness)])
         measured = np.array([float(row["psnr"]) for row in taken])
         forwards = np.array([int(row["forwards"]) for row in taken])
         fixed = {n: np.mean([float(each[n]["psnr"]) >= closeness for each in clips.values()]) for n in FIT}

@@ -25,8 +25,8 @@ MODEL_DIR = ROOT / "data" / "tiny_wan_i2v"
 sys.path[:0] = [str(ROOT), str(MODEL_DIR)]
 
 import promise
-from promise import COLUMNS, Job, make_case, rate, run_cases
-from promise_methods import PRIORS, Case, Method, as_array, differential, from_noise, make_prior
+from promise import COLUMNS, Job, look, make_case, rate, run_cases
+from promise_methods import PRIORS, Case, Method, differential, from_noise, make_prior
 from promise_report import CLASSES, group, mean_of, moving, table
 
 CFG_SCALE = 2.0
@@ -84,8 +84,9 @@ def work(job: Job) -> list[dict]:
     lines, full = [], None
     for method in methods():
         result = method.run(case, priors.get(method.prior))
-        full = as_array(result.frames) if full is None else full
-        lines.append(rate(case, method, result, full))
+        shown = look(case, result)
+        full = shown if full is None else full
+        lines.append(rate(case, method, result, shown, full))
     return lines
 
 

@@ -96,14 +96,20 @@ def measure_case(
     full = None
     for method in methods:
         result = method.run(case, priors.get(method.prior))
-        full = as_array(result.frames) if full is None else full  # the first method is the full run
-        yield rate(case, method, result, full)
+        shown = look(case, result)
+        full = shown if full is None else full  # the first method is the full run
+        yield rate(case, method, result, shown, full)
 
 
-def rate(case: Case, method: Method, result, full: np.ndarray) -> dict:
-    """A method's line: what it cost and what came out, against the full run's frames."""
+def look(case: Case, result) -> tuple[np.ndarray, world.Measurement]:
+    """The frames of a clip, and what they show."""
     frames = as_array(result.frames)
-    found, full_found = (world.measure(each, case.identity) for each in (frames, full))
+    return frames, world.measure(frames, case.identity)
+
+
+def rate(case: Case, method: Method, result, shown: tuple, full: tuple) -> dict:
+    """A method's line: what it cost and what came out, as `look` saw it, against the full run likewise."""
+    (frames, found), (full_frames, full_found) = shown, full
     return {
         "index": case.index,
         "seed": case.seed,
@@ -121,8 +127,8 @@ def rate(case: Case, method: Method, result, full: np.ndarray) -> dict:
         "sharpness": round(found.sharpness, 4),
         "bloom_error": round(found.bloom_error, 4),
         "decided": round(found.decided, 4),
-        "psnr": round(psnr(frames, full), 3),
-        "ssim": round(ssim(frames, full), 5),
+        "psnr": round(psnr(frames, full_frames), 3),
+        "ssim": round(ssim(frames, full_frames), 5),
         "shared_with_full": round(world.agreement(found, full_found), 4),
         "denoise_seconds": round(result.seconds.get("denoise", float("nan")), 3),
     }

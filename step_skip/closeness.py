@@ -8,14 +8,14 @@ change. A few steps bring a clip the nearer to a full run the less there is, by 
 
     apart = root mean square of new velocity - prior's velocity, over all of the latents
 
-FIT is fitted to the embedded model's clips by benchmarks/bank.py; docs/method.md shows how far off it is. Of
+FIT is fitted to the embedded model's clips by benchmarks/bank.py; docs/bank.md shows how far off it is. Of
 another model the order holds, the numbers only say what as much change meant there.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
@@ -45,6 +45,12 @@ def predicted_closeness(apart: float, num_steps: int) -> float:
     """The PSNR to a full run, in dB, that so many steps are expected to reach; at most MOST."""
     a, b = FIT[max(number for number in FIT if number <= num_steps)]
     return MOST if apart == 0 else min(MOST, a - b * math.log10(apart))
+
+
+def fewest_steps(apart: float, numbers: Iterable[int], closeness: float) -> int:
+    """The fewest of these steps that are expected to reach a closeness, else the most; numbers: few first."""
+    numbers = list(numbers)
+    return next((n for n in numbers if predicted_closeness(apart, n) >= closeness), numbers[-1])
 
 
 @dataclass
@@ -81,9 +87,8 @@ class FirstLook:
         self.apart = [
             velocities_apart(noise_pred, next(iter(each.values())).noise_pred[0]) for each in self.paths
         ]
-        path, apart = self.paths[self.nearest], self.apart[self.nearest]
-        enough = (n for n in path if predicted_closeness(apart, n) >= self.closeness)
-        self.num_steps = next(enough, max(path))
+        path = self.paths[self.nearest]
+        self.num_steps = fewest_steps(self.apart[self.nearest], path, self.closeness)
         return path[self.num_steps]
 
     def describe(self) -> dict[str, Any]:

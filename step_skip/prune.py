@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -71,12 +72,13 @@ def prune_prior(
     Raises:
         InputError: see `steps_to_keep` and `files_to_remove`.
     """
-    prior = read_prior(directory)
-    kept = steps_to_keep(prior, num_steps=num_steps, steps=steps)
-    extra = files_to_remove(prior, kept)
-    if dry_run:
-        return extra
-    with locked(directory):
+    read_prior(directory)  # says what is wrong with the folder before it is locked
+    with contextlib.nullcontext() if dry_run else locked(directory):
+        prior = read_prior(directory)
+        kept = steps_to_keep(prior, num_steps=num_steps, steps=steps)
+        extra = files_to_remove(prior, kept)
+        if dry_run:
+            return extra
         metadata = dict(prior.metadata) | {"kept_steps": kept}
         for entry in ("files", "shapes"):
             metadata[entry] = {name: value for name, value in metadata[entry].items() if name not in extra}

@@ -18,12 +18,11 @@ sys.path.insert(0, str(ROOT))
 os.fsync = lambda descriptor: None  # no power cut is tested in this process, and waiting for disks is slow
 os.environ["OMP_NUM_THREADS"] = "1"  # the model is so small that threads only cost time
 
-from families import build_family
+from families import build_family, build_folder
 from helpers import FRAMES, PROMPT, PUBLISHED_KEYS, SIZE, Outcome, listing, run_in_process
 
 from step_skip import loading
 from step_skip.models import LoadOptions
-from step_skip.tiny import build_tiny
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -85,16 +84,7 @@ MODEL_CONFIG = {
 
 def build_model(folder: Path, *, seed: int = 0, config: dict = MODEL_CONFIG) -> Path:
     """An embedded model of the same classes, smaller still and untrained: a step takes milliseconds."""
-    from safetensors.torch import save_file
-
-    (folder / "config.json").write_text(json.dumps(config))
-    for name, module in build_tiny(config, seed=seed).items():
-        weights = module.state_dict()
-        if name == "vae":
-            weights |= {"mean": module.mean, "std": module.std}
-        save_file({key: value.clone() for key, value in weights.items()}, str(folder / f"{name}.safetensors"))
-    shutil.copytree(ROOT / "data" / "tiny_wan_i2v" / "tokenizer", folder / "tokenizer")
-    return folder
+    return build_folder(folder, config, seed=seed)
 
 
 def save_image(path: Path, *, size: tuple[int, int] = (SIZE, SIZE), shade: int = 200) -> Path:

@@ -90,9 +90,13 @@ def config_of(family: str) -> dict:
 
 def build_family(folder: Path, family: str, *, seed: int = 0) -> Path:
     """The folder of a small random model of this family."""
+    return build_folder(folder, config_of(family), seed=seed)
+
+
+def build_folder(folder: Path, config: dict, *, seed: int = 0) -> Path:
+    """The folder of an untrained model, as data/tiny_wan_i2v's is."""
     from safetensors.torch import save_file
 
-    config = config_of(family)
     (folder / "config.json").write_text(json.dumps(config))
     for name, module in build_tiny(config, seed=seed).items():
         weights = module.state_dict()
