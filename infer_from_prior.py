@@ -30,6 +30,7 @@ from pathlib import Path
 
 import prior_utils
 from step_skip import cli, cli_infer, cli_machine
+from step_skip.clip_prior import check_clip_prior
 from step_skip.cluster import Cluster, connected, run_on_cluster
 from step_skip.cost import components_to_load, describe_job, summarize_jobs
 from step_skip.families import MODELS
@@ -120,6 +121,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("--workers are those of a Ray cluster: give --ray, too")
     if args.ray is not None and args.preview:
         parser.error("--preview is not shown by the workers of --ray: leave it out")
+    if args.ray is not None and args.save_prior:
+        parser.error("--save_prior needs steps that the workers of --ray don't give back: leave it out")
     if args.overwrite and args.output is None:
         parser.error("--overwrite replaces what --output names: give --output")
     if args.like is not None:
@@ -272,6 +275,9 @@ def main(argv: list[str] | None = None) -> Path | str:
     for job in jobs if args.preview else ():
         check_previewable(job.prior)
         job.preview = True
+    for job in jobs if args.save_prior else ():
+        check_clip_prior(job.plan, job.prior)
+        job.save_prior = True
     say_what_auto_means(groups)
     if not is_sweep:
         settle_single(groups[0], output=args.output, overwrite=args.overwrite)

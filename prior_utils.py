@@ -153,13 +153,16 @@ def usable(prior: Prior, problems: dict[str, str]) -> str:
     """What a prior can be used for without its damaged files."""
     if not prior.is_legacy and problems.keys() & set(own_conditioning(prior)):
         return "it can't be resumed with its own prompts"
-    steps = [
+    if prior.is_of_clip:
+        steps = ranges(prior.kept_steps or [])
+        return "it can't be followed" if problems else f"it can be followed at steps {steps}"
+    resumable = [
         step
         for step in range(prior.num_inference_steps if prior.is_complete else prior.whole_steps)
         if (prior.is_legacy or prior.has(step_file(step)))
         and not problems.keys() & {step_file(step), noise_pred_nega_file(step + 1)}
     ]
-    return f"it can be resumed after steps {ranges(steps)}" if steps else "it can't be resumed"
+    return f"it can be resumed after steps {ranges(resumable)}" if resumable else "it can't be resumed"
 
 
 def own_conditioning(prior: Prior) -> list[str]:

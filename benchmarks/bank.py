@@ -52,6 +52,7 @@ COLUMNS = (
     "steps",
     "forwards",
     "apart",
+    "as_it_is",
     "apart_per_step",
     "turn_per_step",
     "obeyed",
@@ -117,6 +118,7 @@ def measure_bank(pipe, defaults, index: int, seed: int, cfg_scale: float) -> Ite
                 "motion_of_path": motion,
                 "steps": steps,
                 "apart": first_distance(prior, goal),
+                "as_it_is": round(psnr(prior.frames, goal.frames), 3),  # the clip it has, for no forward
                 **made[id(prior), steps],
             }
 

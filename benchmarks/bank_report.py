@@ -34,9 +34,14 @@ def bank_table(rows: list[Row]) -> str:
         has_it = np.mean([row["motion_of_path"] == row["new_motion"] for row in some])
         by_steps = ([row for row in some if int(row["steps"]) == steps] for steps in FIT)
         cells = [mean_of(each, "psnr", 1, interval=True) for each in by_steps]
-        lines.append([path, f"{has_it:.2f}", *cells])
+        lines.append([path, f"{has_it:.2f}", mean_of(by_one(some), "as_it_is", 1, interval=True), *cells])
     head = [f"{n} steps, {2 * n - 1} forwards" if n > 1 else "1 step, 1 forward" for n in FIT]
-    return table(("followed", "same motion", *head), lines)
+    return table(("followed", "same motion", "its own clip as it is", *head), lines)
+
+
+def by_one(rows: Iterable[Row]) -> list[Row]:
+    """The rows of one number of steps: what holds for all of them, once."""
+    return [row for row in rows if int(row["steps"]) == 1]
 
 
 def once_each(rows: Iterable[Row]) -> list[Row]:

@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 SHARED = (
     *SCHEDULE_FLAGS,
     *("height", "width", "num_frames", "fps", "cfg_scale", "cfg_scale_2", "switch_DiT_boundary"),
-    *("model", "family", "dtype", "lora", "negative_prompt", "model_fingerprint", "keeps_nega", "kept_steps"),
+    *("model", "family", "dtype", "lora", "negative_prompt", "model_fingerprint", "keeps_nega"),
     *("quantize", "compile"),
 )
 
@@ -76,6 +76,23 @@ def describe_beginning(prior: Prior) -> str:
     files = (INITIAL_LATENTS_FILE, *map(identity_file, prior.identity_names))
     same = {name: m.get(name) for name in SHARED} | {name: m["files"].get(name) for name in files}
     return json.dumps(same, sort_keys=True)
+
+
+def narrowed(bank: Sequence[Prior]) -> Prior:
+    """The first of a bank, with only those of its steps that all of them keep.
+
+    Raises:
+        InputError: there are none.
+    """
+    first = bank[0]
+    if all(prior.kept_steps == first.kept_steps for prior in bank):
+        return first
+    every = range(first.num_inference_steps)
+    steps = (every if prior.kept_steps is None else prior.kept_steps for prior in bank)
+    common = sorted(set.intersection(*map(set, steps)))
+    if not common:
+        raise InputError(f"--nearest: {first.directory} and the others keep no step in common; name others")
+    return Prior(first.directory, {**first.metadata, "kept_steps": common})
 
 
 def plan_for_bank(plan: Plan, bank: Sequence[Prior]) -> Plan:

@@ -147,6 +147,12 @@ def add_output_arguments(parser: argparse.ArgumentParser) -> None:
         help="show what each step points at as soon as it has run, in a small moving .webp beside the video",
     )
     group.add_argument(
+        "--save_prior",
+        action="store_true",
+        help="make the clip a prior, too, beside the one it follows: a variation of it takes 1 or 2 of the "
+        "steps that it took, and comes as near to a full run as it did, not nearer",
+    )
+    group.add_argument(
         "--dry_run",
         action="store_true",
         help="load no model, make nothing: print the videos as JSON lines, with forwards and the seconds to "

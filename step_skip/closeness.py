@@ -8,6 +8,9 @@ change. A few steps bring a clip the nearer to a full run the less there is, by 
 
     apart = root mean square of new velocity - prior's velocity, over all of the latents
 
+A prior that was made of a clip has that clip's own distance to a full run, and what follows it has both; the
+errors are taken to be independent, so their squares add up.
+
 FIT is fitted to the embedded model's clips by benchmarks/bank.py; docs/bank.md shows how far off it is. Of
 another model the order holds, the numbers only say what as much change meant there.
 """
@@ -41,16 +44,24 @@ def velocities_apart(new: torch.Tensor, old: torch.Tensor) -> float:
     return float((new.float() - old.to(new.device).float()).square().mean().sqrt())
 
 
-def predicted_closeness(apart: float, num_steps: int) -> float:
-    """The PSNR to a full run, in dB, that so many steps are expected to reach; at most MOST."""
+def predicted_closeness(apart: float, num_steps: int, *, own: float = math.inf) -> float:
+    """The PSNR to a full run, in dB, that so many steps are expected to reach; at most MOST.
+
+    Args:
+        own: of the prior's own clip, likewise; a full run's is infinite.
+    """
+    if apart == 0:
+        return min(MOST, own)
     a, b = FIT[max(number for number in FIT if number <= num_steps)]
-    return MOST if apart == 0 else min(MOST, a - b * math.log10(apart))
+    followed = min(MOST, a - b * math.log10(apart))
+    return -10 * math.log10(10 ** (-followed / 10) + 10 ** (-own / 10))
 
 
-def fewest_steps(apart: float, numbers: Iterable[int], closeness: float) -> int:
+def fewest_steps(apart: float, numbers: Iterable[int], closeness: float, *, own: float = math.inf) -> int:
     """The fewest of these steps that are expected to reach a closeness, else the most; numbers: few first."""
     numbers = list(numbers)
-    return next((n for n in numbers if predicted_closeness(apart, n) >= closeness), numbers[-1])
+    reach = (n for n in numbers if predicted_closeness(apart, n, own=own) >= closeness)
+    return next(reach, numbers[-1])
 
 
 @dataclass
@@ -60,12 +71,18 @@ class FirstLook:
     Args:
         paths: of each prior that begins here one trajectory by number of steps, few first.
         closeness: in dB; the fewest steps that are expected to reach it are taken, else the most.
+        own: of each prior that of its own clip, in dB; (): all are full runs.
     """
 
     paths: Sequence[Mapping[int, Trajectory]]
     closeness: float = math.inf
+    own: Sequence[float] = ()
     apart: list[float] | None = None  # of each prior, once the first velocity is known
+    nearest: int = 0  # likewise: the place of the prior that is followed
     num_steps: int | None = None  # likewise
+
+    def __post_init__(self):
+        self.own = self.own or [math.inf] * len(self.paths)
 
     @property
     def first(self) -> Trajectory:
@@ -77,23 +94,25 @@ class FirstLook:
         """Whether the number of steps is chosen, too."""
         return len(self.paths[0]) > 1
 
-    @property
-    def nearest(self) -> int:
-        """The place of the prior that is followed."""
-        return 0 if self.apart is None else min(range(len(self.apart)), key=self.apart.__getitem__)
-
     def choose(self, noise_pred: torch.Tensor) -> Trajectory:
         """The path to follow from the first velocity on, [B, C, T, H, W]."""
         self.apart = [
             velocities_apart(noise_pred, next(iter(each.values())).noise_pred[0]) for each in self.paths
         ]
-        path = self.paths[self.nearest]
-        self.num_steps = fewest_steps(self.apart[self.nearest], path, self.closeness)
+        most = max(self.paths[0])
+        ranks = [
+            (apart == 0, predicted_closeness(apart, most, own=own), -apart)
+            for apart, own in zip(self.apart, self.own, strict=True)
+        ]
+        self.nearest = nearest = ranks.index(max(ranks))
+        path = self.paths[nearest]
+        self.num_steps = fewest_steps(self.apart[nearest], path, self.closeness, own=self.own[nearest])
         return path[self.num_steps]
 
     def describe(self) -> dict[str, Any]:
         """For a result's JSON; empty where nothing is predicted: the run began further down the path."""
         if self.apart is None or self.num_steps is None or self.first.steps[0] != 0:
             return {}
-        apart = self.apart[self.nearest]
-        return {"apart": apart, "predicted_closeness": predicted_closeness(apart, self.num_steps)}
+        apart, own = self.apart[self.nearest], self.own[self.nearest]
+        predicted = predicted_closeness(apart, self.num_steps, own=own)
+        return {"apart": apart, "predicted_closeness": predicted}

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from step_skip.bank import check_one_bank, plan_for_bank
+from step_skip.bank import check_one_bank, narrowed, plan_for_bank
 from step_skip.closeness import FirstLook
 from step_skip.command import command_of, video_tags
 from step_skip.compute import OFF
@@ -63,9 +63,19 @@ if TYPE_CHECKING:
     from step_skip.differential import Trajectory
     from step_skip.hooks import Conditioning
     from step_skip.pipeline import Pause
-    from step_skip.schedule import ProgressCallback
+    from step_skip.schedule import ProgressCallback, Step
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Walk:
+    """How a clip came about along the prior that it followed."""
+
+    prior: Prior
+    plan: Plan
+    steps: Sequence[Step]  # on the CPU
+    conditioning: Conditioning
 
 
 @dataclass
@@ -77,6 +87,7 @@ class Clip:
     forwards: int  # network evaluations
     seconds: dict[str, float]  # by phase: load, encode, denoise, decode ...
     report: dict[str, Any]  # all that is needed to make it again
+    walk: Walk | None = None  # what it takes to make it a prior; of a differential resume
 
     def save(self, path: str | Path, *, overwrite: bool = False) -> Path:
         """Write the .mp4, then beside it the .json that says that it is whole, and how it was made.
@@ -98,6 +109,19 @@ class Clip:
         self.seconds["save"] = time.perf_counter() - begin
         write_json(path.with_suffix(".json"), self.report_of(path), overwrite=overwrite)
         return path
+
+    def save_prior(self, output_dir: str | Path, *, run_id: str | None = None) -> Prior:
+        """Make it a prior for its variations: `output_dir/run_<id>`, which keeps the few steps it took.
+
+        Raises:
+            InputError: no differential resume from the first step on, or one with caches or guidance by step;
+                the run id is taken, or the folder can't be written.
+        """
+        from step_skip.clip_prior import save_clip_prior
+
+        if self.walk is None:
+            raise InputError("only a clip of a differential resume (num_steps, steps) can be made a prior")
+        return save_clip_prior(self, self.walk, Path(output_dir), run_id=run_id)
 
     def report_of(self, path: Path) -> dict[str, Any]:
         """What is written beside the .mp4 that was made of it."""
@@ -181,7 +205,7 @@ def infer_from_prior(
         tiled=tiled,
         dtype=model.options.dtype,
     )
-    plan = plan_for_bank(make_plan(choices, bank[0]), bank)
+    plan = plan_for_bank(make_plan(choices, narrowed(bank)), bank)
     group = make_group(bank, [Job(bank[0], plan)])
     with contextlib.redirect_stdout(sys.stderr):
         check_installed_schedule(group.prior)
@@ -287,7 +311,22 @@ def make_clip(
     """Run a plan of a prior whose inputs are complete, or what is left of it after a pause."""
     result = run_plan(group, plan, model.pipe, callback=callback, progress=progress, pause=pause)
     report = describe_clip(group, plan, model, result)
-    return Clip(result.frames, result.latents, result.forwards, dict(result.seconds), report)
+    return Clip(
+        result.frames,
+        result.latents,
+        result.forwards,
+        dict(result.seconds),
+        report,
+        walk_of(group, plan, result),
+    )
+
+
+def walk_of(group: Group, plan: Plan, result: RunResult) -> Walk | None:
+    """What makes a prior of the clip of a differential resume."""
+    if result.first_look is None:
+        return None
+    followed = group.members[result.first_look.nearest].prior
+    return Walk(followed, plan, result.path, conditioning_of(plan, group))
 
 
 def run_plan(
@@ -333,7 +372,8 @@ def first_look(group: Group, plan: Plan) -> FirstLook:
     trajectories = [
         {len(steps): trajectory_of(member, plan, steps) for steps in paths} for member in group.members
     ]
-    return FirstLook(trajectories, math.inf if plan.closeness is None else plan.closeness)
+    own = [member.prior.metadata.get("expected_closeness") or math.inf for member in group.members]
+    return FirstLook(trajectories, math.inf if plan.closeness is None else plan.closeness, own)
 
 
 def trajectory_of(group: Group, plan: Plan, steps: Sequence[int]) -> Trajectory:

@@ -26,7 +26,7 @@ from step_skip.models import COMPONENTS, ENCODERS, EXPERTS, SKIP_BRANCH, LoadOpt
 from step_skip.places import free_path
 from step_skip.plan import needed_components, settings_of
 from step_skip.preview import preview_to
-from step_skip.prior import check_fingerprint
+from step_skip.prior import check_fingerprint, ranges
 from step_skip.results import Clock
 from step_skip.sweep import Group, Job, all_jobs
 from step_skip.tell import describe_seconds, load_told
@@ -280,6 +280,10 @@ def run_job(
         return
     clip = make_clip(group, job.plan, model, callback=callback, pause=pause)
     clip.seconds |= shared
+    if job.save_prior and clip.walk is not None:
+        saved = clip.save_prior(clip.walk.prior.directory.parent)
+        clip.report["saved_prior"] = str(saved.directory.absolute())
+        log.info(f"{saved.directory}: the clip as a prior, of steps {ranges(saved.kept_steps or [])}")
     save_clip(clip, job, on_made)
 
 

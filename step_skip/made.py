@@ -63,7 +63,8 @@ def is_made(job: Job, group: Group) -> bool:
         found = json.loads(read_file(job.report_path, most=MAX_METADATA_BYTES))
         expected = json.loads(json.dumps(describe_settings(group, job.plan)))  # tuples become lists
         same = all(found[name] == value for name, value in expected.items())
-        return same and is_whole(job, found)
+        saved = not job.save_prior or Path(found["saved_prior"]).is_dir()
+        return same and saved and is_whole(job, found)
     except (ValueError, TypeError, KeyError, RecursionError):
         return False
 

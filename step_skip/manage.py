@@ -110,8 +110,10 @@ def remove_priors(directories: Sequence[Path], *, sure: bool) -> str:
 
 
 def steps_of(prior: Prior) -> str:
-    """How many steps it has, and of how many where it isn't complete."""
+    """How many steps it has, and of how many where it hasn't all."""
     total = prior.num_inference_steps
+    if prior.kept_steps is not None:
+        return f"{len(prior.kept_steps)} of {total}"
     return str(total) if prior.is_complete else f"{prior.whole_steps} of {total}"
 
 

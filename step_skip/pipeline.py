@@ -207,6 +207,13 @@ def run_differential(
     Raises:
         RunError: latents became NaN or infinite; names the step.
     """
+    path: list[Step] = []
+
+    def keep(step: Step) -> None:
+        path.append(step.on_cpu())
+        if on_step is not None:
+            on_step(step)
+
     trajectory = paths.first
     run = functools.partial(
         run_scheduler,
@@ -216,7 +223,7 @@ def run_differential(
         latents=trajectory.latents[0],
         conditioning=conditioning,
         known_nega=known_nega,
-        on_step=on_step,
+        on_step=keep,
         progress=progress,
     )
     if paths.differ_in_length:
@@ -224,6 +231,7 @@ def run_differential(
         run(pause=pause)
     result = run(pause=pause)
     result.first_look = result.first_look or paths
+    result.path += path
     return result
 
 

@@ -196,7 +196,7 @@ def check_kept(plan: Plan, prior: Prior) -> None:
     """
     if prior.kept_steps is not None and not all(map(prior.has, input_files(plan, prior))):
         raise InputError(
-            f"{prior.directory} was pruned to steps {ranges(prior.kept_steps)}, and this needs others; "
+            f"{prior.directory} keeps only steps {ranges(prior.kept_steps)}, and this needs others; "
             "choose among them with --steps, or make the prior again"
         )
 

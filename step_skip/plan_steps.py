@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from step_skip.closeness import CLOSENESS, DEFAULT_CLOSENESS, FIT
 from step_skip.files import InputError
-from step_skip.prior import Prior
+from step_skip.prior import Prior, ranges
 from step_skip.steps import (
     DEFAULT_TEXT_SHARE,
     SAME_SIGMA,
@@ -35,6 +35,11 @@ def choose_steps(choices: Choices, prior: Prior) -> dict[str, Any]:
     Raises:
         InputError: a step the prior doesn't have, or a prior without what a differential resume needs.
     """
+    if prior.is_of_clip and (choices.sigmas, choices.start_step) != (None, None):
+        raise InputError(
+            f"{prior.directory} was made of a clip, and has only the steps it took: leave --start_step and "
+            "--sigmas out"
+        )
     if choices.sigmas is not None:
         return own_sigmas(choices.sigmas, prior)
     differential = choices.steps is not None or choices.num_steps is not None
@@ -84,10 +89,28 @@ def auto_paths(choices: Choices, prior: Prior) -> tuple[tuple[int, ...], ...]:
         raise InputError("--num_steps auto: give one --cfg_scale; how many steps run is not known before")
     if len(prior.family.experts) > 1:
         raise InputError("--num_steps auto: a model of two experts can't; give --num_steps a number")
-    total = prior.num_inference_steps
-    paths = (tuple(spread_steps(total, number)) for number in FIT if number <= total)
-    kept = [path for path in paths if prior.kept_steps is None or set(path) <= set(prior.kept_steps)]
-    return tuple(kept) or (tuple(prior.kept_steps or ()),)
+    return tuple(tuple(usual_steps(prior, number)) for number in FIT if number <= number_of_steps(prior))
+
+
+def number_of_steps(prior: Prior) -> int:
+    """In how many steps at most a prior can be followed."""
+    return prior.num_inference_steps if prior.kept_steps is None else len(prior.kept_steps)
+
+
+def usual_steps(prior: Prior, number: int) -> list[int]:
+    """The places of so many steps of a differential resume; of a prior that keeps only some, near to them."""
+    steps = spread_steps(prior.num_inference_steps, number)
+    return steps if prior.kept_steps is None else nearest_steps(steps, prior.kept_steps)
+
+
+def nearest_steps(steps: Sequence[int], kept: Sequence[int]) -> list[int]:
+    """As many of the steps that are kept, increasing, each the nearest that the others leave."""
+    chosen: list[int] = []
+    for place, step in enumerate(steps):
+        first = kept.index(chosen[-1]) + 1 if chosen else 0
+        possible = kept[first : len(kept) - (len(steps) - place) + 1]
+        chosen.append(min(possible, key=lambda each: abs(each - step)))
+    return chosen
 
 
 def own_sigmas(sigmas: Sequence[float], prior: Prior) -> dict[str, Any]:
@@ -162,14 +185,12 @@ def differential_steps(choices: Choices, prior: Prior) -> list[int]:
     Raises:
         InputError: the prior has no such steps.
     """
-    total = prior.num_inference_steps
-    num_steps = recommended_num_steps(total) if choices.num_steps is None else int(choices.num_steps)
-    if not 1 <= num_steps <= total:
-        raise InputError(f"--num_steps {num_steps}: the prior has only {total} steps")
-    steps = list(choices.steps or spread_steps(total, num_steps))
-    is_chosen = choices.steps is not None or choices.num_steps is not None
-    if prior.kept_steps is not None and not is_chosen and not set(steps) <= set(prior.kept_steps):
-        steps = list(prior.kept_steps)
+    total, most = prior.num_inference_steps, number_of_steps(prior)
+    num_steps = min(recommended_num_steps(total), most) if choices.num_steps is None else choices.num_steps
+    if not 1 <= int(num_steps) <= most:
+        kept = "" if prior.kept_steps is None else f" left, {ranges(prior.kept_steps)}"
+        raise InputError(f"--num_steps {num_steps}: {prior.directory} has only {most} steps{kept}")
+    steps = list(choices.steps or usual_steps(prior, int(num_steps)))
     if sorted(set(steps)) != steps or not 0 <= steps[0] <= steps[-1] < total:
         raise InputError(f"--steps {steps}: expected increasing steps between 0 and {total - 1}")
     return steps

@@ -53,6 +53,7 @@ END_IMAGE_FILE = "end_image.png"
 OUTPUT_FILE = "output_full.mp4"
 PREVIEW_FILE = "preview.webp"
 BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
+CLIP = "clip"  # the prior_kind of one that was made of a clip
 SCHEDULE_FLAGS = ("num_inference_steps", "denoising_strength", "sigma_shift")  # what fixes it
 
 
@@ -127,6 +128,11 @@ class Prior:
     def kept_steps(self) -> list[int] | None:
         """The steps that can be followed of a prior that was pruned to them; None: all."""
         return self.metadata.get("kept_steps")
+
+    @property
+    def is_of_clip(self) -> bool:
+        """Whether it was made of a clip (clip_prior.py): it can be followed, in the steps that clip took."""
+        return self.metadata.get("prior_kind") == CLIP
 
     @property
     def settings(self) -> RunSettings:

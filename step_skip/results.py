@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from step_skip.closeness import FirstLook
+    from step_skip.schedule import Step
 
 
 @dataclass
@@ -26,6 +27,7 @@ class RunResult:
     seconds: dict[str, float] = field(default_factory=dict)  # by phase: encode, denoise, ...
     seconds_per_step: list[float] = field(default_factory=list)
     first_look: FirstLook | None = None  # of a differential resume
+    path: list[Step] = field(default_factory=list)  # likewise: its steps, on the CPU
 
     def then(self, later: RunResult) -> RunResult:
         """This run and what came after it, as one."""
@@ -38,6 +40,7 @@ class RunResult:
             {phase: s + later.seconds.get(phase, 0.0) for phase, s in self.seconds.items()},
             self.seconds_per_step + later.seconds_per_step,
             self.first_look or later.first_look,
+            self.path + later.path,
         )
 
 

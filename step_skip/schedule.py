@@ -11,7 +11,7 @@ Checked against diffsynth 2.1.12, diffsynth/diffusion/flow_match.py.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -39,6 +39,15 @@ class Step:
     def denoised(self) -> torch.Tensor:
         """The clean latents this step points at: latents - sigma * noise_pred."""
         return self.latents_before - self.sigma * self.noise_pred
+
+    def on_cpu(self) -> Step:
+        """The same step with its tensors on the CPU."""
+        nega = None if self.noise_pred_nega is None else self.noise_pred_nega.cpu()
+        before, after = self.latents_before.cpu(), self.latents.cpu()
+        noise_pred = self.noise_pred.cpu()
+        return replace(
+            self, latents_before=before, noise_pred=noise_pred, latents=after, noise_pred_nega=nega
+        )
 
 
 StepCallback = Callable[[Step], object]

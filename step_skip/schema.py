@@ -206,7 +206,8 @@ class Metadata(Schedule):
     stop_after: int | None = None
     save_decoded_videos: bool = False
     keeps_nega: bool = False
-    kept_steps: PerStep[Count] | None = None  # of a prior that was pruned
+    kept_steps: PerStep[Count] | None = None  # of a prior that was pruned, or made of a clip
+    expected_closeness: Positive | None = None  # of one that was made of a clip, dB
     cfg_scale_2: Positive | None = None  # of two experts, as the next
     switch_DiT_boundary: (
         Annotated[Positive, AfterValidator(_must("at most 1", lambda value: value <= 1))] | None

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from step_skip.bank import describe_beginning, gather_banks, plan_for_bank
+from step_skip.bank import describe_beginning, gather_banks, narrowed, plan_for_bank
 from step_skip.families import MODEL_NAMES
 from step_skip.files import InputError, folder_inside
 from step_skip.metadata import SEAL, read_prior
@@ -44,6 +44,7 @@ class Job:
     name: str = ""  # of the video, without .mp4; of a single one the next that is free where another has it
     overwrite: bool = True  # what has the name by then
     preview: bool = False  # a .webp beside it shows what each step points at
+    save_prior: bool = False  # it becomes a prior, too (clip_prior.py)
     made: bool = False  # it is there already (made.py)
 
     @property
@@ -193,7 +194,7 @@ def plan_bank(
     Raises:
         InputError: see `make_plan`; or a model this version doesn't know.
     """
-    prior = bank[0]
+    prior = narrowed(bank)
     key = what_decides_plans(prior, choices)
     if key not in known:
         known[key] = make_plans(prior, choices)

@@ -71,8 +71,9 @@ def test_a_step_that_is_kept_can_be_resumed_at(prior_copy: Path, prune, infer) -
 
 def test_steps_that_are_gone_are_refused(prior_copy, prune, infer, refused, run) -> None:
     assert prune(prior_copy, "--steps", 0, 7, "--yes").code == 0
-    for flags in (("--num_steps", 3), ("--steps", 0, 5), ("--start_step", 2)):
-        refused(lambda flags=flags: infer(prior_copy, *flags), "pruned to steps 0, 7", "--steps")
+    refused(lambda: infer(prior_copy, "--num_steps", 3), "only 2 steps left, 0, 7")
+    for flags in (("--steps", 0, 5), ("--start_step", 2)):
+        refused(lambda flags=flags: infer(prior_copy, *flags), "keeps only steps 0, 7", "--steps")
     refused(lambda: run("generate_prior", "--resume", prior_copy), "was pruned")
     refused(lambda: prune(prior_copy, "--steps", 0, 5), "lacks")
 

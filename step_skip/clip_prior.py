@@ -1,0 +1,138 @@
+"""A clip as a prior for its variations.
+
+The clip of a differential resume is a path, too, with latents and velocities at the few steps it took. Saved
+in a prior's format it can be followed like one that was pruned to these steps, and what is near to it takes
+fewer of them than it took. It comes as near to a full run as the clip did, not nearer.
+
+Between these steps there is nothing: it is not resumed after a step, and how guidance fades over a step is
+what the prior that it followed says of that.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from step_skip.files import InputError, locked, sha256_tensor
+from step_skip.media import write_video
+from step_skip.metadata import PriorWriter
+from step_skip.plan import Plan
+from step_skip.prior import (
+    CLIP,
+    OUTPUT_FILE,
+    Prior,
+    context_file,
+    identity_file,
+    latents_before_file,
+    noise_pred_file,
+    noise_pred_nega_file,
+    read_own_file,
+    step_file,
+)
+from step_skip.run_dir import create_run_dir
+from step_skip.steps import FORMATION_KEY
+
+if TYPE_CHECKING:
+    from step_skip.infer import Clip, Walk
+
+# what of the followed prior's metadata is true of its own run alone
+NOT_TAKEN_OVER: Final = frozenset(
+    ("status", "files", "shapes", "metadata_sha256", FORMATION_KEY, "seconds_per_step", "peak_memory")
+) | {"start_step_chosen"}
+FROM_REPORT: Final = (  # the clip's own, by the same names
+    *("prompt", "negative_prompt", "fps", "tiled", "lora", "quantize", "compile", "dtype", "forwards"),
+    *("device", "device_name", "num_threads", "attention", "vram", "versions", "latents_sha256"),
+    *("peak_memory", "seconds_per_step"),
+)
+
+
+def check_clip_prior(plan: Plan, prior: Prior) -> None:
+    """Refuse what can't be made a prior: a path that begins late, or isn't as its own prompt would run it.
+
+    Raises:
+        InputError: saying why.
+    """
+    cannot = "a clip can be made a prior"
+    if plan.method != "differential" or plan.steps_to_run[0] != 0:
+        raise InputError(f"{cannot} if it is a differential resume from step 0 on: leave --start_step out")
+    if (plan.skip_cache, plan.tea_cache_l1_thresh) != (None, None):
+        raise InputError(f"{cannot} without --skip_cache and TeaCache, with which its steps are not its own")
+    guidance_by_expert(plan, prior)
+
+
+def guidance_by_expert(plan: Plan, prior: Prior) -> dict[str, float]:
+    """The cfg_scale of each expert that ran; of a single network "dit".
+
+    Raises:
+        InputError: it differs from step to step of one of them.
+    """
+    scales = plan.cfg_scale
+    each = scales if isinstance(scales, tuple) else (scales,) * len(plan.steps_to_run)
+    found: dict[str, float] = {}
+    for step, scale in zip(plan.steps_to_run, each, strict=True):
+        if found.setdefault(prior.expert_of(step), scale) != scale:
+            raise InputError("a clip can be made a prior if all its steps have one --cfg_scale")
+    return found
+
+
+def save_clip_prior(clip: Clip, walk: Walk, output_dir: Path, *, run_id: str | None = None) -> Prior:
+    """Write `output_dir/run_<id>`, in the format of a pruned prior (prior.py, prune.py).
+
+    Raises:
+        InputError: see `check_clip_prior`; the run id is taken, or the folder can't be written.
+    """
+    check_clip_prior(walk.plan, walk.prior)
+    directory, run_id = create_run_dir(output_dir, run_id, name=walk.prior.metadata["run_id"])
+    with locked(directory):
+        writer = PriorWriter(directory, {"run_id": run_id, **describe_walk(clip, walk)})
+        for name in walk.prior.image_files:
+            content = read_own_file(walk.prior, name)
+            writer.save(name, functools.partial(Path.write_bytes, data=content))
+        for name, tensor in tensors_of(walk).items():
+            writer.save_tensor(name, tensor)
+        writer.save(OUTPUT_FILE, functools.partial(write_video, clip.frames, fps=clip.report["fps"]))
+        writer.finish("complete")
+    return writer.prior
+
+
+def describe_walk(clip: Clip, walk: Walk) -> dict[str, Any]:
+    """The metadata of a clip as a prior, but for its files."""
+    own, recorded = clip.report, walk.prior.metadata
+    taken_over = {name: value for name, value in recorded.items() if name not in NOT_TAKEN_OVER}
+    guidance = guidance_by_expert(walk.plan, walk.prior)
+    taken_over["cfg_scale"] = guidance.get("dit", recorded["cfg_scale"])
+    if "dit2" in guidance:
+        taken_over["cfg_scale_2"] = guidance["dit2"]
+    distances = recorded.get(FORMATION_KEY, {}).get("branch_distances")
+    return {
+        **taken_over,
+        **{name: own[name] for name in FROM_REPORT if own.get(name) is not None},
+        "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "prior_kind": CLIP,
+        "followed": recorded["run_id"],
+        "expected_closeness": own["predicted_closeness"],
+        "kept_steps": [step.index for step in walk.steps],
+        "keeps_nega": all(step.noise_pred_nega is not None for step in walk.steps),
+        "forwards_per_step": [step.forwards for step in walk.steps],
+        "latents_sha256": sha256_tensor(walk.steps[-1].latents),
+        "seconds": clip.seconds,
+        FORMATION_KEY: {"branch_distances": distances},
+    }
+
+
+def tensors_of(walk: Walk) -> dict[str, Any]:
+    """Every tensor of the prior by its file: the path, and what the network saw besides."""
+    plan, conditioning = walk.plan, walk.conditioning
+    files = {context_file(plan.prompt): conditioning.context_posi}
+    if conditioning.context_nega is not None:
+        files[context_file(plan.negative_prompt)] = conditioning.context_nega
+    files |= {identity_file(name): tensor for name, tensor in conditioning.identity.items()}
+    for step in walk.steps:
+        files[latents_before_file(step.index)] = step.latents_before
+        files[noise_pred_file(step.index)] = step.noise_pred
+        if step.noise_pred_nega is not None:
+            files[noise_pred_nega_file(step.index)] = step.noise_pred_nega
+    files[step_file(walk.prior.num_inference_steps - 1)] = walk.steps[-1].latents
+    return files
