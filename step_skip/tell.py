@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 
 # Clips of the embedded model that showed the new motion, resumed after 6 of 10, by the prior's kind; a full
 # run: 100%. From benchmarks/results/promise/headline.md.
-OBEYED_AFTER_6 = {"prompted": "14% (20% if its prior holds still)", "neutral": "69%"}
+OBEYED_AFTER_6 = {"prompted": "23% (20% if its prior holds still)", "neutral": "69%"}
 
 
 def warn_of_old_motion(groups: Sequence[Group]) -> None:

@@ -272,7 +272,7 @@ def test_the_start_step_a_prior_was_made_with_is_where_it_is_resumed(make_prior,
 
 
 @pytest.mark.parametrize(
-    ("flags", "words"), [((), "14% (20% if its prior holds still)"), (("--prompt", ""), "69%")]
+    ("flags", "words"), [((), "23% (20% if its prior holds still)"), (("--prompt", ""), "69%")]
 )
 def test_the_warning_of_a_late_step_tells_what_was_measured(make_prior, infer, tmp_path, flags, words):
     outcome = infer(make_prior(*flags), "--prompt", "Else.", "--output", tmp_path / "video.mp4")
