@@ -2,11 +2,13 @@
 
     python generate_prior.py --model tiny --image data/tiny_wan_i2v/inputs/mila.png
     python generate_prior.py --download_example
-    python generate_prior.py --image ann.jpg ben.jpg --stop_after 3
+    python generate_prior.py --image photos --prompt "he stays still" "he speaks" --seed 0 1
     python generate_prior.py --resume prior_output/run_<id>
 
 infer_from_prior.py then makes new videos of the same identity from it, in a fraction of the steps.
-Several images share one loading of the model; stopped after a step, a prior is a draft with a preview.
+A folder is every image in it. All share one loading of the model, an image that can't be read costs its own
+priors, and the same command again makes only what is missing. Stopped after a step, a prior is a draft with a
+preview.
 --resume goes on after the last whole step of a run that was interrupted or stopped, and makes again what was
 damaged. The last lines on stdout are the priors' folders.
 """
@@ -22,35 +24,22 @@ import argparse
 import contextlib
 import dataclasses
 import functools
-import itertools
-import json
 import logging
 import math
 import shlex
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import step_skip
 from step_skip import cli, cli_machine, cli_prior
 from step_skip.compute import check_compute
 from step_skip.families import FAMILIES
 from step_skip.files import InputError, RunError, check_folder, locked
-from step_skip.generate import (
-    Left,
-    check_same_machine,
-    read_own_images,
-    read_resumable,
-    run_what_is_left,
-    what_is_left,
-)
-from step_skip.images import Picture, read_pictures
+from step_skip.generate import Left, check_same_machine, read_own_images, read_resumable, what_is_left
 from step_skip.loading import loaded_first, pick_device
 from step_skip.lora import distilled_hint, find_recorded_loras
-from step_skip.media import fetch_example, read_video, video_bytes
+from step_skip.media import fetch_example, read_video
 from step_skip.memory import check_download, describe_peak, say_what_each_mode_takes
-from step_skip.metadata import PriorWriter
 from step_skip.models import (
     ROOT,
     LoadOptions,
@@ -60,19 +49,27 @@ from step_skip.models import (
 )
 from step_skip.preview import check_previewable, preview_to
 from step_skip.prior import (
-    END_IMAGE_FILE,
     IMAGE_FILE,
     METADATA_FILE,
     PREVIEW_FILE,
     Prior,
     RunSettings,
-    bytes_of_prior,
     bytes_of_steps,
     check_files,
     check_fingerprint,
     denoised_file,
 )
+from step_skip.prior_jobs import check_first, go_on, make_all, read_images, report_failures, usable
 from step_skip.prior_plan import PriorChoices, check_images, check_prior_choices, plan_prior
+from step_skip.prior_sweep import (
+    PriorJob,
+    bytes_needed,
+    bytes_of,
+    describe_job,
+    forwards_of,
+    make_jobs,
+    plan_jobs,
+)
 from step_skip.results import Clock
 from step_skip.run_dir import check_run_id
 from step_skip.steps import recommended_num_steps
@@ -87,17 +84,6 @@ log = logging.getLogger("step_skip")
 
 EXAMPLE_IMAGE = ROOT / "data" / "examples" / "wan" / "input_image.jpg"
 RESUME_FLAGS = {"--resume", "--model_dir", "--device", "--vram", "--preview"}
-
-
-@dataclass(frozen=True)
-class Wanted:
-    """One prior to make."""
-
-    name: str  # its image's, without one its prompt
-    images: dict[str, Picture]  # by file
-    prompt: str
-    run_id: str | None
-    choices: PriorChoices  # with the size of its image
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -130,9 +116,8 @@ def read_prior_choices(args: argparse.Namespace) -> PriorChoices:
     Raises:
         InputError: with the flag that is wrong.
     """
-    choices = PriorChoices(
-        **{field.name: getattr(args, field.name) for field in dataclasses.fields(PriorChoices)}
-    )
+    given = {field.name: getattr(args, field.name) for field in dataclasses.fields(PriorChoices)}
+    choices = PriorChoices(**given | {"seed": args.seed[0]})
     check_prior_choices(choices)
     family = FAMILIES[family_name(args.model, args.model_dir)]
     has_image = args.image is not None or args.download_example
@@ -148,41 +133,23 @@ def read_prior_choices(args: argparse.Namespace) -> PriorChoices:
             "--input_video is not used at --denoising_strength 1: give a strength below 1, 0.7 say"
         )
     for run_id in args.run_id or ():
-        check_run_id(args.output_dir, run_id)
+        check_run_id(args.output_dir, run_id, but_priors=True)
     return choices
 
 
-def read_wanted(args: argparse.Namespace, choices: PriorChoices) -> list[Wanted]:
-    """The priors to make: one for each image, each with its prompt. Neither torch nor a model is needed.
+def read_jobs(args: argparse.Namespace, choices: PriorChoices) -> list[PriorJob]:
+    """The priors to make. Neither torch nor a model is needed.
 
     Raises:
-        InputError: an image that can't be used, a --run_id given twice, or as many prompts or ids as fit
-            no reading.
+        InputError: see `make_jobs`; or the only image can't be used.
     """
-    paths, what = args.image or [None], "image"
-    if len(paths) == 1:  # a prior of each prompt
-        paths, what = paths * len(args.prompt), "prompt"
-    number = len(paths)
-    prompts = args.prompt * number if len(args.prompt) == 1 else args.prompt
-    end_paths = args.end_image or [None]
-    end_paths = end_paths * number if len(end_paths) == 1 else end_paths
-    run_ids = args.run_id or [None] * number
-    for flag, values in (("--prompt", prompts), ("--end_image", end_paths), ("--run_id", run_ids)):
-        if len(values) != number:
-            raise InputError(f"{flag}: {len(values)} for {number} {what}s; give one for each {what}")
-    for run_id in run_ids:
-        if run_id is not None and run_ids.count(run_id) > 1:
-            raise InputError(f"--run_id {run_id}: given twice; every prior needs its own")
-    defaults = model_defaults(args.model, args.model_dir)
-    family = FAMILIES[family_name(args.model, args.model_dir)]
-
-    def read(name: str, path: Path | None, end_path: Path | None, prompt: str, run_id: str | None) -> Wanted:
-        given = {IMAGE_FILE: path, END_IMAGE_FILE: end_path}
-        sized, pictures = read_pictures(given, choices, defaults=defaults, family=family)
-        return Wanted(name, pictures, prompt, run_id, sized)
-
-    names = map(str, args.prompt if what == "prompt" and number > 1 else args.image or args.prompt)
-    return list(itertools.starmap(read, zip(names, paths, end_paths, prompts, run_ids, strict=True)))
+    images, ends = args.image or [], args.end_image or []
+    jobs = make_jobs(
+        images, args.prompt, choices, end_images=ends, seeds=args.seed, run_ids=args.run_id or []
+    )
+    if len({job.images.get(IMAGE_FILE) for job in jobs}) == 1:
+        read_images(jobs[0], cli.load_options(args), family_name(args.model, args.model_dir))
+    return jobs
 
 
 def read_input_video(args: argparse.Namespace, settings: RunSettings) -> list[Image] | None:
@@ -196,97 +163,57 @@ def read_input_video(args: argparse.Namespace, settings: RunSettings) -> list[Im
 # --- making and finishing priors ----------------------------------------------------------------------------
 
 
-def make_priors(args: argparse.Namespace) -> list[Path] | list[str]:
-    """Make a prior of every image on one loaded pipeline, and return their folders; in a dry run, as JSON."""
+def make_priors(args: argparse.Namespace) -> list[PriorJob]:
+    """Make a prior of every image on one loaded pipeline; a dry run only plans them."""
     choices, family = read_prior_choices(args), family_name(args.model, args.model_dir)
-    wanted = [] if args.download_example else read_wanted(args, choices)
+    jobs = [] if args.download_example else read_jobs(args, choices)
     options = dataclasses.replace(cli.load_options(args), device=pick_device(args.model, args.device))
     check_compute(vram=options.vram, quantize=options.quantize, compile=options.compile)
     if args.download_example:
         plan_prior(options, choices, family=family)
         args.image = [fetch_example(EXAMPLE_IMAGE, root=ROOT)]
-        wanted = read_wanted(args, choices)
-    wanted, planned = plan_all(wanted, options, family)
-    videos = 1 + (choices.num_inference_steps if args.save_decoded_videos else 0)
-    check_folder(args.output_dir, sum(bytes_needed(each, videos=videos) for each in planned))
-    read = functools.cache(functools.partial(read_input_video, args))
-    input_videos = [read(each.settings) for each in planned]
-    settings = planned[0].settings
-    if settings.cfg_scale != 1 and (hint := distilled_hint(options.loras, sigmas=False)):
-        log.info(hint)
-    say_what_it_costs(planned[0], len(planned))
-    components = [*planned[0].family.components, *cache_components(settings.skip_cache)]
-    largest = max((each.settings.size for each in planned), key=math.prod)
-    options = dataclasses.replace(options, size=largest, tiled=settings.tiled)
+        jobs = read_jobs(args, choices)
+    jobs = plan_jobs(jobs, options, family, args.output_dir)
+    to_do = usable(jobs, [job for job in jobs if not job.made])
+    say_what_it_costs(jobs, to_do)
+    if to_do:
+        check_folder(args.output_dir, sum(bytes_of(job) for job in to_do))
+        options, components = what_to_load(to_do, options)
     if args.dry_run:
-        check_download(options, components)
-        say_what_each_mode_takes(options, loaded_first(components))
-        pairs = zip(wanted, planned, strict=True)
-        return [describe_wanted(each, prior, videos=videos) for each, prior in pairs]
-    model = load_told(options, components, by_expert=True)
-    made, failed = [], []
-    for each, input_video in zip(wanted, input_videos, strict=True):
+        if to_do:
+            check_download(options, components)
+            say_what_each_mode_takes(options, loaded_first(components))
+        return jobs
+    if to_do:
+        read_video = functools.lru_cache(maxsize=1)(functools.partial(read_input_video, args))
+        read_video(to_do[0].prior.settings)
+        check_first(to_do, options, family)
+        to_do = usable(jobs, to_do)
+    if to_do:
         begun: list[Path] = []
-        try:
-            with saying_how_to_go_on(args, begun):
-                prior = step_skip.generate_prior(
-                    model,
-                    each.images.get(IMAGE_FILE),
-                    each.prompt,
-                    end_image=each.images.get(END_IMAGE_FILE),
-                    output_dir=args.output_dir,
-                    run_id=each.run_id,
-                    input_video=input_video,
-                    on_begin=begun.append,
-                    callback_on_step_end=preview_in(begun) if args.preview else None,
-                    **dataclasses.asdict(each.choices),
-                )
-        except RunError as error:  # NaN, for example: the next image may do better
-            if len(wanted) == 1:
-                raise
-            failed.append(f"{each.name}: {error}")
-        else:
-            say_what_was_made(args, prior, len(prior.metadata["seconds_per_step"]))
-            made.append(prior.directory)
-    if failed:
-        raise RunError(f"{len(failed)} of {len(wanted)} priors failed: {'; '.join(failed)}")
-    return made
+        with saying_how_to_go_on(args, begun, several=len(jobs) > 1):
+            make_all(
+                to_do,
+                load_told(options, components, by_expert=True),
+                output_dir=args.output_dir,
+                read_video=read_video,
+                on_begin=begun.append,
+                on_made=functools.partial(say_what_was_made, args, briefly=len(jobs) > 1),
+                callback=preview_in(begun) if args.preview else None,
+                single=len(jobs) == 1,
+            )
+    report_failures(jobs, folder=args.output_dir)
+    return jobs
 
 
-def plan_all(wanted: list[Wanted], options: LoadOptions, family: str) -> tuple[list[Wanted], list[Prior]]:
-    """Every prior with its sizes rounded as the model needs, and what will be known of it, each size once.
-
-    Raises:
-        InputError: see `plan_prior`.
-    """
-    rounded, planned, sizes = [], [], ("height", "width", "num_frames")
-    plan = functools.cache(lambda choices: plan_prior(options, choices, family=family))
-    for each in wanted:
-        prior = Prior(Path(each.name), plan(each.choices))
-        known = {name: prior.metadata[name] for name in sizes}
-        rounded.append(dataclasses.replace(each, choices=dataclasses.replace(each.choices, **known)))
-        planned.append(prior)
-    return rounded, planned
-
-
-def describe_wanted(wanted: Wanted, planned: Prior, *, videos: int) -> str:
-    """A prior to make as one line of JSON: its settings and what they cost."""
-    last_step = planned.metadata["stop_after"]
-    guidance = planned.guidance[: None if last_step is None else last_step + 1]
-    data = {
-        "name": wanted.name,
-        "prompt": wanted.prompt,
-        **dataclasses.asdict(planned.settings),
-        "model": planned.metadata["model"],
-        "forwards": sum(1 if scale == 1 else 2 for scale in guidance),
-        "bytes_at_most": bytes_needed(planned, videos=videos),
-    }
-    return json.dumps(data, ensure_ascii=False)
-
-
-def bytes_needed(prior: Prior, *, videos: int) -> int:
-    """A safe upper bound of what a prior takes on disk."""
-    return bytes_of_prior(prior) + videos * video_bytes(prior.settings)
+def what_to_load(jobs: Sequence[PriorJob], options: LoadOptions) -> tuple[LoadOptions, list[str]]:
+    """What to load for these priors: options with the size that takes most memory, and components."""
+    prior = jobs[0].prior
+    if prior.settings.cfg_scale != 1 and (hint := distilled_hint(options.loras, sigmas=False)):
+        log.info(hint)
+    largest = max((job.prior.settings.size for job in jobs), key=math.prod)
+    options = dataclasses.replace(options, size=largest, tiled=all(job.prior.settings.tiled for job in jobs))
+    return options, [*prior.family.components, *cache_components(prior.settings.skip_cache)]
 
 
 def resume(args: argparse.Namespace) -> Path:
@@ -326,65 +253,75 @@ def finish(args: argparse.Namespace, prior: Prior, left: Left) -> Prior:
     options = LoadOptions(m["model"], device, m["dtype"], args.vram, args.model_dir, loras, *computes)
     options = dataclasses.replace(options, size=settings.size, tiled=settings.tiled)
     log.info(f"{len(left.steps)} of {prior.num_inference_steps} steps are left to run")
-    clock = Clock()
-    clock.include(m.get("seconds", {}))
-    model = None
+    clock, model = Clock(), None
     if left.components:
         check = functools.partial(check_fingerprint, prior)
         model = load_told(options, left.components, check=check, by_expert=True)
     clock.add("load")
     with saying_how_to_go_on(args, [prior.directory]):
-        writer = PriorWriter(prior.directory, dict(m))
         callback = preview_in([prior.directory]) if args.preview else None
-        run_what_is_left(writer, left, model=model, start=start, clock=clock, callback=callback)
-    return writer.prior
+        return go_on(prior, left, model=model, start=start, clock=clock, callback=callback)
 
 
 def preview_in(begun: list[Path]) -> ProgressCallback:
-    """What writes the preview of a prior; by the time a step has run its folder is the first of these."""
-    return lambda *step: preview_to(begun[0], begun[0] / PREVIEW_FILE)(*step)
+    """What writes the preview of a prior; by the time a step has run its folder is the last of these."""
+    return lambda *step: preview_to(begun[-1], begun[-1] / PREVIEW_FILE)(*step)
 
 
 # --- what the user is told ----------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
-def saying_how_to_go_on(args: argparse.Namespace, begun: list[Path]) -> Iterator[None]:
+def saying_how_to_go_on(
+    args: argparse.Namespace, begun: list[Path], *, several: bool = False
+) -> Iterator[None]:
     """Where a run that had begun is cut short, say in one line how to go on with what is whole.
 
     Args:
-        begun: the prior's folder, once there is something in it.
+        begun: the prior's folder, once there is something in it; of several the last.
     """
     try:
         yield
     except RunError:  # going on would only fail again
         raise
     except BaseException:
-        if begun and (begun[0] / METADATA_FILE).exists():
-            again = command_line(args, "generate_prior.py", "--resume", begun[0])
-            log.info(f"every whole step is kept; go on with: {again}")
+        if begun and (begun[-1] / METADATA_FILE).exists():
+            again = command_line(args, "generate_prior.py", "--resume", begun[-1])
+            log.info(f"every whole step is kept; go on with: {'the same command' if several else again}")
         raise
 
 
-def say_what_it_costs(planned: Prior, number: int) -> None:
-    """Tell what priors cost once, and what each new prompt will."""
-    steps = planned.num_inference_steps
-    forwards = sum(1 if scale == 1 else 2 for scale in planned.guidance)
+def say_what_it_costs(jobs: Sequence[PriorJob], to_do: Sequence[PriorJob]) -> None:
+    """Tell what priors cost once, and what each new prompt will; and how many are there already."""
+    there = sum(job.made for job in jobs)
+    if jobs[0].made and len(jobs) == 1:
+        log.info("made before, by the same choices, and whole: nothing to do")
+    elif len(jobs) > 1 or not to_do:
+        size = sum(map(bytes_of, to_do)) / 1e9
+        log.info(f"{len(to_do)} priors to make, at most {size:.1f} GB; {there} are there already")
+    if not to_do:
+        return
+    prior = to_do[0].prior
+    steps, forwards = prior.num_inference_steps, forwards_of(prior, whole=True)
     chosen = recommended_num_steps(steps)
     each = chosen if forwards == steps else 2 * chosen - 1
     log.info(
-        f"{number} x {steps} steps, {forwards} forwards and about {bytes_of_steps(planned) / 1e6:.0f} MB "
+        f"{len(to_do)} x {steps} steps, {forwards} forwards and about {bytes_of_steps(prior) / 1e6:.0f} MB "
         f"each; a new prompt then takes {each} forwards, and prior_utils.py prune makes a prior smaller"
     )
 
 
-def say_what_was_made(args: argparse.Namespace, prior: Prior, steps_run: int) -> None:
+def say_what_was_made(
+    args: argparse.Namespace, prior: Prior, steps_run: int, *, briefly: bool = False
+) -> None:
     """Sum up a prior and say what can be done with it."""
     m, directory = prior.metadata, prior.directory
     steps = m["num_inference_steps"]
     resumed = f'{command_line(args, "infer_from_prior.py", "--prior_dir", directory)} --prompt "..."'
     cost = f"{steps_run} steps, {m['forwards']} forwards, {describe_seconds(m['seconds'])}"
     log.info(f"{directory}: {cost}; {describe_peak(m['peak_memory'])}")
+    if briefly:
+        return
     if m["status"] == "stopped":
         preview = directory / denoised_file(prior.whole_steps - 1)
         log.info(f"Stopped after step {prior.whole_steps - 1} of {steps}; what it points at: {preview}")
@@ -413,11 +350,13 @@ def command_line(args: argparse.Namespace, name: str, *words: object) -> str:
     return shlex.join(map(str, parts))
 
 
-def main(argv: list[str] | None = None) -> str:
-    """Make or finish priors and return their folders, one a line."""
+def main(argv: list[str] | None = None) -> str | Iterable[str]:
+    """Make or finish priors and return their folders, one a line; in a dry run a line of JSON for each."""
     args = parse_args(argv)
-    folders = make_priors(args) if args.resume is None else [resume(args)]
-    return "\n".join(map(str, folders))
+    if args.resume is not None:
+        return str(resume(args))
+    jobs = make_priors(args)
+    return map(describe_job, jobs) if args.dry_run else "\n".join(str(job.directory) for job in jobs)
 
 
 def command() -> None:

@@ -24,7 +24,7 @@ import contextlib
 import functools
 import itertools
 import logging
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -254,7 +254,7 @@ def dry_run(groups: Sequence[Group], args: argparse.Namespace, *, there: int, co
         say_what_each_mode_takes(options, loaded_first(components))
 
 
-def main(argv: list[str] | None = None) -> Path | str:
+def main(argv: list[str] | None = None) -> Path | str | Iterable[str]:
     """Make one video and return its path, or a sweep of them and return its folder."""
     args = parse_args(argv)
     if args.verify:
@@ -288,7 +288,7 @@ def main(argv: list[str] | None = None) -> Path | str:
     to_do = list(jobs_left(groups, failed))
     if args.dry_run:
         dry_run(to_do, args, there=there, contexts=contexts)
-        return "\n".join(map(describe_job, jobs))
+        return map(describe_job, jobs)
     if not is_sweep and there:
         log.info("made before, by the same choices, and whole: nothing to do")
     if to_do:

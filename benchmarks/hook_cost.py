@@ -27,6 +27,7 @@ import generate_prior
 from step_skip.cli import load_options
 from step_skip.files import write_json
 from step_skip.generate import save_start, save_step
+from step_skip.images import read_image
 from step_skip.loading import installed_versions, load_components, pick_device
 from step_skip.metadata import PriorWriter
 from step_skip.models import family_name
@@ -56,13 +57,13 @@ def main() -> None:
     choices, family = generate_prior.read_prior_choices(args), family_name(args.model)
     planned = Prior(own.output, plan_prior(options, choices, family=family))
     metadata, settings = planned.metadata, planned.settings
-    wanted = generate_prior.read_wanted(args, settings)[0]
+    image = read_image(own.image, width=settings.width, height=settings.height)
     pipe = load_components(options, planned.family.components).pipe
 
     from step_skip.pipeline import TILING, run_full
 
-    prompts = {"prompt": wanted.prompt, "negative_prompt": metadata["negative_prompt"]}
-    inputs = prompts | {"input_image": wanted.image}
+    prompts = {"prompt": args.prompt[0], "negative_prompt": metadata["negative_prompt"]}
+    inputs = prompts | {"input_image": image}
 
     def bare() -> None:
         pipe(**inputs, **settings.pipeline_inputs, **TILING)

@@ -40,7 +40,8 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
     """Keeps the docstring's lines and adds "(default: ...)" where there is one to show."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        if action.default in (None, "", argparse.SUPPRESS) or action.default is False:  # 0 is one to show
+        default = action.default  # 0 is one to show; a list's help shows what is in it
+        if default in (None, "", argparse.SUPPRESS) or default is False or isinstance(default, list):
             return action.help
         return super()._get_help_string(action)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from step_skip import cli
 from step_skip.prior import PREVIEW_FILE
-from step_skip.prior_plan import FITS
+from step_skip.prior_plan import FITS, PriorChoices
 
 
 def add_identity_arguments(parser: argparse.ArgumentParser) -> None:
@@ -19,8 +19,9 @@ def add_identity_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         nargs="+",
         metavar="FILE",
-        help="picture of the identity, the first frame of every video; of several, each becomes a prior; for "
-        "a model that takes one: T2V models make a prior of each --prompt instead, TI2V-5B can do either",
+        help="picture of the identity, the first frame of every video; of several, or of a folder with any "
+        "number, each becomes a prior; for a model that takes one: T2V models make a prior of each --prompt "
+        "instead, TI2V-5B can do either",
     )
     source.add_argument(
         "--download_example", action="store_true", help="fetch DiffSynth's example image and use it"
@@ -47,7 +48,8 @@ def add_identity_arguments(parser: argparse.ArgumentParser) -> None:
         default=[""],
         metavar="TEXT",
         help="what happens in the prior's own video; best is one that holds still, 'she stays still', or for "
-        "--start_step none at all, a neutral prior; one for all images or one for each",
+        "--start_step none at all, a neutral prior; of several, each image becomes a prior with each, or "
+        "with its own where there are as many as files",
     )
     group.add_argument(
         "--negative_prompt",
@@ -110,7 +112,12 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
         "from this step or an earlier one, and --resume finishes",
     )
     group.add_argument(
-        "--seed", type=cli.limited("seed", int), default=0, metavar="N", help="of the initial noise"
+        "--seed",
+        type=cli.limited("seed", int),
+        nargs="+",
+        default=[PriorChoices.seed],
+        metavar="N",
+        help=f"of the initial noise (default: {PriorChoices.seed}); of several, each makes a prior",
     )
     sizes = parser.add_argument_group(
         "video",
@@ -155,8 +162,9 @@ def add_output_arguments(parser: argparse.ArgumentParser) -> None:
         "--run_id",
         nargs="+",
         metavar="ID",
-        help="letters, digits, . _ and -, one for each image (default: the image's name, mila, mila_2 ...; "
-        "without an image the prompt's)",
+        help="letters, digits, . _ and -, one for each prior (default: the image's name, mila, mila_2 ...; "
+        "without an image the prompt's; a prior of the same image, prompt, seed, settings and weights that "
+        "is there under such a name is not made again)",
     )
     group.add_argument(
         "--start_step",

@@ -5,18 +5,19 @@ What became of it is told: its file's name, its own size, the part that is seen 
 
 from __future__ import annotations
 
+import contextlib
 import io
 import logging
 import math
 import re
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, cast
 
 from step_skip.families import Defaults, Family
-from step_skip.files import InputError, replacing
+from step_skip.files import InputError, replacing, sha256_file
 from step_skip.prior import END_IMAGE_FILE, IMAGE_FILE, Prior, crop_preview_file, read_own_file, round_sizes
 from step_skip.prior_plan import PriorChoices
 from step_skip.schema import LIMITS
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "TIFF", "BMP")  # Pillow hands others to programs
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".tif", ".tiff", ".bmp")  # looked for in folders
 MIN_IMAGE_SIDE = 16  # pixels; anything smaller is no picture
 PREVIEW_SIDE = 512  # pixels, of the longer one
 LABELS: Final = {IMAGE_FILE: "--image", END_IMAGE_FILE: "--end_image"}
@@ -45,20 +47,19 @@ class Picture:
     box: Box  # what is seen of it; with "pad" it reaches beyond
     fit: str
     background: str
+    sha256: str | None = None  # of its file
     preview: Image | None = None  # what was cropped away, in the dark
 
     @property
     def record(self) -> dict[str, Any]:
         """As a prior's metadata has it."""
-        from PIL import ImageColor
-
-        red, green, blue = ImageColor.getrgb(self.background)[:3]
         return {
             "name": self.name,
             "size": list(self.size),
             "box": list(self.box),
             "fit": self.fit,
-            "background": f"#{red:02x}{green:02x}{blue:02x}",
+            "background": hex_colour(self.background),
+            **({} if self.sha256 is None else {"sha256": self.sha256}),
         }
 
     def save_preview(self, directory: Path, file: str) -> None:
@@ -68,7 +69,33 @@ class Picture:
                 self.preview.save(temporary)
 
 
+def hex_colour(name: str) -> str:
+    """A colour as CSS names it, as #rrggbb."""
+    from PIL import ImageColor
+
+    red, green, blue = ImageColor.getrgb(name)[:3]
+    return f"#{red:02x}{green:02x}{blue:02x}"
+
+
 # --- reading ------------------------------------------------------------------------------------------------
+
+
+def files_of(path: Path) -> list[Path]:
+    """The images in a folder, by name, or the file itself; none is opened.
+
+    Raises:
+        InputError: nothing is there, or no image in the folder.
+    """
+    if not path.is_dir():
+        if not path.is_file():
+            raise InputError(f"--image {path} is not a file; name a picture, or a folder of them")
+        return [path]
+    files = sorted(
+        each for each in path.iterdir() if each.suffix.lower() in IMAGE_SUFFIXES and each.name[0] != "."
+    )
+    if not files:
+        raise InputError(f"--image {path} holds no picture; expected files as {', '.join(IMAGE_SUFFIXES)}")
+    return files
 
 
 def open_image(given: str | Path | Image, *, background: str = "white", label: str = "--image") -> Image:
@@ -123,16 +150,37 @@ def _open_file(
     content: bytes | None = None,
 ) -> Image:
     """Of a size that is not the given one nothing is decoded; content: of a file that is read already."""
+    with _opened(path, label=label, content=content) as opened:
+        if size not in (None, opened.size):
+            expected = "{} x {}".format(*size)
+            raise ValueError(f"{opened.width} x {opened.height} pixels, expected {expected}")
+        image = to_rgb(opened, background=background, label=f"{label} {path}")
+    return _large_enough(image, label=f"{label} {path}")
+
+
+def size_of(path: Path, *, label: str = "--image") -> tuple[int, int]:
+    """Width and height of an image that is held upright; nothing of it is decoded.
+
+    Raises:
+        InputError: no file, or not an image.
+    """
+    from PIL import ExifTags, Image
+
+    with _opened(path, label=label) as opened:
+        orientation = Image.Image.getexif(opened).get(ExifTags.Base.Orientation, 1)  # PNG's own decodes
+        return opened.size if orientation < 5 else (opened.height, opened.width)
+
+
+@contextlib.contextmanager
+def _opened(path: Path, *, label: str, content: bytes | None = None) -> Iterator[Image]:
+    """An image file, with whatever Pillow makes of it in one line."""
     from PIL import Image, UnidentifiedImageError
 
     if content is None and not path.is_file():
         raise InputError(f"{label} {path} is not a file; name a picture")
     try:
         with Image.open(path if content is None else io.BytesIO(content), formats=IMAGE_FORMATS) as opened:
-            if size not in (None, opened.size):
-                expected = "{} x {}".format(*size)
-                raise ValueError(f"{opened.width} x {opened.height} pixels, expected {expected}")
-            image = to_rgb(opened, background=background, label=f"{label} {path}")
+            yield opened
     except UnidentifiedImageError:
         raise InputError(f"{label} {path} is not an image that can be read; use PNG, JPEG or WebP") from None
     except Exception as error:  # Pillow's readers raise whatever they meet in a broken file
@@ -140,7 +188,6 @@ def _open_file(
             f"{label} {path} cannot be read ({str(error)[:100] or type(error).__name__}); "
             "save it again as PNG or JPEG"
         ) from error
-    return _large_enough(image, label=f"{label} {path}")
 
 
 def _large_enough(image: Image, *, label: str) -> Image:
@@ -254,8 +301,9 @@ def read_pictures(
         choices = choose_size(choices, image.size, defaults=defaults, family=family)
         sizes = {name: getattr(choices, name) or getattr(defaults, name) for name in ("width", "height")}
         sizes = round_sizes(**sizes, num_frames=1, family=family)
-        name = Path(each).name.encode(errors="replace").decode() if isinstance(each, str | Path) else ""
-        pictures[file] = fit_picture(
+        path = Path(each) if isinstance(each, str | Path) else None
+        name = "" if path is None else path.name.encode(errors="replace").decode()
+        picture = fit_picture(
             image,
             width=sizes["width"],
             height=sizes["height"],
@@ -264,6 +312,7 @@ def read_pictures(
             name=name,
             label=f"{LABELS[file]} {name}".rstrip(),
         )
+        pictures[file] = picture if path is None else replace(picture, sha256=sha256_file(path))
     return choices, pictures
 
 

@@ -7,17 +7,23 @@ import time
 from pathlib import Path
 
 from step_skip.files import InputError
+from step_skip.schema import METADATA_FILE
 
 
-def check_run_id(output_dir: Path, run_id: str | None) -> None:
+def check_run_id(output_dir: Path, run_id: str | None, *, but_priors: bool = False) -> None:
     """Refuse a run id that is taken, or that is no part of a file's name.
+
+    Args:
+        but_priors: let one pass that a prior has: it may be the one that is asked for.
 
     Raises:
         InputError: it is.
     """
     if run_id is not None and not re.fullmatch(r"[\w.-]+", run_id, flags=re.ASCII):
         raise InputError(f"--run_id {run_id!r}: use letters, digits, . _ and - only")
-    if run_id is not None and (output_dir / f"run_{run_id}").exists():
+    if run_id is None or (but_priors and (output_dir / f"run_{run_id}" / METADATA_FILE).exists()):
+        return
+    if (output_dir / f"run_{run_id}").exists():
         raise InputError(
             f"{output_dir / f'run_{run_id}'} exists and is never overwritten; "
             "choose another --run_id, remove it, or finish it with --resume"

@@ -138,6 +138,7 @@ class Source(Record):
     background: Annotated[
         str, AfterValidator(_must("a colour, #rrggbb", lambda text: re.fullmatch("#[0-9a-f]{6}", text)))
     ]
+    sha256: Sha256 | None = None  # of its file
 
 
 class Formation(Record):

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from tqdm import tqdm
 
 from step_skip.cost import summarize_jobs
 from step_skip.files import RunError
@@ -99,6 +102,50 @@ def load_told(options: LoadOptions, components: Collection[str], **how: Any) -> 
     model = load_components(options, components, **how)
     log.info(f"loaded in {model.seconds:.1f} s")
     return model
+
+
+class Progress:
+    """A bar over many jobs: how many are done, how many a minute, the time left."""
+
+    def __init__(self, what: str, number: int, *, cost: float):
+        layout = "{desc}{percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}"
+        self.what, self.number, self.done = what, number, 0
+        self.bar = tqdm(total=cost, smoothing=0, bar_format=layout, disable=number == 1)
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.close()
+
+    def add(self, cost: float) -> None:
+        """One more job is done."""
+        self.done += 1
+        minutes = max(self.bar.format_dict["elapsed"], 1e-9) / 60
+        self.bar.set_description(f"{self.what} {self.done} of {self.number}", refresh=False)
+        self.bar.set_postfix_str(f"{self.done / minutes:.1f} a minute", refresh=False)
+        self.bar.update(cost)
+
+
+@contextlib.contextmanager
+def each_warning_once() -> Iterator[None]:
+    """While many jobs run, tell what is the same for all of them once."""
+    told: set[str] = set()
+
+    def is_new(record: logging.LogRecord) -> bool:
+        message = record.getMessage()
+        is_new = record.levelno < logging.WARNING or message not in told
+        told.add(message)
+        return is_new
+
+    handlers = logging.getLogger("step_skip").handlers
+    for handler in handlers:
+        handler.addFilter(is_new)
+    try:
+        yield
+    finally:
+        for handler in handlers:
+            handler.removeFilter(is_new)
 
 
 def describe_seconds(seconds: Mapping[str, float], *, prior: Prior | None = None) -> str:

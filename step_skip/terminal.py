@@ -17,7 +17,7 @@ import re
 import signal
 import sys
 import unicodedata
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
@@ -140,8 +140,11 @@ def discard(stream: TextIO) -> None:
 # --- ending -------------------------------------------------------------------------------------------------
 
 
-def run_script(main: Callable[[], Path | str]) -> NoReturn:
-    """Run a script's main, print what it returns, the path it made, last on stdout, exit with its code."""
+def run_script(main: Callable[[], Path | str | Iterable[object]]) -> NoReturn:
+    """Run a script's main, print what it returns, the path it made, last on stdout, exit with its code.
+
+    What it returns line by line is printed as it comes.
+    """
     received: list[type[KeyboardInterrupt]] = []
     _catch_signals(received)
     with contextlib.redirect_stderr(Unfailing(sys.stderr)):
@@ -149,7 +152,7 @@ def run_script(main: Callable[[], Path | str]) -> NoReturn:
         try:
             with contextlib.redirect_stdout(sys.stderr):
                 result = main()
-            code, message = _tell_result(str(result))
+            code, message = _tell_result([result] if isinstance(result, Path | str) else result)
         except SystemExit:
             raise
         except BaseException as error:
@@ -177,21 +180,22 @@ def _catch_signals(received: list[type[KeyboardInterrupt]]) -> None:
         signal.signal(number, interrupt)
 
 
-def _tell_result(result: str) -> tuple[int, str]:
+def _tell_result(lines: Iterable[object]) -> tuple[int, str]:
     """Print it: to a terminal as plain text, to a program byte for byte; returns exit code and error."""
     if sys.stdout is None:
         return 0, ""
-    if sys.stdout.isatty():
-        result = "\n".join(map(plain, result.split("\n")))
+    for_people, line = sys.stdout.isatty(), ""
     try:
         sys.stdout.flush()
-        sys.stdout.buffer.write(os.fsencode(result) + b"\n")  # a path's own bytes, whatever the encoding
+        for line in map(str, lines):
+            shown = "\n".join(map(plain, line.split("\n"))) if for_people else line
+            sys.stdout.buffer.write(os.fsencode(shown) + b"\n")  # a path's own bytes, whatever the encoding
         sys.stdout.flush()
     except BrokenPipeError:  # whoever read it wanted no more
         discard(sys.stdout)
     except OSError as error:
         discard(sys.stdout)
-        return 2, f"cannot write to stdout: {error.strerror}; it would have said: {result}"
+        return 2, f"cannot write to stdout: {error.strerror}; it would have said: {line}"
     return 0, ""
 
 

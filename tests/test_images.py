@@ -12,7 +12,7 @@ from helpers import SIZE, read_json
 from PIL import Image
 
 from step_skip.families import FAMILIES, MODELS
-from step_skip.files import InputError
+from step_skip.files import InputError, sha256_file
 from step_skip.images import choose_size, fit_box, fit_picture, open_image
 from step_skip.prior_plan import PriorChoices
 
@@ -188,7 +188,7 @@ def test_fit_on_the_command_line(generate, infer, wide, fit, left, top, box):
         assert seen.getpixel((SIZE // 2, 1)) == top
     record = read_json(outcome.path / "run_metadata.json")["images"]["input_image.png"]
     expected = {"name": "Wide Photo.png", "size": [192, 96], "box": box, "fit": fit, "background": "#000000"}
-    assert record == expected
+    assert record == expected | {"sha256": sha256_file(wide)}
     preview = outcome.path / "input_image_crop.png"
     assert preview.exists() == (fit == "crop")
     assert infer(outcome.path, "--start_step", 0, "--image", wide).code == 0  # read the same way again

@@ -33,7 +33,8 @@ def test_the_same_name_is_numbered(tmp_path):
 
 def test_a_prior_is_named_after_its_image_or_its_prompt(generate, make, image):
     assert generate("--image", image, "--num_inference_steps", 1).path.name == "run_identity"
-    assert generate("--image", image, "--num_inference_steps", 1).path.name == "run_identity_2"
+    other = generate("--image", image, "--num_inference_steps", 1, "--seed", 1)
+    assert other.path.name == "run_identity_2"
     outcome = make("T2V", "--num_inference_steps", 1)
     assert outcome.path.name == "run_the_portrait_moves_left"
 

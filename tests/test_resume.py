@@ -431,20 +431,19 @@ def test_several_images_share_one_loading(prior, generate, image, loads, tmp_pat
     assert len(loads) == 1
     assert_same(one, prior)
     assert read_json(two / "run_metadata.json")["prompt"] == OTHER_PROMPT
-    alone = generate("--image", other, "--prompt", OTHER_PROMPT).path
+    alone = generate("--image", other, "--prompt", OTHER_PROMPT, "--run_id", "alone").path
     assert_same(two, alone)
 
 
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (("--prompt", "a", "b", "she speaks"), ["--prompt: 3 for 2 images"]),
         (("--run_id", "a"), ["--run_id: 1 for 2 images"]),
         (("--run_id", "a", "a"), ["--run_id a: given twice"]),
         (("--run_id", "a", "../b"), ["--run_id '../b'"]),
     ],
 )
-def test_as_many_prompts_as_images(generate, refused, image, flags, words):
+def test_as_many_ids_as_images(generate, refused, image, flags, words):
     refused(lambda: generate("--image", image, image, *flags), *words)
 
 
@@ -464,5 +463,5 @@ def test_one_image_that_fails_does_not_stop_the_rest(generate, image, tmp_path, 
     monkeypatch.setattr(step_skip.generate, "save_step", fail_once)
     outcome = generate("--image", image, image, "--run_id", "bad", "good")
     assert outcome.code == 1
-    assert "1 of 2 priors failed" in outcome.error and "latents became NaN" in outcome.error
+    assert "1 of 2 priors failed" in outcome.error and f"{image} failed: latents became NaN" in outcome.err
     assert read_json(tmp_path / "priors" / "run_good" / "run_metadata.json")["status"] == "complete"

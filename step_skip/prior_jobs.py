@@ -1,0 +1,244 @@
+"""Priors made one after the other on a loaded model, or gone on with; one that fails doesn't stop others."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import logging
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from step_skip.families import FAMILIES
+from step_skip.files import InputError, RunError, locked
+from step_skip.generate import (
+    Left,
+    check_same_machine,
+    generate_prior,
+    read_own_images,
+    read_resumable,
+    run_what_is_left,
+    what_is_left,
+)
+from step_skip.images import Picture, read_pictures
+from step_skip.jobs import JOB_ERRORS
+from step_skip.loading import Model
+from step_skip.metadata import PriorWriter
+from step_skip.models import LoadOptions, model_defaults
+from step_skip.prior import END_IMAGE_FILE, IMAGE_FILE, Prior, RunSettings, check_fingerprint
+from step_skip.prior_plan import PriorChoices
+from step_skip.prior_sweep import PriorJob, forwards_of
+from step_skip.results import Clock
+from step_skip.tell import Progress, each_warning_once
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from step_skip.schedule import ProgressCallback
+
+    ReadVideo = Callable[[RunSettings], list[Image] | None]
+    OnPrior = Callable[[Prior, int], object]
+
+log = logging.getLogger(__name__)
+
+
+def read_images(job: PriorJob, options: LoadOptions, family: str) -> None:
+    """Decode the images of a prior as the model will see them, unless that was done.
+
+    Raises:
+        InputError: one can't be used.
+    """
+    if job.pictures is None:
+        given = {file: job.images.get(file) for file in (IMAGE_FILE, END_IMAGE_FILE)}
+        defaults = model_defaults(options.model, options.model_dir)
+        _, job.pictures = read_pictures(given, job.choices, defaults=defaults, family=FAMILIES[family])
+
+
+def take_images(job: PriorJob, options: LoadOptions, family: str) -> tuple[PriorChoices, dict[str, Picture]]:
+    """The images of a prior and its choices with their size; the job keeps none. See `read_images`."""
+    read_images(job, options, family)
+    pictures, job.pictures = job.pictures or {}, None
+    if IMAGE_FILE not in pictures:
+        return job.choices, pictures
+    image = pictures[IMAGE_FILE].image
+    return dataclasses.replace(job.choices, width=image.width, height=image.height), pictures
+
+
+def check_first(jobs: Sequence[PriorJob], options: LoadOptions, family: str) -> None:
+    """Decode images until there is a prior that can be made, before any weights are loaded."""
+    for job in jobs:
+        try:
+            read_images(job, options, family)
+            return
+        except InputError as error:
+            job.error = error
+
+
+def usable(jobs: Sequence[PriorJob], to_do: Sequence[PriorJob]) -> list[PriorJob]:
+    """Those of the jobs to do that can be made, so far; tells of the others.
+
+    Raises:
+        InputError: there is no prior at all: the first one's error.
+    """
+    if errors := [job.error for job in jobs if job.error is not None]:
+        if len(errors) == len(jobs):
+            raise errors[0]
+        with each_warning_once():
+            for job in to_do:
+                tell_failure(job)
+    return [job for job in to_do if job.error is None]
+
+
+def make_all(
+    jobs: Sequence[PriorJob],
+    model: Model,
+    *,
+    output_dir: Path,
+    read_video: ReadVideo = lambda settings: None,
+    on_begin: Callable[[Path], object] | None = None,
+    on_made: OnPrior | None = None,
+    callback: ProgressCallback | None = None,
+    single: bool = False,
+) -> None:
+    """Make the prior of every job, or go on with it; why one can't be made is noted as its error.
+
+    Args:
+        read_video: the frames that a prior starts from, of its size, if there are any.
+        on_begin: called with each prior's folder once it could be gone on with.
+        on_made: called with each prior and the number of steps that ran.
+        single: it was asked for alone, so that what goes wrong is raised.
+    """
+    run = functools.partial(
+        make_one,
+        model=model,
+        output_dir=output_dir,
+        read_video=read_video,
+        on_begin=on_begin,
+        on_made=on_made,
+        callback=callback,
+    )
+    if single:
+        run(jobs[0])
+        return
+    with each_warning_once(), Progress("prior", len(jobs), cost=sum(map(cost_of, jobs))) as progress:
+        for job in jobs:
+            cost = cost_of(job)
+            if job.error is None:
+                attempt(functools.partial(run, job), job)
+            progress.add(cost)
+
+
+def attempt(action: Callable[[], object], job: PriorJob) -> None:
+    """Do something for a prior; where it fails, that is why it can't be made."""
+    try:
+        action()
+    except JOB_ERRORS as error:
+        traceback.clear_frames(error.__traceback__)  # they hold tensors the next needs room for
+        job.error = error
+        tell_failure(job)
+
+
+def tell_failure(job: PriorJob) -> None:
+    """Say in one line why a prior can't be made, if it can't."""
+    if job.error is not None:
+        text = " ".join(str(job.error).split())[:200] or type(job.error).__name__
+        log.warning(text if job.name in text else f"{job.name} failed: {text}")
+
+
+def cost_of(job: PriorJob) -> int:
+    """What its run takes beside another's: forwards times pixels."""
+    if job.error is not None:
+        return 0
+    settings = job.prior.settings
+    return forwards_of(job.prior) * settings.height * settings.width * settings.num_frames
+
+
+def make_one(
+    job: PriorJob,
+    model: Model,
+    *,
+    output_dir: Path,
+    read_video: ReadVideo,
+    on_begin: Callable[[Path], object] | None,
+    on_made: OnPrior | None,
+    callback: ProgressCallback | None,
+) -> None:
+    """Make a prior, or go on with the one that has begun."""
+    if job.directory is not None:
+        job.pictures = None
+        prior, steps = finish(job.directory, model, on_begin=on_begin, callback=callback)
+    else:
+        choices, pictures = take_images(job, model.options, model.family)
+        prior = generate_prior(
+            model,
+            pictures.get(IMAGE_FILE),
+            job.prompt,
+            end_image=pictures.get(END_IMAGE_FILE),
+            output_dir=output_dir,
+            run_id=job.run_id,
+            input_video=read_video(job.prior.settings),
+            on_begin=on_begin,
+            callback_on_step_end=callback,
+            **dataclasses.asdict(choices),
+        )
+        job.directory, steps = prior.directory, len(prior.metadata["seconds_per_step"])
+    if on_made is not None:
+        on_made(prior, steps)
+
+
+def finish(
+    directory: Path,
+    model: Model,
+    *,
+    on_begin: Callable[[Path], object] | None,
+    callback: ProgressCallback | None,
+) -> tuple[Prior, int]:
+    """Finish a prior that was interrupted; returns it and how many steps ran.
+
+    Raises:
+        InputError: it can't be finished as the run that was begun would have.
+    """
+    from step_skip.schedule import check_installed_schedule
+
+    with locked(directory):
+        prior = read_resumable(directory)
+        check_same_machine(prior, model.options.device)
+        check_installed_schedule(prior)
+        check_fingerprint(prior, model.fingerprint)
+        left = what_is_left(prior)
+        start = read_own_images(prior) if left.start_step is None else None
+        if on_begin is not None:
+            on_begin(directory)
+        made = go_on(prior, left, model=model, start=start, clock=Clock(), callback=callback)
+    return made, len(left.steps)
+
+
+def go_on(
+    prior: Prior,
+    left: Left,
+    *,
+    model: Model | None,
+    start: Mapping[str, Any] | None,
+    clock: Clock,
+    callback: ProgressCallback | None = None,
+) -> Prior:
+    """Run what is left of a prior whose folder is locked; see `run_what_is_left`."""
+    clock.include(prior.metadata.get("seconds", {}))
+    writer = PriorWriter(prior.directory, dict(prior.metadata))
+    run_what_is_left(writer, left, model=model, start=start, clock=clock, callback=callback)
+    return writer.prior
+
+
+def report_failures(jobs: Sequence[PriorJob], *, folder: Path) -> None:
+    """Tell how many of a sweep's priors could not be made; each was told of when it failed.
+
+    Raises:
+        RunError: some could not.
+    """
+    failed = sum(job.error is not None for job in jobs)
+    if failed:
+        raise RunError(
+            f"{failed} of {len(jobs)} priors failed, see above; the others are in {folder}; the same command "
+            "tries only these again"
+        )
