@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,19 +31,20 @@ sys.path.insert(0, str(ROOT))
 import infer_from_prior
 from step_skip import cli
 from step_skip.cost import summarize_jobs
-from step_skip.files import write_json
+from step_skip.files import sha256_file, write_json
 from step_skip.made import describe_settings, find_made
 from step_skip.metadata import sealed
 from step_skip.plan import Choices
-from step_skip.prior import METADATA_FILE
+from step_skip.prior import IMAGE_FILE, METADATA_FILE
 from step_skip.sweep import all_jobs, make_groups
 
 IMAGE = ROOT / "data" / "tiny_wan_i2v" / "inputs" / "mila.png"
 LARGE = {"height": 480, "width": 832, "num_frames": 33}
 PLANNED = ((50, 1000), (1, 50_000), (1000, 1000))
-LISTED = 50_000  # jobs of a dry run, which prints a line for each
 PRIORS = (10, 200)
+FLAGS = ("--model", "tiny", "--prompt", "she stays still")
 CLIPS = 5000
+IMAGES = 2000
 
 
 def copies(prior: Path, number: int, folder: Path) -> list[Path]:
@@ -83,10 +85,12 @@ def make_large(prior: Path) -> None:
 
 
 def ask(priors: list[Path], prompts: Path, *flags: str) -> None:
-    """infer_from_prior.py, with its output thrown away."""
+    """infer_from_prior.py, with its output thrown away, line by line."""
     argv = ["--prior_dir", *map(str, priors), "--prompts_file", str(prompts), *flags]
     with contextlib.redirect_stdout(io.StringIO()):
-        infer_from_prior.main(argv)
+        result = infer_from_prior.main(argv)
+        for _ in result if isinstance(result, Iterator) else ():
+            pass
 
 
 def plan(priors: list[Path], prompts: Path) -> None:
@@ -134,7 +138,35 @@ def pretend(priors: list[Path], prompts: Path) -> None:
             job.report_path.write_text(json.dumps(report, indent=2))
 
 
-STEPS = {step.__name__: step for step in (plan, count, read, look, pretend)}
+def photograph(priors: list[Path], prompts: Path) -> None:
+    """Images of 600 x 600 pixels that differ in one of them, each with its prior, of which only the metadata."""
+    from PIL import Image
+
+    photos, [made] = prompts.parent / "photos", priors
+    photos.mkdir()
+    picture = Image.open(IMAGE).convert("RGB").resize((600, 600))
+    metadata = json.loads((made / METADATA_FILE).read_text())
+    for number in range(IMAGES):
+        file, folder = photos / f"face_{number}.png", prompts.parent / "priors" / f"run_face_{number}"
+        picture.putpixel((0, 0), (number % 256, number // 256, 0))
+        picture.save(file)
+        source = metadata["images"][IMAGE_FILE] | {"name": file.name, "sha256": sha256_file(file)}
+        own = {"run_id": f"face_{number}", "images": {IMAGE_FILE: source}}
+        folder.mkdir(parents=True)
+        write_json(folder / METADATA_FILE, sealed(metadata | own))
+
+
+def ask_priors(priors: list[Path], prompts: Path) -> None:
+    """What generate_prior.py finds in that folder, asked for all of them."""
+    import generate_prior
+
+    folder = prompts.parent
+    argv = [*FLAGS, "--image", str(folder / "photos"), "--output_dir", str(folder / "priors")]
+    if len(generate_prior.main(argv).splitlines()) != IMAGES:
+        raise SystemExit("a prior was made again")
+
+
+STEPS = {step.__name__: step for step in (plan, count, read, look, pretend, photograph, ask_priors)}
 
 
 def measure(step: str, folder: Path, prompts: int) -> dict[str, float]:
@@ -174,8 +206,7 @@ def main() -> None:
 
     args.output.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp())
-    flags = ["--model", "tiny", "--image", str(IMAGE), "--prompt", "she stays still"]
-    prior = Path(generate_prior.main([*flags, "--output_dir", str(work)]))
+    prior = Path(generate_prior.main([*FLAGS, "--image", str(IMAGE), "--output_dir", str(work)]))
     load = {"cores": os.cpu_count(), "load": os.getloadavg()[0]}
     result: dict[str, Any] = load | {"planned": {}, "dry_run": {}, "peak_memory": {}}
     make_large(large := Path(shutil.copytree(prior, work / "large")))
@@ -187,11 +218,13 @@ def main() -> None:
         copies(prior, priors, folder := work / f"planned_{priors}_{prompts}")
         name = f"{priors} priors x {prompts} prompts"
         result["planned"][name] = measure("count", folder, prompts)
-        if priors * prompts <= LISTED:
-            result["dry_run"][name] = measure("plan", folder, prompts)
+        result["dry_run"][name] = measure("plan", folder, prompts)
     copies(prior, 5, folder := work / "asked")
     measure("pretend", folder, CLIPS // 5)
     result["asked_again"] = {f"{CLIPS} clips": measure("look", folder, CLIPS // 5)}
+    copies(prior, 1, folder := work / "photographed")
+    measure("photograph", folder, 1)
+    result["asked_again"][f"{IMAGES} priors of images"] = measure("ask_priors", folder, 1)
     write_json(args.output, result)
     shutil.rmtree(work)
     print(json.dumps(result, indent=2))

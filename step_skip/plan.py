@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Sequence, Set
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 from step_skip.compute import inherited
 from step_skip.experts import check_tea_cache_experts, choose_guidance, experts_of
+from step_skip.families import Defaults
 from step_skip.files import InputError
 from step_skip.lora import Lora, check_lora_experts, describe_loras, parse_recorded_loras
 from step_skip.memory import in_tiles
@@ -130,25 +131,30 @@ class Plan:
         return sum(1 if scale == 1 else 2 for scale in scales) - self.knows_nega
 
 
-_CHOICES: Final = tuple(field.name for field in dataclasses.fields(Choices))
 _PLAN: Final = tuple(field.name for field in dataclasses.fields(Plan))
 _SETTINGS: Final = tuple(field.name for field in dataclasses.fields(RunSettings))
 
 
-def make_plan(choices: Choices, prior: Prior) -> Plan:
+def make_plan(
+    choices: Choices, prior: Prior, *, defaults_of: Callable[[str, Path | None], Defaults] = model_defaults
+) -> Plan:
     """Take from the prior what the command line left open, and refuse what contradicts it.
 
     Args:
         choices: of one video.
+        defaults_of: the defaults of a model; for many videos they are looked up once.
 
     Raises:
         InputError: with the flag, the prior's value and what to do.
     """
     check_choices(choices, prior)
     model = choices.model or prior.metadata.get("model", "I2V-480P")
-    defaults = model_defaults(model, choices.model_dir)
-    given = {name: value for name in _CHOICES if (value := getattr(choices, name)) is not None}
-    chosen = {**vars(defaults), **prior.metadata, **given}
+    defaults = defaults_of(model, choices.model_dir)
+
+    def chosen(name: str) -> Any:
+        given = getattr(choices, name)
+        return prior.metadata.get(name, getattr(defaults, name, None)) if given is None else given
+
     steps = choose_steps(choices, prior)
     experts = experts_of(steps["steps_to_run"], steps["sigmas"], prior)
     check_tea_cache_experts(choices.tea_cache_l1_thresh, experts)
@@ -167,8 +173,8 @@ def make_plan(choices: Choices, prior: Prior) -> Plan:
         quantize=inherited(choices.quantize, prior.metadata.get("quantize")),
         compile=inherited(choices.compile, prior.metadata.get("compile")),
         tiled=choose_tiling(choices, prior, model),
-        prompt=chosen["prompt"],
-        negative_prompt=chosen["negative_prompt"],
+        prompt=chosen("prompt"),
+        negative_prompt=chosen("negative_prompt"),
         cfg_scale=choose_guidance(
             prior,
             cfg_scale=choices.cfg_scale,
@@ -176,7 +182,7 @@ def make_plan(choices: Choices, prior: Prior) -> Plan:
             default=defaults.cfg_scale,
             experts=experts,
         ),
-        fps=chosen["fps"],
+        fps=chosen("fps"),
         image=choices.image,
         model=model,
         dtype=choices.dtype or prior.metadata.get("dtype"),

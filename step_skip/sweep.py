@@ -7,6 +7,7 @@ again (made.py). Nothing but metadata is read here, and a million jobs fit into 
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from collections.abc import Collection, Iterable, Sequence
@@ -18,6 +19,7 @@ from step_skip.bank import describe_beginning, gather_banks, narrowed, plan_for_
 from step_skip.families import MODEL_NAMES
 from step_skip.files import InputError, folder_inside
 from step_skip.metadata import SEAL, read_prior
+from step_skip.models import model_defaults
 from step_skip.places import check_output, slug, video_name
 from step_skip.plan import Choices, Plan, make_plan
 from step_skip.plan_steps import AUTO
@@ -222,8 +224,9 @@ def what_decides_plans(prior: Prior, choices: Iterable[Choices]) -> str:
 def make_plans(prior: Prior, choices: Iterable[Choices]) -> dict[str, Plan]:
     """The plans of one prior by name, each once: the same step may be named and chosen by `auto`."""
     plans: dict[str, Plan] = {}
+    defaults_of = functools.cache(model_defaults)
     for each in choices:
-        plan = make_plan(each, prior)
+        plan = make_plan(each, prior, defaults_of=defaults_of)
         name = video_name(plan)
         if plan.auto or name not in plans:
             plans[name] = plan

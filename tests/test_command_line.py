@@ -207,6 +207,22 @@ def test_exit_codes(capsys, error, code, words):
     assert words in err
 
 
+def test_what_is_told_line_by_line_is_never_held_as_a_whole(tmp_path):
+    """As a dry run of a million jobs: the reader wants three lines, and no more than a few are made."""
+    code = (
+        f"import sys; sys.path.insert(0, {str(ROOT)!r}); import step_skip.cli\n"
+        "def main():\n"
+        "    for number in range(10**6):\n"
+        "        print(f'made {number}', file=sys.stderr) if number % 10**5 == 0 else None\n"
+        "        yield f'line {number}'\n"
+        "step_skip.cli.run_script(main)"
+    )
+    command = f"{shlex.quote(sys.executable)} -c {shlex.quote(code)} | head -n 3; echo ${{PIPESTATUS[0]}}"
+    ended = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert ended.stdout.splitlines() == ["line 0", "line 1", "line 2", "0"]
+    assert ended.stderr == "made 0\n"
+
+
 def test_mistakes_of_the_program_keep_their_traceback():
     def main() -> Path:
         raise ZeroDivisionError
