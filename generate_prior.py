@@ -29,11 +29,13 @@ import math
 import shlex
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from step_skip import cli, cli_machine, cli_prior
+from step_skip.cluster import connected
+from step_skip.cluster_priors import make_on_cluster
 from step_skip.compute import check_compute
-from step_skip.families import FAMILIES
+from step_skip.families import FAMILIES, MODELS
 from step_skip.files import InputError, RunError, check_folder, locked
 from step_skip.generate import Left, check_same_machine, read_own_images, read_resumable, what_is_left
 from step_skip.loading import loaded_first, pick_device
@@ -100,8 +102,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         dtype_help="(default: bfloat16; tiny: float32)",
     )
     cli_machine.add_machine_arguments(parser, inherits=False)
+    cli_machine.add_cluster_arguments(parser, what="priors", reads="images")
     args = parser.parse_args(argv)
     cli.check_quotes(parser, argv, args.prompt)
+    cli_machine.check_cluster_arguments(parser, args)
     args.dtype = args.dtype or model_defaults(args.model, args.model_dir).dtype
     if args.resume is not None:
         settings = sorted(cli.given_flags(argv) - RESUME_FLAGS)
@@ -164,10 +168,11 @@ def read_input_video(args: argparse.Namespace, settings: RunSettings) -> list[Im
 
 
 def make_priors(args: argparse.Namespace) -> list[PriorJob]:
-    """Make a prior of every image on one loaded pipeline; a dry run only plans them."""
+    """Make a prior of every image, on one loaded pipeline or on a cluster; a dry run only plans them."""
     choices, family = read_prior_choices(args), family_name(args.model, args.model_dir)
     jobs = [] if args.download_example else read_jobs(args, choices)
-    options = dataclasses.replace(cli.load_options(args), device=pick_device(args.model, args.device))
+    device = pick_device(args.model, args.device) if args.ray is None else "cpu"  # workers have their own
+    options = dataclasses.replace(cli.load_options(args), device=device)
     check_compute(vram=options.vram, quantize=options.quantize, compile=options.compile)
     if args.download_example:
         plan_prior(options, choices, family=family)
@@ -179,31 +184,51 @@ def make_priors(args: argparse.Namespace) -> list[PriorJob]:
     if to_do:
         check_folder(args.output_dir, sum(bytes_of(job) for job in to_do))
         options, components = what_to_load(to_do, options)
-    if args.dry_run:
-        if to_do:
-            check_download(options, components)
-            say_what_each_mode_takes(options, loaded_first(components))
-        return jobs
-    if to_do:
-        read_video = functools.lru_cache(maxsize=1)(functools.partial(read_input_video, args))
-        read_video(to_do[0].prior.settings)
-        check_first(to_do, options, family)
-        to_do = usable(jobs, to_do)
-    if to_do:
-        begun: list[Path] = []
-        with saying_how_to_go_on(args, begun, several=len(jobs) > 1):
-            make_all(
-                to_do,
-                load_told(options, components, by_expert=True),
-                output_dir=args.output_dir,
-                read_video=read_video,
-                on_begin=begun.append,
-                on_made=functools.partial(say_what_was_made, args, briefly=len(jobs) > 1),
-                callback=preview_in(begun) if args.preview else None,
-                single=len(jobs) == 1,
-            )
-    report_failures(jobs, folder=args.output_dir)
+    if to_do and args.dry_run:
+        device = "cuda" if args.ray is not None and args.model in MODELS else device
+        options = dataclasses.replace(options, device=device)
+        check_download(options, components)
+        say_what_each_mode_takes(options, loaded_first(components))
+    elif to_do:
+        make_missing(args, jobs, to_do, options, components)
+    if not args.dry_run:
+        report_failures(jobs, folder=args.output_dir)
     return jobs
+
+
+def make_missing(
+    args: argparse.Namespace,
+    jobs: Sequence[PriorJob],
+    to_do: Sequence[PriorJob],
+    options: LoadOptions,
+    components: Sequence[str],
+) -> None:
+    """Make the priors that aren't there; see `make_all`.
+
+    Args:
+        jobs: all that were asked for.
+    """
+    family = family_name(args.model, args.model_dir)
+    read_video = functools.lru_cache(maxsize=1)(functools.partial(read_input_video, args))
+    read_video(to_do[0].prior.settings)
+    check_first(to_do, options, family)
+    if not (to_do := usable(jobs, to_do)):
+        return
+    begun: list[Path] = []
+    how: dict[str, Any] = {
+        "output_dir": args.output_dir,
+        "read_video": read_video,
+        "on_made": functools.partial(say_what_was_made, args, briefly=len(jobs) > 1),
+    }
+    if args.ray is not None:
+        with connected(args.ray, workers=args.workers) as cluster:
+            options = dataclasses.replace(options, device=cluster.device(args.model, args.device))
+            make_on_cluster(to_do, cluster, options=options, family=family, components=components, **how)
+        return
+    with saying_how_to_go_on(args, begun, several=len(jobs) > 1):
+        model = load_told(options, components, by_expert=True)
+        callback = preview_in(begun) if args.preview else None
+        make_all(to_do, model, on_begin=begun.append, callback=callback, single=len(jobs) == 1, **how)
 
 
 def what_to_load(jobs: Sequence[PriorJob], options: LoadOptions) -> tuple[LoadOptions, list[str]]:

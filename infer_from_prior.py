@@ -31,7 +31,8 @@ from pathlib import Path
 import prior_utils
 from step_skip import cli, cli_infer, cli_machine
 from step_skip.clip_prior import check_clip_prior
-from step_skip.cluster import Cluster, connected, run_on_cluster
+from step_skip.cluster import Cluster, connected
+from step_skip.cluster_videos import run_on_cluster
 from step_skip.cost import components_to_load, describe_job, summarize_jobs
 from step_skip.families import MODELS
 from step_skip.files import InputError, RunError, check_folder
@@ -108,7 +109,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         dtype_help="(default: the prior's; any other is refused)",
     )
     cli_machine.add_machine_arguments(parser, inherits=True)
-    cli_machine.add_cluster_arguments(parser)
+    cli_machine.add_cluster_arguments(parser, what="videos", reads="priors")
     args = parser.parse_args(argv)
     given = cli.given_flags(argv)
     if args.prior_dir is None and args.like is None:
@@ -117,10 +118,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if args.verify and others:
         parser.error(f"--verify only looks at priors: leave out {others[0]}")
     cli.check_quotes(parser, argv, args.prompt)
-    if args.workers is not None and args.ray is None:
-        parser.error("--workers are those of a Ray cluster: give --ray, too")
-    if args.ray is not None and args.preview:
-        parser.error("--preview is not shown by the workers of --ray: leave it out")
+    cli_machine.check_cluster_arguments(parser, args)
     if args.ray is not None and args.save_prior:
         parser.error("--save_prior needs steps that the workers of --ray don't give back: leave it out")
     if args.overwrite and args.output is None:

@@ -139,7 +139,7 @@ def pretend(priors: list[Path], prompts: Path) -> None:
 
 
 def photograph(priors: list[Path], prompts: Path) -> None:
-    """Images of 600 x 600 pixels that differ in one of them, each with its prior, of which only the metadata."""
+    """Images of 600 x 600 pixels that differ in one, each with its prior, of which only the metadata."""
     from PIL import Image
 
     photos, [made] = prompts.parent / "photos", priors

@@ -55,16 +55,21 @@ def add_machine_arguments(parser: argparse.ArgumentParser, *, inherits: bool) ->
     )
 
 
-def add_cluster_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add --ray and --workers."""
+def add_cluster_arguments(parser: argparse.ArgumentParser, *, what: str, reads: str) -> None:
+    """Add --ray and --workers.
+
+    Args:
+        what: is made.
+        reads: what the command itself reads.
+    """
     group = parser.add_argument_group("many GPUs", "docs/cluster.md; needs Ray: pip install .[ray]")
     group.add_argument(
         "--ray",
         nargs="?",
         const="auto",
         metavar="ADDRESS",
-        help="make the videos on a Ray cluster (default: the one here; local: all GPUs of this machine); "
-        "this command reads the priors and writes every file",
+        help=f"make the {what} on a Ray cluster (default: the one here; local: all GPUs of this machine); "
+        f"this command reads the {reads} and writes every file",
     )
     group.add_argument(
         "--workers",
@@ -72,6 +77,14 @@ def add_cluster_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="at most so many, each with a model of its own (default: one per GPU)",
     )
+
+
+def check_cluster_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Refuse what goes with no cluster."""
+    if args.workers is not None and args.ray is None:
+        parser.error("--workers are those of a Ray cluster: give --ray, too")
+    if args.ray is not None and args.preview:
+        parser.error("--preview is not shown by the workers of --ray: leave it out")
 
 
 def tiling(text: str) -> bool | str:

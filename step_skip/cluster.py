@@ -1,43 +1,28 @@
-"""Many videos on many GPUs, by Ray: the driver plans, reads priors and writes every file, workers compute.
+"""Many jobs on many GPUs, by Ray: the driver plans, reads and writes every file, workers compute.
 
-A worker is an actor with a model of its own, as long as there are jobs. It is given tensors and gives a
-video's bytes back, so that priors and videos need to be only where the command runs; the weights are where
-each worker is. A worker that is lost costs the clip in hand, which another makes; the driver starts its
+A worker is an actor with a model of its own, as long as there are jobs. It is given tensors or images and
+gives bytes back, so that priors, images and videos need to be only where the command runs; the weights are
+where each worker is. A worker that is lost costs the job in hand, which another does; the driver starts its
 replacement itself, because a call to an actor that Ray restarts may wait forever.
 
-Importing this module needs no Ray.
+What a job is stands in cluster_videos.py and cluster_priors.py. Importing this module needs no Ray.
 """
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import logging
 import socket
-import tempfile
-from collections import Counter, deque
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from collections import deque
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
 
-from step_skip.contexts import ContextStore, kept_context_path
-from step_skip.cost import expected_seconds_of_each
-from step_skip.files import InputError, RunError, replacing, write_json
-from step_skip.infer import make_clip
-from step_skip.inputs import let_go, own_contexts, unheld_texts, unknown_texts
-from step_skip.jobs import JOB_ERRORS, check_weights, components_of, read_group, save_clip
+from step_skip.files import InputError, RunError
+from step_skip.jobs import JOB_ERRORS
 from step_skip.loading import Model, load_components, pick_device
 from step_skip.models import LoadOptions
-from step_skip.prior import Prior
-from step_skip.sweep import Group, Inputs, Job, all_jobs
-from step_skip.tell import doubts_of
-
-if TYPE_CHECKING:
-    import torch
-    from PIL.Image import Image
-
-    from step_skip.jobs import OnMade
+from step_skip.tell import Progress
 
 log = logging.getLogger(__name__)
 
@@ -131,27 +116,8 @@ def no_cluster(address: str, error: Exception) -> InputError:
 # --- in a worker --------------------------------------------------------------------------------------------
 
 
-@dataclass
-class MadeClip:
-    """A video as a worker gives it back: its file, and what is written beside it."""
-
-    video: bytes
-    frames: list[Image]  # the first, the middle and the last
-    report: dict[str, Any]
-    forwards: int
-    seconds: dict[str, float]
-    doubts: list[str] = field(default_factory=list)
-
-    def save(self, path: Path, *, overwrite: bool = False) -> None:
-        """Write both, as `Clip.save` does."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path, overwrite=overwrite) as temporary:
-            temporary.write_bytes(self.video)
-        write_json(path.with_suffix(".json"), self.report | {"seconds": self.seconds}, overwrite=overwrite)
-
-
 class Worker:
-    """A model, and what makes videos on it. What goes wrong is returned, so that it arrives as it was."""
+    """A model, and in subclasses what is made on it by `make`. What goes wrong is returned, as it was."""
 
     def __init__(self, options: LoadOptions, components: Sequence[str], threads: int):
         import torch
@@ -168,33 +134,12 @@ class Worker:
             return plain_error(error)
         return dict(self.model.fingerprint)
 
-    def make(
-        self, group: Group, inputs: Sequence[Inputs], texts: Sequence[str], *contexts: torch.Tensor
-    ) -> MadeClip | Exception:
-        """Make one video.
-
-        Args:
-            group: with this job alone, and without its inputs.
-            inputs: those of its members.
-            texts: the prompts whose contexts the priors don't hold, which follow.
-        """
-        try:
-            if self.model is None:
-                raise RunError("the worker has no model")
-            for member, given in zip(group.members, inputs, strict=True):
-                member.inputs = given
-            own_contexts(group)
-            group.inputs.contexts |= zip(texts, contexts, strict=True)
-            clip = make_clip(group, group.jobs[0].plan, self.model, progress=False)
-            with tempfile.TemporaryDirectory() as folder:
-                path = clip.save(Path(folder) / "clip.mp4")
-                doubts = list(doubts_of(group, device=self.model.options.device))
-                few = [clip.frames[place] for place in (0, (len(clip.frames) - 1) // 2, -1)]
-                return MadeClip(
-                    path.read_bytes(), few, clip.report_of(path), clip.forwards, clip.seconds, doubts
-                )
-        except JOB_ERRORS as error:
-            return plain_error(error)
+    @property
+    def loaded(self) -> Model:
+        """The model."""
+        if self.model is None:
+            raise RunError("the worker has no model")
+        return self.model
 
 
 def plain_error(error: Exception) -> Exception:
@@ -203,139 +148,96 @@ def plain_error(error: Exception) -> Exception:
     return kind(str(error) or type(error).__name__)
 
 
-def encode_texts(options: LoadOptions, texts: Sequence[str]) -> dict[str, torch.Tensor] | Exception:
-    """The contexts of prompts, by a text encoder that goes when this process does."""
-    from step_skip.pipeline import encode_prompt
-
-    try:
-        model = load_components(options, ["text_encoder"])
-        return {text: encode_prompt(model.pipe, text).cpu() for text in texts}
-    except JOB_ERRORS as error:
-        return plain_error(error)
-
-
 # --- the driver ---------------------------------------------------------------------------------------------
 
 
-@dataclass
-class Given:
-    """A prior whose jobs are at hand: its tensors in Ray's store until the last of them is done."""
+@dataclass(eq=False)
+class Turn:
+    """A job that is at hand."""
 
-    group: Group
-    inputs: Any  # of its members, a reference
-    left: int
+    cost: float  # beside the others'
+    send: Callable[[Any], Any]  # gives it to a worker; returns a reference to what comes back
+    take: Callable[[Any], object]  # writes what came back
+    fail: Callable[[Exception], object]  # notes why it can't be done
+    losses: int = 0  # of workers by it
 
 
-def run_on_cluster(
-    groups: Sequence[Group],
-    cluster: Cluster,
-    *,
-    options: LoadOptions,
-    contexts: Path | None = None,
-    on_made: OnMade | None = None,
-) -> dict[Path, Exception]:
-    """Make every video on the workers of a cluster; see `jobs.run_jobs`, which does the same in one process.
+class Driver:
+    """The jobs of one model on a cluster, from the first to the last.
 
-    Raises:
-        InputError: weights that are missing, or are those that no prior was made with.
-        RunError: weights that could not be fetched, or workers that are lost again and again.
+    Args:
+        kind: of worker.
+        components: of the model, that each worker loads.
+        turns: the jobs; one is asked for when a worker has nothing to do.
+        on_model: called with the fingerprints of the weights, when the first worker has loaded them.
     """
-    import ray
-
-    store = ContextStore(contexts)
-    components = [name for name in components_of(groups, store) if name != "text_encoder"]
-    encode_first(groups, cluster, options, store)
-    run = Run(groups, cluster, options, components, store, on_made)
-    try:
-        run.to_the_end()
-    finally:
-        for worker in run.workers:
-            ray.kill(worker)
-    return run.failed
-
-
-def encode_first(
-    groups: Sequence[Group], cluster: Cluster, options: LoadOptions, store: ContextStore
-) -> None:
-    """Encode each prompt once, in one task: its process ends with it, and with it the text encoder."""
-    import ray
-
-    unknown = {text: group.prior for group in groups for text in unknown_texts(group, store)}
-    if not unknown:
-        return
-    log.info(f"encoding {len(unknown)} prompts on the cluster ...")
-    task = ray.remote(max_calls=1, **cluster.resources(options.device))(encode_texts)
-    found = ray.get(task.remote(options, list(unknown)))
-    if isinstance(found, Exception):
-        raise found
-    for group in groups:
-        for text in unknown_texts(group, store):
-            store.encode(group.prior, text, found.__getitem__)
-
-
-class Run:
-    """The jobs of one model on a cluster, from the first to the last."""
 
     def __init__(
         self,
-        groups: Sequence[Group],
         cluster: Cluster,
+        kind: type[Worker],
         options: LoadOptions,
         components: Collection[str],
-        store: ContextStore,
-        on_made: OnMade | None,
+        turns: Iterator[Turn],
+        *,
+        on_model: Callable[[Mapping[str, str]], object] = lambda fingerprint: None,
     ):
-        self.on_made = on_made
-        self.groups, self.cluster, self.options, self.store = groups, cluster, options, store
+        self.cluster, self.kind, self.options, self.on_model = cluster, kind, options, on_model
         self.components = list(components)
-        self.failed: dict[Path, Exception] = {}
+        self.turns: Iterator[Turn] | None = turns  # None: there are no more
+        self.again: deque[Turn] = deque()  # whose worker was lost
         self.workers: list[Any] = []
-        self.pending: dict[Any, tuple[Any, Given | None, Job | None]] = {}  # by reference; no job: it loads
-        self.again: deque[tuple[Given, Job]] = deque()  # whose worker was lost
-        self.losses: Counter[Path] = Counter()
+        self.pending: dict[Any, tuple[Any, Turn | None]] = {}  # by reference; no turn: it loads
         self.idle_losses = 0
         self.fingerprint: Mapping[str, str] | None = None
         self.told: set[str] = set()
-        self.contexts: dict[Path, Any] = {}  # references, by where each is kept
-        self.turns = self.all_turns()
 
-    def to_the_end(self) -> None:
-        """Start workers, give each a job whenever it has none, and write what comes back."""
+    def run(self, what: str, number: int, *, cost: float) -> None:
+        """Start workers, give each a job whenever it has none, and write what comes back.
+
+        Args:
+            what: a job is called, "video" for example.
+            number: of jobs.
+            cost: of all together.
+
+        Raises:
+            InputError: weights that are missing; or what `on_model` raises.
+            RunError: weights that could not be fetched, or workers that are lost again and again.
+        """
         import ray
-        from tqdm import tqdm
 
-        jobs = all_jobs(self.groups)
-        costs = expected_seconds_of_each(jobs) or [job.plan.forwards + 1 for job in jobs]
-        cost_of = {id(job): cost for job, cost in zip(jobs, costs, strict=True)}
-        for _ in range(min(self.cluster.workers, len(jobs))):
-            self.start_worker()
-        bar_format = "{desc}{percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}"
-        done = 0
-        with tqdm(total=sum(costs), smoothing=0, bar_format=bar_format) as bar:
-            while self.pending:
-                [reference], _ = ray.wait(list(self.pending))
-                worker, given, job = self.pending.pop(reference)
-                if self.settle(reference, worker, given, job) and job is not None:
-                    done += 1
-                    minutes = max(bar.format_dict["elapsed"], 1e-9) / 60
-                    bar.set_description(f"video {done} of {len(jobs)}", refresh=False)
-                    bar.set_postfix_str(f", {done / minutes:.1f} a minute", refresh=False)
-                    bar.update(cost_of[id(job)])
+        try:
+            for _ in range(min(self.cluster.workers, number)):
+                self.start_worker()
+            with Progress(what, number, cost=cost) as progress:
+                while self.has_work:
+                    [reference], _ = ray.wait(list(self.pending))
+                    worker, turn = self.pending.pop(reference)
+                    if self.settle(reference, worker, turn) and turn is not None:
+                        progress.add(turn.cost)
+        finally:
+            for worker in self.workers:
+                ray.kill(worker)
 
-    def settle(self, reference: Any, worker: Any, given: Given | None, job: Job | None) -> bool:
+    @property
+    def has_work(self) -> bool:
+        """Whether anything is left to do or to come back; workers that still load are not waited for."""
+        at_work = any(turn is not None for _, turn in self.pending.values())
+        return at_work or bool(self.pending and (self.again or self.turns is not None))
+
+    def settle(self, reference: Any, worker: Any, turn: Turn | None) -> bool:
         """Take what a worker gave back, and give it the next job; False: the worker was lost."""
         import ray
 
         try:
             result = ray.get(reference)
         except ray.exceptions.RayError as error:
-            self.lose(worker, given, job, error)
+            self.lose(worker, turn, error)
             return False
-        if given is None or job is None:
+        if turn is None:
             self.take_model(result)
         else:
-            self.take_clip(result, job)
-            self.finish(given)
+            self.take_result(result, turn)
         self.give_work(worker)
         return True
 
@@ -343,12 +245,12 @@ class Run:
         """Start a worker, which begins with loading its model."""
         import ray
 
-        actor = ray.remote(max_restarts=0, **self.cluster.resources(self.options.device))(Worker)
+        actor = ray.remote(max_restarts=0, **self.cluster.resources(self.options.device))(self.kind)
         worker = actor.remote(self.options, self.components, self.cluster.threads)
         self.workers.append(worker)
-        self.pending[worker.load.remote()] = (worker, None, None)
+        self.pending[worker.load.remote()] = (worker, None)
 
-    def lose(self, worker: Any, given: Given | None, job: Job | None, error: Exception) -> None:
+    def lose(self, worker: Any, turn: Turn | None, error: Exception) -> None:
         """Go on without a worker: another takes its place, and its job, unless that is what kills them."""
         import ray
 
@@ -356,32 +258,31 @@ class Run:
         with contextlib.suppress(Exception):  # it may hang, not be dead
             ray.kill(worker)
         log.warning(f"a worker was lost ({str(error).splitlines()[0][:100]}); another takes its place")
-        if given is not None and job is not None:
-            self.losses[job.path] += 1
-            if self.losses[job.path] < MOST_LOSSES:
-                self.again.append((given, job))
-            else:
-                self.failed[job.path] = RunError(f"{MOST_LOSSES} workers were lost over it: given up")
-                self.finish(given)
-        else:
+        if turn is None:
             self.idle_losses += 1
             if self.idle_losses == MOST_LOSSES:
                 raise RunError(f"{MOST_LOSSES} workers were lost while they loaded the model")
+        else:
+            turn.losses += 1
+            if turn.losses < MOST_LOSSES:
+                self.again.append(turn)
+            else:
+                turn.fail(RunError(f"{MOST_LOSSES} workers were lost over it: given up"))
         self.start_worker()
 
     def take_model(self, result: Mapping[str, str] | Exception) -> None:
-        """Compare the weights that a worker loaded with those of the others, and of the priors."""
+        """Compare the weights that a worker loaded with those of the others."""
         if isinstance(result, Exception):
             raise result
         self.idle_losses = 0
         if self.fingerprint is None:
-            self.failed |= check_weights(self.groups, result)
+            self.on_model(result)
             self.fingerprint = result
         elif result != self.fingerprint:
             raise RunError("the machines of the cluster have different weights; give all the same")
 
-    def take_clip(self, result: MadeClip | Exception, job: Job) -> None:
-        """Write a video, or note why it could not be made."""
+    def take_result(self, result: Any, turn: Turn) -> None:
+        """Write what was made, or note why it could not be."""
         try:
             if isinstance(result, Exception):
                 raise result
@@ -389,57 +290,18 @@ class Run:
                 if doubt not in self.told:
                     log.warning(doubt)
                 self.told.add(doubt)
-            save_clip(result, job, self.on_made)
+            turn.take(result)
         except JOB_ERRORS as error:
-            self.failed[job.path] = error
+            turn.fail(error)
 
     def give_work(self, worker: Any) -> None:
-        """Let a worker make the next video; without one it ends."""
+        """Let a worker do the next job; without one it ends."""
         import ray
 
-        turn = self.again.popleft() if self.again else next(self.turns, None)
+        turn = self.again.popleft() if self.again else None if self.turns is None else next(self.turns, None)
         if turn is None:
+            self.turns = None
             self.workers.remove(worker)
             ray.kill(worker)
-            return
-        given, job = turn
-        bare = dataclasses.replace(given.group, jobs=[job], inputs=Inputs())
-        bare.others = [dataclasses.replace(each, jobs=[job], inputs=Inputs()) for each in given.group.others]
-        texts = unheld_texts(bare)
-        contexts = [self.context(bare.prior, text) for text in texts]
-        self.pending[worker.make.remote(bare, given.inputs, texts, *contexts)] = (worker, given, job)
-
-    def context(self, prior: Prior, text: str) -> Any:
-        """A reference to an encoded prompt, which all its jobs share."""
-        import ray
-
-        path = kept_context_path(prior, text, self.store.folder)
-        if path not in self.contexts:
-            self.contexts[path] = ray.put(self.store.get(prior, text))
-        return self.contexts[path]
-
-    def finish(self, given: Given) -> None:
-        """Drop a prior's tensors from Ray's store after its last job."""
-        given.left -= 1
-        if given.left == 0:
-            given.inputs = None
-
-    def all_turns(self) -> Iterator[tuple[Given, Job]]:
-        """Every job, with the tensors of its prior, which are read when its first one's turn comes."""
-        import ray
-
-        for group in self.groups:
-            jobs = [job for job in group.jobs if job.path not in self.failed]
-            if not jobs:
-                continue
-            try:
-                if group.prior.is_legacy:
-                    raise InputError(f"{group.prior.directory} is of an older format: make it without --ray")
-                read_group(group)
-            except JOB_ERRORS as error:
-                self.failed |= {job.path: error for job in jobs}
-                continue
-            given = Given(group, ray.put([member.inputs for member in group.members]), len(jobs))
-            let_go(group)
-            for job in jobs:
-                yield given, job
+        else:
+            self.pending[turn.send(worker)] = (worker, turn)

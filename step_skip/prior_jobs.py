@@ -234,8 +234,10 @@ def report_failures(jobs: Sequence[PriorJob], *, folder: Path) -> None:
     """Tell how many of a sweep's priors could not be made; each was told of when it failed.
 
     Raises:
-        RunError: some could not.
+        RunError: some could not; or what is wrong with the only one.
     """
+    if len(jobs) == 1 and jobs[0].error is not None:
+        raise jobs[0].error
     failed = sum(job.error is not None for job in jobs)
     if failed:
         raise RunError(

@@ -13,7 +13,7 @@ import pytest
 from conftest import build_model
 from helpers import OTHER_PROMPT, PROMPT, read_json
 
-from step_skip import cluster
+from step_skip import cluster_videos
 from step_skip.files import sha256_file
 
 THIRD_PROMPT = "The portrait nods."
@@ -21,7 +21,7 @@ POISON = "The portrait takes its worker along."
 DECIDING = ("latents_sha256", "video_sha256", "steps_run", "prompt", "prior_files", "forwards")
 
 
-class Deadly(cluster.Worker):
+class Deadly(cluster_videos.VideoWorker):
     """A worker that one prompt kills."""
 
     def make(self, group, inputs, texts, *contexts):
@@ -85,7 +85,7 @@ def test_a_cluster_makes_what_one_process_makes(sweep, tmp_path):
 def test_a_lost_worker_costs_nothing_and_a_job_that_kills_three_is_given_up(
     prior, infer, address, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(cluster, "Worker", Deadly)
+    monkeypatch.setattr(cluster_videos, "VideoWorker", Deadly)
     threading.Thread(target=kill_one_worker, daemon=True).start()
     prompts = ("--prompt", OTHER_PROMPT, POISON, THIRD_PROMPT)
     outcome = infer(prior, *prompts, "--output_dir", tmp_path / "sweep", "--ray", address)
