@@ -26,7 +26,7 @@ from step_skip.prior import END_IMAGE_FILE, IMAGE_FILE, METADATA_FILE, Prior
 from step_skip.prior_jobs import cost_of, take_images, tell_failure
 from step_skip.prior_plan import PriorChoices
 from step_skip.prior_sweep import PriorJob
-from step_skip.run_dir import create_run_dir
+from step_skip.run_dir import create_run_dir, free_run_id
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -123,8 +123,10 @@ def make_on_cluster(
         RunError: weights that could not be fetched, or workers that are lost again and again.
     """
 
+    names: dict[PriorJob, str] = {}  # in the order of the jobs, in whichever they are done
+
     def take(job: PriorJob, made: MadePrior) -> None:
-        prior = made.save(output_dir, job.run_id, name=job.base)
+        prior = made.save(output_dir, job.run_id, name=names[job])
         job.directory = prior.directory
         on_made(prior, len(prior.metadata["seconds_per_step"]))
 
@@ -143,6 +145,7 @@ def make_on_cluster(
             except JOB_ERRORS as error:
                 fail(job, error)
                 continue
+            names[job] = free_run_id(output_dir, job.base, taken=names.values())
             send = sender(pictures, job.prompt, choices, video)
             yield Turn(cost, send, functools.partial(take, job), functools.partial(fail, job))
 

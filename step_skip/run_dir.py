@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import time
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from step_skip.files import InputError
 from step_skip.schema import METADATA_FILE
+
+TIME_FORMAT = "%Y%m%d_%H%M%S"
 
 
 def check_run_id(output_dir: Path, run_id: str | None, *, but_priors: bool = False) -> None:
@@ -30,6 +34,20 @@ def check_run_id(output_dir: Path, run_id: str | None, *, but_priors: bool = Fal
         )
 
 
+def free_run_id(output_dir: Path, name: str, *, taken: Collection[str]) -> str:
+    """An id from a name, "" for the date and time, that neither a folder nor one of these has."""
+    wanted = name or time.strftime(TIME_FORMAT)
+    return next(
+        each for each in numbered(wanted) if each not in taken and not (output_dir / f"run_{each}").exists()
+    )
+
+
+def numbered(run_id: str) -> Iterator[str]:
+    """It, and then run_id_2, run_id_3 ..."""
+    yield run_id
+    yield from (f"{run_id}_{number}" for number in itertools.count(2))
+
+
 def create_run_dir(output_dir: Path, run_id: str | None, *, name: str = "") -> tuple[Path, str]:
     """Make an empty `run_<id>` below `output_dir`; without an id, one from a name that is still free.
 
@@ -40,19 +58,17 @@ def create_run_dir(output_dir: Path, run_id: str | None, *, name: str = "") -> t
         InputError: the id is taken, or the folder can't be written.
     """
     check_run_id(output_dir, run_id)
-    wanted = run_id or name or time.strftime("%Y%m%d_%H%M%S")
-    candidate, tries = wanted, 1
+    candidates = numbered(run_id or name or time.strftime(TIME_FORMAT))
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
         while True:
+            candidate = next(candidates)
             directory = output_dir / f"run_{candidate}"
             try:
                 directory.mkdir()  # fails where it exists, also when two runs try at once
                 return directory, candidate
             except FileExistsError:
                 check_run_id(output_dir, run_id)
-                tries += 1
-                candidate = f"{wanted}_{tries}"
     except OSError as error:
         raise InputError(
             f"cannot write to {output_dir}: {error.strerror}; name a folder that can be written"

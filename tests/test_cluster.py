@@ -3,22 +3,44 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
+import subprocess
 import sys
 import threading
 import time
 from pathlib import Path
 
 import pytest
-from conftest import build_model
-from helpers import OTHER_PROMPT, PROMPT, read_json
+from conftest import build_model, save_image
+from helpers import OTHER_PROMPT, PROMPT, ROOT, read_json
 
-from step_skip import cluster_videos
-from step_skip.files import sha256_file
+from step_skip import cluster_priors, cluster_videos
+from step_skip.cluster import Cluster
+from step_skip.files import InputError, sha256_file
+from step_skip.metadata import read_prior
+from step_skip.prior import METADATA_FILE, damaged_files
 
 THIRD_PROMPT = "The portrait nods."
 POISON = "The portrait takes its worker along."
 DECIDING = ("latents_sha256", "video_sha256", "steps_run", "prompt", "prior_files", "forwards")
+
+
+class Slow(cluster_videos.VideoWorker):
+    """A worker that gives others time to kill it."""
+
+    def make(self, *given):
+        time.sleep(0.3)
+        return super().make(*given)
+
+
+class DeadlyPrior(cluster_priors.PriorWorker):
+    """A worker that one prompt kills."""
+
+    def make(self, pictures, prompt, *given):
+        if prompt == POISON:
+            os._exit(1)
+        return super().make(pictures, prompt, *given)
 
 
 class Deadly(cluster_videos.VideoWorker):
@@ -30,19 +52,28 @@ class Deadly(cluster_videos.VideoWorker):
         return super().make(group, inputs, texts, *contexts)
 
 
+NODE = {"num_cpus": 1, "object_store_memory": 2**27, "include_dashboard": False}
+
+
 @pytest.fixture(scope="module")
-def address(tmp_path_factory):
-    """The address of a cluster of two nodes with one CPU each."""
+def nodes(tmp_path_factory):
+    """A cluster of two nodes with one CPU each, besides the one that only drives it."""
     ray = pytest.importorskip("ray")
     from ray.cluster_utils import Cluster
 
     os.environ["RAY_AUTH_MODE"] = "disabled"
-    nodes = Cluster()
+    nodes = Cluster(initialize_head=True, head_node_args={**NODE, "num_cpus": 0})
     for _ in range(2):
-        nodes.add_node(num_cpus=1, object_store_memory=2**27, include_dashboard=False)
+        nodes.add_node(**NODE)
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
-    yield nodes.address
+    yield nodes
     nodes.shutdown()
+
+
+@pytest.fixture
+def address(nodes):
+    """Where it is."""
+    return nodes.address
 
 
 @pytest.fixture(scope="module")
@@ -107,6 +138,103 @@ def kill_one_worker() -> None:
                 os.kill(process.pid, signal.SIGKILL)
                 return
         time.sleep(0.1)
+
+
+def test_a_lost_node_and_a_killed_command_cost_nothing(
+    sweep, prior, second, model_dir, nodes, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(cluster_videos, "VideoWorker", Slow)
+    prompts = [f"The portrait moves {number}." for number in range(6)]
+    folder = tmp_path / "cluster"
+
+    def take_the_power_from_one() -> None:
+        wait_for_clip(folder)
+        nodes.remove_node(nodes.list_all_nodes()[-1], allow_graceful=False)
+
+    killer = threading.Thread(target=take_the_power_from_one, daemon=True)
+    killer.start()
+    outcome = sweep("cluster", *prompts)
+    killer.join()
+    nodes.add_node(**NODE)
+    assert outcome.code == 0 and "a worker was lost" in outcome.err, outcome.err
+    assert sweep("here", *prompts, ray=False).code == 0
+    expected = results(tmp_path / "here")
+    assert results(folder) == expected
+    command = (
+        sys.executable,
+        ROOT / "infer_from_prior.py",
+        "--prior_dir",
+        prior,
+        second,
+        "--model_dir",
+        model_dir,
+    )
+    flags = (
+        "--start_step",
+        6,
+        "--prompt",
+        *prompts,
+        "--output_dir",
+        tmp_path / "killed",
+        "--ray",
+        nodes.address,
+    )
+    driver = subprocess.Popen([*map(str, command + flags)], stdout=-1, stderr=-1)
+    made = wait_for_clip(tmp_path / "killed")
+    driver.kill()
+    driver.communicate()
+    before = made.stat()
+    assert len(list((tmp_path / "killed").glob("*.json"))) < len(expected)
+    assert sweep("killed", *prompts).code == 0
+    assert results(tmp_path / "killed") == expected
+    assert (made.stat().st_ino, made.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+
+
+def wait_for_clip(folder: Path) -> Path:
+    """The first clip of a sweep."""
+    for _ in range(30_000):
+        if made := next(folder.glob("*.json"), None):
+            return made
+        time.sleep(0.005)
+    raise TimeoutError(folder)
+
+
+def test_priors_of_a_folder_are_those_of_one_process(generate, image, address, tmp_path, monkeypatch):
+    """One image can't be read, and one prompt kills its worker."""
+    monkeypatch.setattr(cluster_priors, "PriorWorker", DeadlyPrior)
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    shutil.copy(image, photos / "ann.png")
+    save_image(photos / "ben.png", shade=90)
+    (photos / "cut.png").write_bytes(image.read_bytes()[: image.stat().st_size // 2])
+    output = tmp_path / "cluster"
+    (output / f".tmp_{'a' * 16}_prior").mkdir(parents=True)
+    flags = ("--image", photos, "--num_inference_steps", 2, "--prompt")
+    there = ("--output_dir", output, "--ray", address)
+    outcome = generate(*flags, PROMPT, POISON, *there)
+    assert outcome.code == 1 and "4 of 6 priors failed" in outcome.error, outcome.err
+    assert outcome.err.count("3 workers were lost over it: given up") == 2
+    assert outcome.err.count("cut.png cannot be read") == 2 and "a minute" in outcome.err
+    generate(*flags, PROMPT)
+    here = {path.name: read_json(path / METADATA_FILE) for path in (tmp_path / "priors").iterdir()}
+    assert sorted(here) == sorted(path.name for path in output.iterdir()) == ["run_ann", "run_ben"]
+    for name, metadata in here.items():
+        made = read_prior(output / name)
+        assert made.metadata["files"] == metadata["files"] and not damaged_files(made)
+        assert made.metadata["run_id"] == name.removeprefix("run_")
+        assert {path.name for path in made.directory.iterdir()} == {
+            path.name for path in (tmp_path / "priors" / name).iterdir()
+        }
+    again = generate("--image", photos / "ann.png", *flags[2:], PROMPT, *there)
+    assert again.path == output / "run_ann" and "nothing to do" in again.err
+
+
+def test_each_worker_has_a_gpu_of_its_own_where_there_are_any():
+    cluster = Cluster(workers=3, gpus=4, threads=1)
+    assert cluster.device("I2V-480P", None) == cluster.device("tiny", "cuda:1") == "cuda"
+    assert cluster.resources("cuda")["num_gpus"] == 1 and cluster.resources("cpu")["num_gpus"] == 0
+    with pytest.raises(InputError, match="the Ray cluster has no GPU"):
+        Cluster(workers=2, gpus=0, threads=1).device("tiny", "cuda")
 
 
 def test_weights_that_are_missing_are_one_line(prior, second, run, address, tmp_path):
