@@ -25,7 +25,6 @@ import contextlib
 import dataclasses
 import functools
 import logging
-import math
 import shlex
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -39,13 +38,12 @@ from step_skip.families import FAMILIES, MODELS
 from step_skip.files import InputError, RunError, check_folder, locked
 from step_skip.generate import Left, check_same_machine, read_own_images, read_resumable, what_is_left
 from step_skip.loading import loaded_first, pick_device
-from step_skip.lora import distilled_hint, find_recorded_loras
+from step_skip.lora import find_recorded_loras
 from step_skip.media import fetch_example, read_video
 from step_skip.memory import check_download, describe_peak, say_what_each_mode_takes
 from step_skip.models import (
     ROOT,
     LoadOptions,
-    cache_components,
     family_name,
     model_defaults,
 )
@@ -61,7 +59,15 @@ from step_skip.prior import (
     check_fingerprint,
     denoised_file,
 )
-from step_skip.prior_jobs import check_first, go_on, make_all, read_images, report_failures, usable
+from step_skip.prior_jobs import (
+    check_first,
+    go_on,
+    make_all,
+    read_images,
+    report_failures,
+    usable,
+    what_to_load,
+)
 from step_skip.prior_plan import PriorChoices, check_images, check_prior_choices, plan_prior
 from step_skip.prior_sweep import (
     PriorJob,
@@ -229,16 +235,6 @@ def make_missing(
         model = load_told(options, components, by_expert=True)
         callback = preview_in(begun) if args.preview else None
         make_all(to_do, model, on_begin=begun.append, callback=callback, single=len(jobs) == 1, **how)
-
-
-def what_to_load(jobs: Sequence[PriorJob], options: LoadOptions) -> tuple[LoadOptions, list[str]]:
-    """What to load for these priors: options with the size that takes most memory, and components."""
-    prior = jobs[0].prior
-    if prior.settings.cfg_scale != 1 and (hint := distilled_hint(options.loras, sigmas=False)):
-        log.info(hint)
-    largest = max((job.prior.settings.size for job in jobs), key=math.prod)
-    options = dataclasses.replace(options, size=largest, tiled=all(job.prior.settings.tiled for job in jobs))
-    return options, [*prior.family.components, *cache_components(prior.settings.skip_cache)]
 
 
 def resume(args: argparse.Namespace) -> Path:

@@ -10,9 +10,11 @@
 
 from step_skip.files import DiskError, InputError, RunError
 from step_skip.generate import generate_prior
+from step_skip.generate_many import generate_priors
 from step_skip.infer import Clip, infer_from_prior
 from step_skip.loading import Model, load
 from step_skip.metadata import read_prior
+from step_skip.models import LoadOptions
 from step_skip.preview import preview_to
 from step_skip.prior import Prior
 
@@ -20,10 +22,12 @@ __all__ = [
     "Clip",
     "DiskError",
     "InputError",
+    "LoadOptions",
     "Model",
     "Prior",
     "RunError",
     "generate_prior",
+    "generate_priors",
     "infer_from_prior",
     "load",
     "preview_to",

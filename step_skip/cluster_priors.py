@@ -23,7 +23,7 @@ from step_skip.jobs import JOB_ERRORS
 from step_skip.metadata import read_prior, sealed
 from step_skip.models import LoadOptions
 from step_skip.prior import END_IMAGE_FILE, IMAGE_FILE, METADATA_FILE, Prior
-from step_skip.prior_jobs import cost_of, take_images, tell_failure
+from step_skip.prior_jobs import cost_of, describe_failure, take_images
 from step_skip.prior_plan import PriorChoices
 from step_skip.prior_sweep import PriorJob
 from step_skip.run_dir import create_run_dir, free_run_id
@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from step_skip.prior_jobs import OnPrior, ReadVideo
+
+log = logging.getLogger(__name__)
 
 
 # --- in a worker --------------------------------------------------------------------------------------------
@@ -113,7 +115,7 @@ def make_on_cluster(
     family: str,
     components: Sequence[str],
     output_dir: Path,
-    read_video: ReadVideo,
+    read_video: ReadVideo = lambda settings: None,
     on_made: OnPrior,
 ) -> None:
     """Make the prior of every job on the workers of a cluster; see `prior_jobs.make_all`.
@@ -132,7 +134,7 @@ def make_on_cluster(
 
     def fail(job: PriorJob, error: Exception) -> None:
         job.error = error
-        tell_failure(job)
+        log.warning(describe_failure(job))
 
     def turns() -> Iterator[Turn]:
         for job in jobs:

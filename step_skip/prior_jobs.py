@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
+import math
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -24,9 +25,10 @@ from step_skip.generate import (
 from step_skip.images import Picture, read_pictures
 from step_skip.jobs import JOB_ERRORS
 from step_skip.loading import Model
+from step_skip.lora import distilled_hint
 from step_skip.metadata import PriorWriter
-from step_skip.models import LoadOptions, model_defaults
-from step_skip.prior import END_IMAGE_FILE, IMAGE_FILE, Prior, RunSettings, check_fingerprint
+from step_skip.models import LoadOptions, cache_components, model_defaults
+from step_skip.prior import END_IMAGE_FILE, IMAGE_FILE, Prior, RunSettings
 from step_skip.prior_plan import PriorChoices
 from step_skip.prior_sweep import PriorJob, forwards_of
 from step_skip.results import Clock
@@ -41,6 +43,16 @@ if TYPE_CHECKING:
     OnPrior = Callable[[Prior, int], object]
 
 log = logging.getLogger(__name__)
+
+
+def what_to_load(jobs: Sequence[PriorJob], options: LoadOptions) -> tuple[LoadOptions, list[str]]:
+    """What to load for these priors: options with the size that takes most memory, and components."""
+    prior = jobs[0].prior
+    if prior.settings.cfg_scale != 1 and (hint := distilled_hint(options.loras, sigmas=False)):
+        log.info(hint)
+    largest = max((job.prior.settings.size for job in jobs), key=math.prod)
+    options = dataclasses.replace(options, size=largest, tiled=all(job.prior.settings.tiled for job in jobs))
+    return options, [*prior.family.components, *cache_components(prior.settings.skip_cache)]
 
 
 def read_images(job: PriorJob, options: LoadOptions, family: str) -> None:
@@ -84,9 +96,8 @@ def usable(jobs: Sequence[PriorJob], to_do: Sequence[PriorJob]) -> list[PriorJob
     if errors := [job.error for job in jobs if job.error is not None]:
         if len(errors) == len(jobs):
             raise errors[0]
-        with each_warning_once():
-            for job in to_do:
-                tell_failure(job)
+        for text in dict.fromkeys(describe_failure(job) for job in to_do if job.error is not None):
+            log.warning(text)
     return [job for job in to_do if job.error is None]
 
 
@@ -136,14 +147,13 @@ def attempt(action: Callable[[], object], job: PriorJob) -> None:
     except JOB_ERRORS as error:
         traceback.clear_frames(error.__traceback__)  # they hold tensors the next needs room for
         job.error = error
-        tell_failure(job)
+        log.warning(describe_failure(job))
 
 
-def tell_failure(job: PriorJob) -> None:
-    """Say in one line why a prior can't be made, if it can't."""
-    if job.error is not None:
-        text = " ".join(str(job.error).split())[:200] or type(job.error).__name__
-        log.warning(text if job.name in text else f"{job.name} failed: {text}")
+def describe_failure(job: PriorJob) -> str:
+    """In one line why a prior can't be made."""
+    text = " ".join(str(job.error).split())[:200] or type(job.error).__name__
+    return text if job.name in text else f"{job.name} failed: {text}"
 
 
 def cost_of(job: PriorJob) -> int:
@@ -205,7 +215,7 @@ def finish(
         prior = read_resumable(directory)
         check_same_machine(prior, model.options.device)
         check_installed_schedule(prior)
-        check_fingerprint(prior, model.fingerprint)
+        model.check(prior)
         left = what_is_left(prior)
         start = read_own_images(prior) if left.start_step is None else None
         if on_begin is not None:

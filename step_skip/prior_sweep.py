@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
-from step_skip.families import FAMILIES, MODELS
+from step_skip.families import FAMILIES
 from step_skip.files import InputError, sha256_file
 from step_skip.images import LABELS, Picture, choose_size, files_of, hex_colour, id_from_name, size_of
 from step_skip.media import video_bytes
@@ -133,11 +133,19 @@ def for_each(
 
 
 def plan_jobs(
-    jobs: Sequence[PriorJob], options: LoadOptions, family: str, output_dir: Path
+    jobs: Sequence[PriorJob],
+    options: LoadOptions,
+    family: str,
+    output_dir: Path,
+    *,
+    parameters: Mapping[str, str] | None = None,
 ) -> list[PriorJob]:
     """Note of each job which prior it is, where that is there or has begun, and what it will be.
 
     An image of which nothing can be made is noted as the job's error.
+
+    Args:
+        parameters: the fingerprints of the values of a pipeline of the user's own, which has no files.
 
     Returns:
         The jobs, each prior once.
@@ -150,6 +158,8 @@ def plan_jobs(
     choices = jobs[0].choices
     known = Known(output_dir, plan(choices), choices, any_size=defaults.any_size)
     known.weights = functools.cache(lambda: local_weights(options, family, choices))
+    if parameters is not None:
+        known.expected["parameter_fingerprint"] = parameters
     jobs = known.find(jobs)
     size = functools.cache(size_of)
     for job in jobs:
@@ -174,7 +184,7 @@ def local_weights(options: LoadOptions, family: str, choices: PriorChoices) -> M
     Raises:
         InputError: some are missing.
     """
-    if options.model in MODELS and options.model_dir is None:
+    if options.model != "tiny" and options.model_dir is None:
         return {}
     components = [*FAMILIES[family].components, *cache_components(choices.skip_cache)]
     return fingerprint_files(weight_files(options, components))

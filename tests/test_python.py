@@ -11,7 +11,7 @@ from helpers import OTHER_PROMPT, PROMPT, ROOT, SIZE, read_json, run_as_user
 from PIL import Image
 
 import step_skip
-from step_skip.files import sha256_tensor
+from step_skip.files import InputError, RunError, sha256_tensor
 from step_skip.loading import fingerprint_parameters
 from step_skip.tiny import load_tiny_modules, load_tiny_tokenizer
 
@@ -73,6 +73,44 @@ def test_the_five_lines_of_the_docs(tmp_path):
     lines = SCRIPT.strip().splitlines()[-4:]
     documented = (ROOT / "docs" / "python.md").read_text()
     assert lines[0] in documented and lines[3] in documented and lines[2] in documented
+
+
+def test_priors_of_a_folder_on_a_pipeline_of_ones_own(own_pipe, own_prior, image, tmp_path):
+    photos, made = tmp_path / "photos", []
+    photos.mkdir()
+    shutil.copy(image, photos / "ann.png")
+    (photos / "cut.png").write_text("no image")
+    asked = {
+        "prompts": [PROMPT, OTHER_PROMPT],
+        "output_dir": tmp_path / "many",
+        "on_made": made.append,
+        **SMALL,
+    }
+    before = state_of(own_pipe)
+    with pytest.raises(RunError, match="2 of 4 priors failed"):
+        step_skip.generate_priors(own_pipe, photos, **asked)
+    (photos / "cut.png").unlink()
+    priors = step_skip.generate_priors(own_pipe, photos, **asked)
+    assert [each.directory for each in priors] == [each.directory for each in made]
+    assert [prior.metadata["prompt"] for prior in priors] == [PROMPT, OTHER_PROMPT]
+    assert priors[0].metadata["files"] == own_prior.metadata["files"]
+    assert state_of(own_pipe) == before
+    with torch.no_grad():
+        next(own_pipe.dit.parameters()).add_(0.01)
+    [other] = step_skip.generate_priors(own_pipe, photos, **asked | {"prompts": [PROMPT]})
+    assert other.directory.name == "run_ann_3"
+    with pytest.raises(InputError, match="LoadOptions"):
+        step_skip.generate_priors(own_pipe, photos, ray="local")
+
+
+def test_priors_that_are_there_need_no_model(model_dir, prior, image, loads):
+    options = step_skip.LoadOptions("tiny", "cpu", "float32", model_dir=model_dir)
+    [found] = step_skip.generate_priors(
+        options, [image], [PROMPT], output_dir=prior.parent, on_made=lambda prior: 1 / 0
+    )
+    assert found.directory == prior and not loads
+    with pytest.raises(InputError, match="nowhere is not a file"):
+        step_skip.generate_priors(options, "nowhere")
 
 
 def test_own_prompt_gives_the_priors_own_video(own_pipe, own_prior):
