@@ -6,7 +6,7 @@ Embedded model, one thread each, a cluster of two nodes of one CPU on this machi
 it. Rates are those of the second half of a sweep, so without the seconds in which Ray and the workers start;
 sweeps with one worker and with two take turns. Then workers, nodes and the command itself are killed at
 random moments, in sweeps of clips and in folders of images, until all is made, and that is compared with what
-one process makes.
+one process makes. --rounds 0 and --kills 0 leave one of the two as it stands in the output.
 """
 
 from __future__ import annotations
@@ -93,6 +93,7 @@ class Watch:
 
 def clips(work: Path, *, prompts: int) -> Task:
     """A sweep over one prior."""
+    work.mkdir(exist_ok=True)
     flags = ("--model", "tiny", "--prompt", "she stays still", "--image", INPUTS / "mila.png")
     maker = Task("generate_prior.py", list(flags), f"run_*/{METADATA_FILE}", len)
     maker.run(work / "prior")
@@ -112,6 +113,24 @@ def priors(*, seeds: int) -> Task:
         return made["files"] if made["status"] == "complete" else None
 
     return Task("generate_prior.py", flags, pattern, decides)
+
+
+def measure_rates(sweep: Task, work: Path, nodes: Cluster, *, rounds: int) -> dict[str, Any]:
+    """Clips per minute with one worker and with two, in turn, and of one process; and the ratio."""
+    rates: dict[str, list[float]] = {"1": [], "2": []}
+    expected, same = sweep.run(work / "here"), []
+    for turn in range(rounds):
+        for workers, found in rates.items():
+            folder = work / f"workers_{workers}_{turn}"
+            same.append(sweep.run(folder, "--ray", nodes.address, "--workers", workers) == expected)
+            found.append(rate(sweep, folder))
+    one, two = (statistics.median(found) for found in rates.values())
+    return {
+        "clips": len(expected),
+        "clips_per_minute": {"one process": rate(sweep, work / "here"), "by workers": rates},
+        "ratio_of_medians": round(two / one, 2),
+        "same_as_one_process": all(same),
+    }
 
 
 def rate(task: Task, folder: Path) -> float:
@@ -212,29 +231,25 @@ def main() -> None:
     )
     parser.add_argument("--output", type=Path, default=HERE / "out" / "cluster.json")
     args = parser.parse_args()
+    about = {
+        "command": f"python benchmarks/cluster.py {' '.join(sys.argv[1:])}".strip(),
+        "cores": os.cpu_count(),
+        "load": os.getloadavg()[0],
+        "versions": installed_versions(),
+    }
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    result = json.loads(args.output.read_text()) if args.output.exists() else {}
     work = Path(tempfile.mkdtemp())
     nodes = Cluster(initialize_head=True, head_node_args={**NODE, "num_cpus": 0})
     for _ in range(2):
         nodes.add_node(**NODE)
-    result: dict[str, Any] = {"command": " ".join(["python", *sys.argv]), "cores": os.cpu_count()}
-    result |= {"load": os.getloadavg()[0], "versions": installed_versions()}
-    args.output.parent.mkdir(parents=True, exist_ok=True)
     if args.rounds:
-        sweep, rates, same = clips(work, prompts=args.clips), {"1": [], "2": []}, []
-        expected = sweep.run(work / "here")
-        for turn in range(args.rounds):
-            for workers, found in rates.items():
-                folder = work / f"workers_{workers}_{turn}"
-                same.append(sweep.run(folder, "--ray", nodes.address, "--workers", workers) == expected)
-                found.append(rate(sweep, folder))
-        one, two = (statistics.median(found) for found in rates.values())
-        result["clips_per_minute"] = {"one process": rate(sweep, work / "here"), "by workers": rates}
-        result |= {"ratio_of_medians": round(two / one, 2), "same_as_one_process": all(same)}
+        sweep = clips(work, prompts=args.clips)
+        result["rates"] = about | measure_rates(sweep, work, nodes, rounds=args.rounds)
         write_json(args.output, result)
     if args.kills:
-        (work / "k").mkdir()
-        tasks = {"clips": clips(work / "k", prompts=args.killed_clips), "priors": priors(seeds=2)}
-        result["kills"] = kill_many(tasks, work / "k", nodes, kills=args.kills)
+        tasks = {"clips": clips(work / "killed", prompts=args.killed_clips), "priors": priors(seeds=2)}
+        result["kills"] = about | kill_many(tasks, work / "killed", nodes, kills=args.kills)
         write_json(args.output, result)
     nodes.shutdown()
     shutil.rmtree(work)

@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import functools
 import json
+import logging
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -27,6 +28,8 @@ from step_skip.models import LoadOptions, cache_components, fingerprint_files, m
 from step_skip.prior import END_IMAGE_FILE, IMAGE_FILE, METADATA_FILE, Prior, bytes_of_prior
 from step_skip.prior_plan import PriorChoices, plan_prior
 from step_skip.run_dir import check_run_id
+
+log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 Found = tuple[Path, bool]  # a prior's folder, and whether it is whole
@@ -91,6 +94,8 @@ def make_jobs(
     """
     files: list[Path | None] = [file for path in images for file in files_of(path)]
     paired = 1 < len(prompts) == len(files) and not any(path.is_dir() for path in images)
+    if paired:
+        log.info("as many prompts as files: one for each; to give each image all of them, name their folder")
     of_each = [[prompt] for prompt in prompts] if paired else [prompts] * max(len(files), 1)
     ends = for_each("--end_image", end_images, max(len(files), 1), "image")
     jobs = [
@@ -156,10 +161,10 @@ def plan_jobs(
     plan = functools.cache(lambda choices: plan_prior(options, choices, family=family))
     defaults = model_defaults(options.model, options.model_dir)
     choices = jobs[0].choices
-    known = Known(output_dir, plan(choices), choices, any_size=defaults.any_size)
-    known.weights = functools.cache(lambda: local_weights(options, family, choices))
+    expected = what_all_record(plan(choices), choices, any_size=defaults.any_size)
     if parameters is not None:
-        known.expected["parameter_fingerprint"] = parameters
+        expected["parameter_fingerprint"] = parameters
+    known = Known(output_dir, choices, expected, functools.partial(local_weights, options, family, choices))
     jobs = known.find(jobs)
     size = functools.cache(size_of)
     for job in jobs:
@@ -178,6 +183,22 @@ def plan_jobs(
     return jobs
 
 
+def what_all_record(planned: Mapping[str, Any], choices: PriorChoices, *, any_size: bool) -> dict[str, Any]:
+    """What every prior of a run has in its metadata, besides image, prompt and seed, as JSON gives it.
+
+    Args:
+        planned: of one of them.
+        any_size: whether the size may follow the image.
+    """
+    left_out = {*OF_THE_MACHINE, "seed"}
+    if any_size and (choices.width, choices.height) == (None, None):
+        left_out |= {"width", "height"}
+    if choices.tiled == "auto":  # goes by the size
+        left_out |= {"tiled"}
+    kept = {name: value for name, value in planned.items() if name not in left_out}
+    return json.loads(json.dumps(kept)) | {"expected_closeness": None}  # which one made of a clip has
+
+
 def local_weights(options: LoadOptions, family: str, choices: PriorChoices) -> Mapping[str, str]:
     """The fingerprints of weights that lie in a folder of the user's; of others, that are fetched, none.
 
@@ -191,24 +212,23 @@ def local_weights(options: LoadOptions, family: str, choices: PriorChoices) -> M
 
 
 class Known:
-    """The priors that a folder holds, as far as they are those of a run's settings; each is read once.
+    """The priors that a folder holds, as far as they are those of a run; each is read once.
 
     Args:
-        planned: what is recorded of every prior of the run, but for image, prompt and seed.
         choices: of the run.
-        any_size: whether the size may follow the image.
+        expected: what all its priors have in their metadata.
+        weights: the fingerprints of its weights; asked for once a prior has all that.
     """
 
-    def __init__(self, folder: Path, planned: Mapping[str, Any], choices: PriorChoices, *, any_size: bool):
-        left_out = {*OF_THE_MACHINE, "seed"}
-        if any_size and (choices.width, choices.height) == (None, None):
-            left_out |= {"width", "height"}
-        if choices.tiled == "auto":  # goes by the size
-            left_out |= {"tiled"}
-        kept = {name: value for name, value in planned.items() if name not in left_out}
-        self.expected: dict[str, Any] = json.loads(json.dumps(kept))
-        self.folder, self.choices = folder, choices
-        self.weights: Callable[[], Mapping[str, str]] = dict  # asked for once a prior has the settings
+    def __init__(
+        self,
+        folder: Path,
+        choices: PriorChoices,
+        expected: Mapping[str, Any],
+        weights: Callable[[], Mapping[str, str]],
+    ):
+        self.folder, self.choices, self.expected = folder, choices, expected
+        self.weights = functools.cache(weights)
         self.names: dict[str, list[str]] = {}  # of the folder, by the id they may be numbered copies of
         self.found: dict[str, dict[object, Found]] = {}  # by that id, then by what decides a prior
         self.sha256 = functools.cache(sha256_file)
