@@ -15,7 +15,7 @@ import pytest
 from conftest import build_model, save_image
 from helpers import OTHER_PROMPT, PROMPT, ROOT, read_json
 
-from step_skip import cluster_priors, cluster_videos
+from step_skip import LoadOptions, cluster_priors, cluster_videos, generate_priors
 from step_skip.cluster import Cluster
 from step_skip.files import InputError, sha256_file
 from step_skip.metadata import read_prior
@@ -199,7 +199,9 @@ def wait_for_clip(folder: Path) -> Path:
     raise TimeoutError(folder)
 
 
-def test_priors_of_a_folder_are_those_of_one_process(generate, image, address, tmp_path, monkeypatch):
+def test_priors_of_a_folder_are_those_of_one_process(
+    generate, image, address, model_dir, tmp_path, monkeypatch
+):
     """One image can't be read, and one prompt kills its worker."""
     monkeypatch.setattr(cluster_priors, "PriorWorker", DeadlyPrior)
     photos = tmp_path / "photos"
@@ -227,6 +229,10 @@ def test_priors_of_a_folder_are_those_of_one_process(generate, image, address, t
         }
     again = generate("--image", photos / "ann.png", *flags[2:], PROMPT, *there)
     assert again.path == output / "run_ann" and "nothing to do" in again.err
+    options = LoadOptions("tiny", "cpu", "float32", model_dir=model_dir)
+    asked = {"num_inference_steps": 2, "output_dir": tmp_path / "python", "ray": address, "workers": 1}
+    [made] = generate_priors(options, photos / "ben.png", [PROMPT], **asked)
+    assert made.metadata["files"] == here["run_ben"]["files"]
 
 
 def test_each_worker_has_a_gpu_of_its_own_where_there_are_any():
