@@ -116,7 +116,7 @@ def make_on_cluster(
     components: Sequence[str],
     output_dir: Path,
     read_video: ReadVideo = lambda settings: None,
-    on_made: OnPrior,
+    on_made: OnPrior | None = None,
 ) -> None:
     """Make the prior of every job on the workers of a cluster; see `prior_jobs.make_all`.
 
@@ -130,7 +130,8 @@ def make_on_cluster(
     def take(job: PriorJob, made: MadePrior) -> None:
         prior = made.save(output_dir, job.run_id, name=names[job])
         job.directory = prior.directory
-        on_made(prior, len(prior.metadata["seconds_per_step"]))
+        if on_made is not None:
+            on_made(prior, len(prior.metadata["seconds_per_step"]))
 
     def fail(job: PriorJob, error: Exception) -> None:
         job.error = error

@@ -65,35 +65,32 @@ def generate_priors(
             "ray: workers load a model by its name; give what step_skip.load gives, or LoadOptions"
         )
     folder, wanted = Path(output_dir), PriorChoices(seed=seeds[0], **choices)
+    paths = [Path(each) for each in ([images] if isinstance(images, str | Path) else images)]
     ends = [Path(each) for each in end_images]
     check_prior_choices(wanted)
-    check_images(options.model, FAMILIES[family], image=True, end_image=bool(ends))
+    check_images(options.model, FAMILIES[family], image=bool(paths), end_image=bool(ends))
     if wanted.denoising_strength < 1:
         raise InputError("denoising_strength below 1 starts from a video: use generate_prior")
-    paths = [Path(each) for each in ([images] if isinstance(images, str | Path) else images)]
     with contextlib.redirect_stdout(sys.stderr):
         jobs = make_jobs(paths, prompts, wanted, end_images=ends, seeds=seeds)
-        planned = (
-            options if ray is None else dataclasses.replace(options, device="cpu")
-        )  # workers have theirs
-        jobs = plan_jobs(jobs, planned, family, folder, parameters=own)
+        here = options if ray is None else dataclasses.replace(options, device="cpu")  # workers have theirs
+        jobs = plan_jobs(jobs, here, family, folder, parameters=own)
         to_do = usable(jobs, [job for job in jobs if not job.made])
         if to_do:
             check_folder(folder, sum(map(bytes_of, to_do)))
-            check_first(to_do, planned, family)
+            check_first(to_do, here, family)
             to_do = usable(jobs, to_do)
-        sized, components = what_to_load(to_do, options) if to_do else (options, [])
-        how: dict[str, Any] = {
-            "output_dir": folder,
-            "on_made": lambda prior, _: on_made(prior) if on_made else None,
-        }
-        if to_do and ray is not None:
-            with connected(ray, workers=workers) as cluster:
-                sized = dataclasses.replace(sized, device=cluster.device(options.model, options.device))
-                how |= {"options": sized, "family": family, "components": components}
-                make_on_cluster(to_do, cluster, **how)
-        elif to_do:
+        how: dict[str, Any] = {"output_dir": folder}
+        if on_made is not None:
+            how["on_made"] = lambda prior, _: on_made(prior)
+        if to_do and ray is None:
+            sized, components = what_to_load(to_do, options)
             model = model or load_components(sized, components, by_expert=True)
             make_all(to_do, model, single=len(jobs) == 1, **how)
+        elif to_do:
+            with connected(str(ray), workers=workers) as cluster:
+                device = cluster.device(options.model, options.device)
+                sized, components = what_to_load(to_do, dataclasses.replace(options, device=device))
+                make_on_cluster(to_do, cluster, options=sized, family=family, components=components, **how)
         report_failures(jobs, folder=folder)
     return [read_prior(job.directory) for job in jobs if job.directory is not None]

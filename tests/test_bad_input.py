@@ -116,7 +116,7 @@ def written(path: Path, content: bytes) -> Path:
 
 BAD_IMAGES = {
     "missing": (lambda path: path, "is not a file"),
-    "folder": (lambda path: path.mkdir() or path, "is not a file"),
+    "folder": (lambda path: path.mkdir() or path, "holds no picture"),
     "empty": (lambda path: written(path, b""), "not an image"),
     "text": (lambda path: written(path, b"not a picture, just text"), "not an image"),
     "truncated": (truncated_image, "cannot be read"),

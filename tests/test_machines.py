@@ -71,7 +71,7 @@ def reads(monkeypatch):
 def test_every_mode_makes_the_same_prior_and_the_same_clips(real, model, dtype):
     found = []
     for mode in HOMES:
-        outcome = real.prior("--vram", mode, "--dtype", dtype, model=model)
+        outcome = real.prior("--run_id", mode, "--vram", mode, "--dtype", dtype, model=model)
         metadata = read_json(outcome.path / "run_metadata.json")
         assert metadata["vram"] == mode
         clips = [
@@ -99,7 +99,9 @@ def test_every_mode_fuses_a_lora_alike(real, small_dir, tmp_path):
     path = tmp_path / "lora.safetensors"
     save_file(lora, path)
     found = {
-        mode: real.prior("--vram", mode, "--dtype", "bfloat16", "--lora", f"{path}:0.5").path
+        mode: real.prior(
+            "--run_id", mode, "--vram", mode, "--dtype", "bfloat16", "--lora", f"{path}:0.5"
+        ).path
         for mode in HOMES
     }
     digests = {read_json(prior / "run_metadata.json")["latents_sha256"] for prior in found.values()}
