@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import functools
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -35,7 +37,9 @@ from step_skip.run_dir import create_run_dir
 from step_skip.steps import FORMATION_KEY
 
 if TYPE_CHECKING:
-    from step_skip.infer import Clip, Walk
+    from step_skip.hooks import Conditioning
+    from step_skip.infer import Clip
+    from step_skip.schedule import Step
 
 # what of the followed prior's metadata is true of its own run alone
 NOT_TAKEN_OVER: Final = frozenset(
@@ -46,6 +50,16 @@ FROM_REPORT: Final = (  # the clip's own, by the same names
     *("device", "device_name", "num_threads", "attention", "vram", "versions", "latents_sha256"),
     *("peak_memory", "seconds_per_step"),
 )
+
+
+@dataclass(frozen=True)
+class Walk:
+    """How a clip came about along the prior that it followed."""
+
+    prior: Prior
+    plan: Plan
+    steps: Sequence[Step]  # on the CPU
+    conditioning: Conditioning
 
 
 def check_clip_prior(plan: Plan, prior: Prior) -> None:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from step_skip.bank import check_one_bank, narrowed, plan_for_bank
+from step_skip.clip_prior import Walk, save_clip_prior
 from step_skip.closeness import FirstLook
 from step_skip.command import command_of, video_tags
 from step_skip.compute import OFF
@@ -63,19 +64,9 @@ if TYPE_CHECKING:
     from step_skip.differential import Trajectory
     from step_skip.hooks import Conditioning
     from step_skip.pipeline import Pause
-    from step_skip.schedule import ProgressCallback, Step
+    from step_skip.schedule import ProgressCallback
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Walk:
-    """How a clip came about along the prior that it followed."""
-
-    prior: Prior
-    plan: Plan
-    steps: Sequence[Step]  # on the CPU
-    conditioning: Conditioning
 
 
 @dataclass
@@ -117,8 +108,6 @@ class Clip:
             InputError: no differential resume from the first step on, or one with caches or guidance by step;
                 the run id is taken, or the folder can't be written.
         """
-        from step_skip.clip_prior import save_clip_prior
-
         if self.walk is None:
             raise InputError("only a clip of a differential resume (num_steps, steps) can be made a prior")
         return save_clip_prior(self, self.walk, Path(output_dir), run_id=run_id)

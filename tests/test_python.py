@@ -188,7 +188,7 @@ def test_progress_can_be_switched_off(own_pipe, own_prior, capfd):
         ({"start_step": -1}, "the prior has steps 0 to 9"),
         ({"steps": [5, 3]}, "expected increasing steps"),
         ({"steps": [-1, 3]}, "expected increasing steps"),
-        ({"num_steps": 0}, "the prior has only 10 steps"),
+        ({"num_steps": 0}, "has only 10 steps"),
         ({"sigmas": [0.5, 0.0]}, "above 0"),
         ({"cfg_scale": -1.0}, "above 0"),
         ({"cfg_scale": float("nan")}, "above 0"),
