@@ -100,7 +100,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     cli_prior.add_identity_arguments(parser)
     cli_prior.add_run_arguments(parser)
     cli_prior.add_output_arguments(parser)
-    cli.add_cheaper_arguments(parser, lora_help="resumed runs take the same unless told otherwise")
+    cli.add_cheaper_arguments(
+        parser, lora_type=cli.lora_argument, lora_help="resumed runs take the same unless told otherwise"
+    )
     cli.add_model_arguments(
         parser,
         model="I2V-480P",

@@ -97,8 +97,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     cli_infer.add_prompt_arguments(parser)
     cli.add_cheaper_arguments(
         parser,
-        lora_help="others than the prior's may be given, a distilled one for example; --lora alone: none "
-        "(default: the prior's)",
+        lora_type=cli.lora_strengths,
+        lora_help="others than the prior's may be given, a distilled one for example; --lora alone: none; "
+        "strengths between commas, PATH:0.5,1: a sweep (default: the prior's)",
     )
     cli_infer.add_output_arguments(parser)
     cli_infer.add_checked_arguments(parser)
@@ -162,7 +163,7 @@ def prepare(
     jobs = all_jobs(groups)
     model = jobs[0].plan.model
     device = pick_device(model, args.device) if cluster is None else cluster.device(model, args.device)
-    loras = find_loras(groups) if args.lora is None else tuple(args.lora)
+    loras = find_loras(groups) if args.lora is None else parse_recorded_loras(jobs[0].plan.lora)
     doubts = (
         (*(doubts_of(group, device=device) if cluster is None else ()), *what_differs(group))
         for group in groups
@@ -282,7 +283,7 @@ def main(argv: list[str] | None = None) -> Path | str | Iterable[str]:
     failed = {} if args.overwrite else find_made(groups)
     there = sum(job.made for job in jobs)
     folder = jobs[0].folder
-    contexts = folder if is_sweep and len(groups) > 1 else None
+    contexts = folder if is_sweep and len({id(group.prior) for group in groups}) > 1 else None
     to_do = list(jobs_left(groups, failed))
     if args.dry_run:
         dry_run(to_do, args, there=there, contexts=contexts)

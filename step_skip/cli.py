@@ -20,7 +20,7 @@ from step_skip.closeness import CLOSENESS
 from step_skip.command import own_command, quote_prompt
 from step_skip.families import MODEL_NAMES
 from step_skip.files import DTYPES, InputError
-from step_skip.lora import Lora, parse_lora
+from step_skip.lora import Lora, parse_lora, parse_strengths
 from step_skip.models import LoadOptions
 from step_skip.plan import Choices
 from step_skip.plan_steps import AUTO
@@ -82,7 +82,9 @@ def add_model_arguments(
     group.add_argument("--dtype", choices=DTYPES, help=dtype_help)
 
 
-def add_cheaper_arguments(parser: argparse.ArgumentParser, *, lora_help: str) -> None:
+def add_cheaper_arguments(
+    parser: argparse.ArgumentParser, *, lora_type: Callable[[str], Any], lora_help: str
+) -> None:
     """Add --skip_cache, --tea_cache_l1_thresh, --tea_cache_model_id and --lora."""
     group = parser.add_argument_group(
         "cheaper steps", "nearly the same result for less; a resumed run inherits only the LoRAs"
@@ -109,7 +111,7 @@ def add_cheaper_arguments(parser: argparse.ArgumentParser, *, lora_help: str) ->
     )
     group.add_argument(
         "--lora",
-        type=lora_argument,
+        type=lora_type,
         nargs="*",
         metavar="[high=|low=]PATH[:ALPHA]",
         help=f"LoRAs for the DiT, of two experts for both unless high= or low= names one; {lora_help}",
@@ -148,6 +150,14 @@ def lora_argument(text: str) -> Lora:
     """An argparse type: PATH or PATH:ALPHA."""
     try:
         return parse_lora(utf8_text(text))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def lora_strengths(text: str) -> list[Lora]:
+    """An argparse type: PATH, PATH:ALPHA or, to be tried in turn, PATH:ALPHA,ALPHA."""
+    try:
+        return parse_strengths(utf8_text(text))
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
 
@@ -282,6 +292,7 @@ MAX_PROMPTS_BYTES = 16 * 2**20
 def read_choices(args: argparse.Namespace) -> list[Choices]:
     """What infer_from_prior.py's flags ask for, one video each: every prompt x start step x cfg_scale.
 
+    Strengths of LoRAs come one after the other, each with all of these: its weights are loaded once.
     A line's own entries come before the command line's.
 
     Raises:
@@ -292,7 +303,13 @@ def read_choices(args: argparse.Namespace) -> list[Choices]:
         lines += read_prompts(args.prompts_file)
     names = {field.name for field in dataclasses.fields(Choices)}
     given = {name: value for name, value in vars(args).items() if name in names} | {"prompt": None}
-    return [each for line in lines or [{}] for each in _choices_of_line(given, line)]
+    loras = [None] if args.lora is None else itertools.product(*args.lora)
+    return [
+        each
+        for lora in loras
+        for line in lines or [{}]
+        for each in _choices_of_line(given | {"lora": lora}, line)
+    ]
 
 
 def _choices_of_line(given: dict[str, Any], line: dict[str, Any]) -> Iterator[Choices]:

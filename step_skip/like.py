@@ -53,7 +53,7 @@ def _as_given(name: str, value: Any, where: str) -> Any:
         "model": cli.utf8_text,
         "model_dir": cli.utf8_path,
         "image": cli.utf8_path,
-        "lora": cli.lora_argument,
+        "lora": cli.lora_strengths,
         "vae_tiling": cli_machine.tiling,
         "quantize": cli.utf8_text,
         "compile": cli.utf8_text,

@@ -1,6 +1,6 @@
 """LoRAs as a command line names them, as a run records them, and what a distilled one wants.
 
-    PATH[:ALPHA]      a LoRA; ALPHA is its strength, 1 unless given
+    PATH[:ALPHA]      a LoRA; ALPHA is its strength, 1 unless given; of a sweep several, 0.5,1
     high=PATH[:ALPHA], low=PATH[:ALPHA]   of two experts for one; without a word for both
 
 lora_file.py reads the files.
@@ -34,20 +34,33 @@ def parse_lora(text: str) -> Lora:
     """PATH or PATH:ALPHA, with high= or low= before it for one of two experts.
 
     Raises:
+        ValueError: ALPHA is no strength, or several.
+    """
+    lora, *more = parse_strengths(text)
+    if more:
+        raise ValueError(f"{text} has several strengths, which only infer_from_prior.py tries; give one")
+    return lora
+
+
+def parse_strengths(text: str) -> list[Lora]:
+    """The same, or PATH:ALPHA,ALPHA: a LoRA at several strengths, to be tried in turn.
+
+    Raises:
         ValueError: ALPHA is no strength.
     """
     word, equals, rest = text.partition("=")
     expert = EXPERTS.get(word) if equals else None
     text = text if expert is None else rest
     path, colon, tail = text.rpartition(":")
-    alpha = None
+    alphas: list[float] = []
     with contextlib.suppress(ValueError):
-        alpha = float(tail)
-    if not colon or alpha is None:
-        return Lora(Path(text), expert=expert)
-    if not math.isfinite(alpha) or alpha == 0:
-        raise ValueError(f"alpha {tail} is not a number other than 0")
-    return Lora(Path(path), alpha, expert)
+        alphas = [float(each) for each in tail.split(",")]
+    if not colon or not alphas:
+        return [Lora(Path(text), expert=expert)]
+    for alpha in alphas:
+        if not math.isfinite(alpha) or alpha == 0:
+            raise ValueError(f"alpha {alpha:g} is not a number other than 0")
+    return [Lora(Path(path), alpha, expert) for alpha in alphas]
 
 
 def check_lora_experts(loras: Iterable[Lora], *, experts: int) -> None:

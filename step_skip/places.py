@@ -85,6 +85,9 @@ def video_name(plan: Plan) -> str:
     else:
         start = f"{len(plan.steps_to_run)}steps"
     start = f"nearest-{start}" if plan.nearest_of else start
+    strengths = [lora["alpha"] for lora in plan.lora]
+    if any(strength != 1 for strength in strengths):
+        start += "_lora" + "-".join(f"{strength:g}" for strength in strengths)
     digest = hashlib.sha256(json.dumps(describe_choices(plan)).encode()).hexdigest()[:8]
     return f"{start}_{slug(plan.prompt)}_{digest}"
 

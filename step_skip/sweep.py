@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import json
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -77,7 +78,7 @@ class Inputs:
 
 @dataclass
 class Group:
-    """A prior with the videos to make from it, and what they need of it."""
+    """A prior with the videos to make from it on the same weights, and what they need of it."""
 
     prior: Prior
     jobs: list[Job]
@@ -105,7 +106,7 @@ def all_jobs(groups: Iterable[Group]) -> list[Job]:
 
 
 def by_weights(groups: Iterable[Group]) -> list[list[Group]]:
-    """The priors whose videos one loaded model makes, together."""
+    """The groups whose videos one loaded model makes, together."""
     alike: dict[str, list[Group]] = {}
     for group in groups:
         plan = group.jobs[0].plan
@@ -261,9 +262,18 @@ def sweep_groups(planned: Sequence[tuple[list[Prior], dict[str, Plan]]], folder:
         raise InputError(f"--output_dir {folder} is a prior; name another folder")
     check_way(folder)
     return [
-        make_group(bank, [Job(bank[0], plan, folder, f"{prefix}_{name}") for name, plan in plans.items()])
+        group
         for prefix, (bank, plans) in pairs
+        for group in groups_by_lora(
+            bank, (Job(bank[0], plan, folder, f"{prefix}_{name}") for name, plan in plans.items())
+        )
     ]
+
+
+def groups_by_lora(bank: Sequence[Prior], jobs: Iterable[Job]) -> Iterator[Group]:
+    """A prior or a bank with its jobs, a group for each strength of its LoRAs: each is other weights."""
+    for _, alike in itertools.groupby(jobs, key=lambda job: job.plan.lora):
+        yield make_group(bank, list(alike))
 
 
 def digest_of(lines: Iterable[str]) -> str:

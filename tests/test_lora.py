@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from step_skip.files import InputError
 from step_skip.loading import load_pipeline
-from step_skip.lora import check_loras, parse_lora
+from step_skip.lora import check_loras, parse_lora, parse_strengths
 from step_skip.lora import describe_loras as describe
 from step_skip.lora import find_recorded_loras as recorded
 from step_skip.lora_file import Lora
@@ -110,10 +111,18 @@ def test_the_part_after_the_last_colon_is_alpha_where_it_is_a_number(text, expec
     assert parse_lora(text) == Lora(Path(expected[0]), expected[1])
 
 
-@pytest.mark.parametrize("alpha", ["0", "nan", "inf"])
+@pytest.mark.parametrize("alpha", ["0", "nan", "inf", "0.5,0"])
 def test_an_alpha_that_is_no_strength_is_refused(alpha):
     with pytest.raises(ValueError, match="alpha"):
         parse_lora(f"a.safetensors:{alpha}")
+
+
+def test_strengths_between_commas_are_tried_in_turn():
+    path = Path("a,b.safetensors")
+    assert parse_strengths("low=a,b.safetensors:0.5,-1") == [Lora(path, 0.5, "dit2"), Lora(path, -1, "dit2")]
+    assert parse_strengths("a,b.safetensors") == [Lora(path)]
+    with pytest.raises(ValueError, match=r"only infer_from_prior\.py tries"):
+        parse_lora("a,b.safetensors:0.5,-1")
 
 
 # --- names --------------------------------------------------------------------------------------------------
@@ -477,6 +486,35 @@ def test_a_prior_of_a_lora_that_was_applied_in_part_is_told_apart(generate, infe
     assert (
         f"{path.name}:1" in outcome.err and "with its differences, and the prior was made with" in outcome.err
     )
+
+
+def test_a_sweep_of_strengths_makes_what_single_runs_make(
+    prior_copy, model_dir, infer, run, make_lora, loads, tmp_path
+):
+    """Each strength on weights that are read anew, once for all its clips; the clips say which it is."""
+    path, sweep = make_lora(), tmp_path / "sweep"
+    flags = ("--prompt", "She speaks.", OTHER_PROMPT, "--num_steps", 1)
+    outcome = infer(prior_copy, *flags, "--lora", f"{path}:0.25,1,-0.5", "--output_dir", sweep)
+    assert outcome.code == 0, outcome.err
+    assert len(loads) == 3
+    reports = {file.stem: read_json(file) for file in sweep.glob("*.json")}
+    assert len(reports) == 6 == len({report["latents_sha256"] for report in reports.values()})
+    page = (sweep / "index.html").read_text()
+    for name, report in reports.items():
+        [lora] = report["lora"]
+        assert (f"_lora{lora['alpha']:g}_" in name) == (lora["alpha"] != 1)
+        assert f"{path.name}:{lora['alpha']:g} " in page
+        single = ("--lora", f"{path}:{lora['alpha']}", "--output", tmp_path / f"{name}.mp4")
+        alone = infer(prior_copy, "--prompt", report["prompt"], "--num_steps", 1, *single)
+        assert alone.report["latents_sha256"] == report["latents_sha256"]
+        assert alone.report["video_sha256"] == report["video_sha256"]
+    like = run("infer_from_prior", "--like", sweep / f"{name}.json", "--output", tmp_path / "like.mp4")
+    assert like.report["latents_sha256"] == report["latents_sha256"]
+    words = shlex.split(report["command"])[2:]
+    assert run("infer_from_prior", *words).report["latents_sha256"] == report["latents_sha256"]
+    loads.clear()
+    again = infer(prior_copy, *flags, "--lora", f"{path}:0.25,1,-0.5", "--output_dir", sweep)
+    assert again.code == 0 and not loads
 
 
 @pytest.mark.parametrize(
