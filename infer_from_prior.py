@@ -50,7 +50,8 @@ from step_skip.places import sweep_folder
 from step_skip.plan import settings_of
 from step_skip.plan_steps import AUTO
 from step_skip.preview import check_previewable
-from step_skip.sweep import Group, all_jobs, by_weights, make_groups
+from step_skip.redo import MEASURE, worse_groups
+from step_skip.sweep import Group, Job, all_jobs, by_weights, make_groups
 from step_skip.tell import (
     doubts_of,
     report_failures,
@@ -229,6 +230,29 @@ def make_videos(
     return failed
 
 
+def redo(
+    groups: Sequence[Group], args: argparse.Namespace, *, contexts: Path | None
+) -> tuple[list[Job], dict[Path, Exception]]:
+    """Make the videos of a sweep that are below --redo_below once more, in more steps.
+
+    Returns:
+        Their jobs, and the errors of those that failed.
+
+    Raises:
+        InputError, RunError: see `make_videos`.
+    """
+    worse = worse_groups(groups, below=args.redo_below)
+    jobs = all_jobs(worse)
+    failed = find_made(worse)
+    if to_do := list(jobs_left(worse, failed)):
+        log.info(f"{len(jobs)} videos have {MEASURE} below {args.redo_below:g}: again, in more steps")
+        order = [f"{job.name}.mp4" for job in (*all_jobs(groups), *jobs)]
+        there = sum(job.made for job in jobs)
+        with on_cluster(args) as cluster:
+            failed |= make_videos(to_do, args, cluster, there=there, contexts=contexts, order=order)
+    return jobs, failed
+
+
 def on_cluster(args: argparse.Namespace) -> contextlib.AbstractContextManager[Cluster | None]:
     """The cluster of --ray; None without it."""
     return contextlib.nullcontext() if args.ray is None else connected(args.ray, workers=args.workers)
@@ -279,6 +303,8 @@ def main(argv: list[str] | None = None) -> Path | str | Iterable[str]:
         job.save_prior = True
     say_what_auto_means(groups)
     if not is_sweep:
+        if args.redo_below is not None:
+            raise InputError("--redo_below is for a sweep, and this makes one video: add --output_dir")
         settle_single(groups[0], output=args.output, overwrite=args.overwrite)
     failed = {} if args.overwrite else find_made(groups)
     there = sum(job.made for job in jobs)
@@ -296,6 +322,9 @@ def main(argv: list[str] | None = None) -> Path | str | Iterable[str]:
             failed |= make_videos(
                 to_do, args, cluster, there=there if is_sweep else None, contexts=contexts, order=order
             )
+    if args.redo_below is not None:
+        more, failed_again = redo(groups, args, contexts=contexts)
+        jobs, failed = [*jobs, *more], failed | failed_again
     if not is_sweep:
         if failed:
             raise next(iter(failed.values()))

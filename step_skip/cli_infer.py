@@ -8,6 +8,7 @@ from pathlib import Path
 from step_skip import cli
 from step_skip.closeness import CLOSENESS, DEFAULT_CLOSENESS
 from step_skip.plan import FIXED
+from step_skip.redo import MEASURE
 from step_skip.steps import DEFAULT_TEXT_SHARE, FORMATION_FILE
 
 
@@ -134,6 +135,13 @@ def add_output_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="the folder of a sweep; whole videos in it are not made again (default: one in the first "
         "prior's outputs folder, named after all choices)",
+    )
+    group.add_argument(
+        "--redo_below",
+        type=cli.positive_float,
+        metavar="X",
+        help=f"of a sweep: make the videos whose {MEASURE} is below X dB once more, in more steps; both stay "
+        "(docs/measures.md)",
     )
     group.add_argument(
         "--fps",

@@ -30,6 +30,7 @@ from step_skip.inputs import know_contexts, load_inputs
 from step_skip.loading import Model, describe_machine, installed_versions, model_of
 from step_skip.lora import summarize_loras
 from step_skip.made import describe_settings
+from step_skip.measures import measures_of
 from step_skip.media import write_video
 from step_skip.memory import peak_memory
 from step_skip.metadata import read_prior
@@ -77,7 +78,7 @@ class Clip:
     latents: torch.Tensor  # clean, [B, C, T, H, W]
     forwards: int  # network evaluations
     seconds: dict[str, float]  # by phase: load, encode, denoise, decode ...
-    report: dict[str, Any]  # all that is needed to make it again
+    report: dict[str, Any]  # all that is needed to make it again, and its measures (measures.py)
     walk: Walk | None = None  # what it takes to make it a prior; of a differential resume
 
     def save(self, path: str | Path, *, overwrite: bool = False) -> Path:
@@ -300,11 +301,13 @@ def make_clip(
     """Run a plan of a prior whose inputs are complete, or what is left of it after a pause."""
     result = run_plan(group, plan, model.pipe, callback=callback, progress=progress, pause=pause)
     report = describe_clip(group, plan, model, result)
+    begin = time.perf_counter()
+    report |= measures_of(result.frames)
     return Clip(
         result.frames,
         result.latents,
         result.forwards,
-        dict(result.seconds),
+        result.seconds | {"measure": time.perf_counter() - begin},
         report,
         walk_of(group, plan, result),
     )

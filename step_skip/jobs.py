@@ -9,7 +9,7 @@ import math
 import traceback
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from tqdm import tqdm
 
@@ -21,6 +21,7 @@ from step_skip.infer import encode_identity, encode_new, encode_text, make_clip,
 from step_skip.inputs import let_go, load_inputs, unknown_texts
 from step_skip.loading import Model
 from step_skip.lora import Lora
+from step_skip.measures import describe_measures
 from step_skip.memory import describe_peak, peak_memory
 from step_skip.models import COMPONENTS, ENCODERS, EXPERTS, SKIP_BRANCH, LoadOptions
 from step_skip.places import free_path
@@ -49,6 +50,7 @@ class Savable(Protocol):
     frames: list[Image]
     forwards: int
     seconds: dict[str, float]
+    report: dict[str, Any]
 
     def save(self, path: Path, *, overwrite: bool = False) -> object: ...
 
@@ -296,5 +298,7 @@ def save_clip(clip: Savable, job: Job, on_made: OnMade | None) -> None:
         except TakenError:  # by another run, meanwhile: no clip is lost
             job.path = free_path(job.path)
     log.info(f"{job.path}: {clip.forwards} forwards, {describe_seconds(clip.seconds, prior=job.prior)}")
+    if told := describe_measures(clip.report):
+        log.info(", ".join(told))
     if on_made is not None:
         on_made(job.path, clip.frames)

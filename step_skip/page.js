@@ -169,6 +169,7 @@ for (const name of ["sort", "find", "starred"]) {
   field.addEventListener("input", () => { kept[name] = field[part]; keep(); arrange(); });
 }
 $("speed").value = kept.speed;
+$("measures").hidden = !results.some((figure) => figure.dataset.identity);
 arrange();
 
 // --- enlarged, and two compared ------------------------------------------------------------------------------

@@ -22,17 +22,19 @@ from urllib.parse import quote
 
 from step_skip.files import InputError
 from step_skip.lora import summarize_loras
+from step_skip.measures import describe_measures
 from step_skip.page_clips import SETTINGS, Clip, Section, prior_title
+from step_skip.plan_steps import more_steps
 from step_skip.schema import is_number
 
 NOTHING: tuple[object, ...] = (None, "", [])  # settings that were not used
 LATE = "late for a new motion"
-FEWER = (1, 2, 3, 4, 6, 8, 12, 16, 25, 50)  # numbers of steps, of which the next is "more steps"
-MEASURES: Mapping[str, str] = {  # of a result's JSON: what the page says of it
-    "predicted_closeness": "{:.1f} dB predicted to a full run",
-}
 SORTS: Mapping[str, str] = {  # what a page can be sorted by, where it is known
     "predicted_closeness": "predicted closeness",
+    "identity": "identity",
+    "movement": "movement",
+    "flicker": "flicker",
+    "sharpness": "sharpness",
     "forwards": "forwards",
     "seconds": "seconds",
 }
@@ -181,18 +183,21 @@ def figure_html(
     told = [
         *(f'<span class="late">{escaped(note)}</span>' if note == LATE else escaped(note) for note in notes),
         escaped(clip.cost),
-        *(
-            escaped(text.format(clip.report[key]))
-            for key, text in MEASURES.items()
-            if is_number(clip.report.get(key))
-        ),
         *(escaped(f"{key} {settings[key]}") for key in keys if key in settings),
+        measures_html(clip.report),
     ]
     details = "".join(f"<br>{each}" for each in told if each)
     heading = f'<b class="name">{escaped(name)}</b>' if is_result else ""
     data = data_of(base, clip, name=name, title=title) if is_result else ""
     return f"""<figure{data}>{video_html(base, clip, label=f"{name}, {title}" if name else title)}{problem}
 <figcaption dir=auto>{heading}<b class="steps">{escaped(title)}</b>{details}</figcaption></figure>"""
+
+
+def measures_html(report: Mapping[str, Any]) -> str:
+    """What was measured of a result; no measure is broken over two lines."""
+    told = escaped(", ".join(describe_measures(report)))
+    unbroken = told.replace(", ", ",</span> <span>")
+    return f'<span class="measures"><span>{unbroken}</span></span>' if told else ""
 
 
 def data_of(base: Path, clip: Clip, *, name: str, title: str) -> str:
@@ -269,21 +274,16 @@ def command_of(clip: Clip) -> str | None:
 
 def with_more_steps(command: str, report: Mapping[str, Any]) -> str | None:
     """The same with more steps; None where there are no more, or each has a guidance of its own."""
-    words, ran = shlex.split(command), len(report["steps_run"])
+    words, more = shlex.split(command), more_steps(report)
     flag = {"differential": "--steps", "resume": "--start_step"}.get(report["method"])
-    if flag not in words or isinstance(report.get("cfg_scale"), list):
+    if more is None or flag not in words or isinstance(report.get("cfg_scale"), list):
         return None
     begin = words.index(flag)
     end = begin + 1
     while end < len(words) and not words[end].startswith("--"):
         end += 1
-    if flag == "--start_step":
-        earlier = report["start_step"] // 2
-        new = [flag, str(earlier)] if earlier < report["start_step"] else None
-    else:
-        more = next((number for number in FEWER if number > ran), None)
-        new = None if more is None or more > report["num_inference_steps"] else ["--num_steps", str(more)]
-    return None if new is None else shlex.join([*words[:begin], *new, *words[end:]])
+    new = [word for name, value in more.items() for word in (f"--{name}", str(value))]
+    return shlex.join([*words[:begin], *new, *words[end:]])
 
 
 def differences(clip: Clip, others: Iterable[Clip]) -> list[str]:

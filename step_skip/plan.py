@@ -109,6 +109,7 @@ class Plan:
     closeness: float | None = None  # in dB: the first step chooses the shortest path expected to reach it
     paths: tuple[tuple[int, ...], ...] | None = None  # likewise: to choose among; steps_to_run is the longest
     nearest_of: tuple[str, ...] | None = None  # run ids of the priors of which the first step chooses one
+    choices: Choices | None = None  # what it was made from
 
     @property
     def steps_to_read(self) -> list[int]:
@@ -186,6 +187,7 @@ def make_plan(
         image=choices.image,
         model=model,
         dtype=choices.dtype or prior.metadata.get("dtype"),
+        choices=choices,
     )
     plan = Plan(**entries)
     if knows_first_nega(plan, prior):
@@ -295,7 +297,8 @@ def settings_of(plan: Plan, prior: Prior) -> RunSettings:
 def describe_choices(plan: Plan) -> dict[str, Any]:
     """A plan's entries that decide the video, as they stand in a result's JSON; the image has a checksum."""
     entries = {name: getattr(plan, name) for name in _PLAN}
-    del entries["image"], entries["auto"], entries["knows_nega"]  # none of them changes the latents
+    for name in ("image", "auto", "knows_nega", "choices"):  # none of them changes the latents
+        del entries[name]
     steps = entries.pop("steps_to_run")
     if plan.paths is None:  # else the run decides
         entries["steps_run"] = steps

@@ -6,7 +6,8 @@ The arithmetic of steps and sigmas is in steps.py.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 from step_skip.closeness import CLOSENESS, DEFAULT_CLOSENESS, FIT
@@ -27,6 +28,16 @@ if TYPE_CHECKING:
     from step_skip.plan import Choices
 
 AUTO: Final = "auto"  # --start_step by the prior, --num_steps by the clip, --vae_tiling by sizes
+CHOOSE_STEPS: Final = (  # of the choices those that say which steps run
+    "start_step",
+    "steps",
+    "num_steps",
+    "closeness",
+    "sigmas",
+    "num_steps_after",
+    "text_share",
+)
+MORE: Final = (1, 2, 3, 4, 6, 8, 12, 16, 25, 50)  # numbers of steps, of which the next is "more steps"
 
 
 def choose_steps(choices: Choices, prior: Prior) -> dict[str, Any]:
@@ -72,6 +83,16 @@ def choose_steps(choices: Choices, prior: Prior) -> dict[str, Any]:
         "paths": paths,
         "closeness": None if paths is None else choices.closeness or CLOSENESS[DEFAULT_CLOSENESS],
     }
+
+
+def more_steps(report: Mapping[str, Any]) -> dict[str, int] | None:
+    """The choice that gives a clip more steps, by its JSON; None: there are no more, or they are its own."""
+    if report["method"] == "differential":
+        more = next((number for number in MORE if number > len(report["steps_run"])), math.inf)
+        return {"num_steps": int(more)} if more <= report["num_inference_steps"] else None
+    if report["method"] == "resume" and report["start_step"] > 0:
+        return {"start_step": report["start_step"] // 2}
+    return None
 
 
 def auto_paths(choices: Choices, prior: Prior) -> tuple[tuple[int, ...], ...]:

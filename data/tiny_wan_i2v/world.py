@@ -12,6 +12,7 @@ buds on the wall bloom into, one of six patterns on every tile, whatever the mot
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -389,10 +390,10 @@ def measure(frames: np.ndarray, identity: Identity) -> Measurement:
     )
 
 
-def track(video: np.ndarray, identity: Identity) -> np.ndarray:
-    """The pose in every second frame. video: float [T, H, W, 3] in 0..1 -> [len(TRACKED), 6]"""
+def track(video: np.ndarray, identity: Identity, *, frames: Iterable[int] = TRACKED) -> np.ndarray:
+    """The pose in every second frame. video: float [T, H, W, 3] in 0..1 -> [len(frames), 6]"""
     found = [np.zeros(len(POSE))]
-    for frame in TRACKED:
+    for frame in frames:
         found.append(_fit(video[frame], identity, found[-1]))
     return np.stack(found[1:])
 
