@@ -23,7 +23,7 @@ from step_skip.prior import METADATA_FILE, damaged_files
 
 THIRD_PROMPT = "The portrait nods."
 POISON = "The portrait takes its worker along."
-DECIDING = ("latents_sha256", "video_sha256", "steps_run", "prompt", "prior_files", "forwards")
+DECIDING = ("latents_sha256", "video_sha256", "steps_run", "prompt", "prior_files", "forwards", "identity")
 
 
 class Slow(cluster_videos.VideoWorker):
