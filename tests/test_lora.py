@@ -497,6 +497,7 @@ def test_a_sweep_of_strengths_makes_what_single_runs_make(
     outcome = infer(prior_copy, *flags, "--lora", f"{path}:0.25,1,-0.5", "--output_dir", sweep)
     assert outcome.code == 0, outcome.err
     assert len(loads) == 3
+    assert (prior_copy / "contexts").is_dir() and not (sweep / "contexts").exists()  # of one prior
     reports = {file.stem: read_json(file) for file in sweep.glob("*.json")}
     assert len(reports) == 6 == len({report["latents_sha256"] for report in reports.values()})
     page = (sweep / "index.html").read_text()
