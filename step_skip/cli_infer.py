@@ -157,8 +157,8 @@ def add_output_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--save_prior",
         action="store_true",
-        help="make the clip a prior, too, beside the one it follows: a variation of it can be had in fewer of "
-        "the steps that it took, and comes as near to a full run as it did, not nearer",
+        help="make the clip a prior, too, beside the one it follows: a variation of it can be had in fewer "
+        "steps than it took, and comes as near to a full run as it did, not nearer",
     )
     group.add_argument(
         "--dry_run",
