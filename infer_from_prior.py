@@ -50,6 +50,7 @@ from step_skip.places import sweep_folder
 from step_skip.plan import settings_of
 from step_skip.plan_steps import AUTO
 from step_skip.preview import check_previewable
+from step_skip.prior import bytes_of_prior
 from step_skip.redo import MEASURE, worse_groups
 from step_skip.sweep import Group, Job, all_jobs, by_weights, make_groups
 from step_skip.tell import (
@@ -298,9 +299,12 @@ def main(argv: list[str] | None = None) -> Path | str | Iterable[str]:
     for job in jobs if args.preview else ():
         check_previewable(job.prior)
         job.preview = True
-    for job in jobs if args.save_prior else ():
-        check_clip_prior(job.plan, job.prior)
-        job.save_prior = True
+    if args.save_prior:
+        if is_sweep:
+            raise InputError("--save_prior is for one clip: a sweep's priors would be among those it sweeps")
+        check_clip_prior(jobs[0].plan, jobs[0].prior)
+        check_folder(jobs[0].prior.directory.parent, bytes_of_prior(jobs[0].prior))
+        jobs[0].save_prior = True
     say_what_auto_means(groups)
     if not is_sweep:
         if args.redo_below is not None:

@@ -11,6 +11,7 @@ what the prior that it followed says of that.
 from __future__ import annotations
 
 import functools
+import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from step_skip.prior import (
     CLIP,
     OUTPUT_FILE,
     Prior,
+    check_files,
     context_file,
     identity_file,
     latents_before_file,
@@ -43,10 +45,10 @@ if TYPE_CHECKING:
 
 # what of the followed prior's metadata is true of its own run alone
 NOT_TAKEN_OVER: Final = frozenset(
-    ("status", "files", "shapes", "metadata_sha256", FORMATION_KEY, "seconds_per_step", "peak_memory")
-) | {"start_step_chosen"}
+    ("run_id", "status", "files", "shapes", "metadata_sha256", FORMATION_KEY, "seconds_per_step")
+) | {"peak_memory", "start_step_chosen"}
 FROM_REPORT: Final = (  # the clip's own, by the same names
-    *("prompt", "negative_prompt", "fps", "tiled", "lora", "quantize", "compile", "dtype", "forwards"),
+    *("prompt", "negative_prompt", "fps", "tiled", "lora", "dtype", "forwards"),
     *("device", "device_name", "num_threads", "attention", "vram", "versions", "latents_sha256"),
     *("peak_memory", "seconds_per_step"),
 )
@@ -66,14 +68,18 @@ def check_clip_prior(plan: Plan, prior: Prior) -> None:
     """Refuse what can't be made a prior: a path that begins late, or isn't as its own prompt would run it.
 
     Raises:
-        InputError: saying why.
+        InputError: saying why; or an image of the followed prior is damaged, which the new one takes over.
     """
-    cannot = "a clip can be made a prior"
+    can = "a clip can be made a prior"
     if plan.method != "differential" or plan.steps_to_run[0] != 0:
-        raise InputError(f"{cannot} if it is a differential resume from step 0 on: leave --start_step out")
+        raise InputError(
+            f"{can} if it is a differential resume from step 0 on: leave --start_step and --sigmas out, and "
+            "begin --steps with 0"
+        )
     if (plan.skip_cache, plan.tea_cache_l1_thresh) != (None, None):
-        raise InputError(f"{cannot} without --skip_cache and TeaCache, with which its steps are not its own")
+        raise InputError(f"{can} without --skip_cache and TeaCache, with which its steps are not its own")
     guidance_by_expert(plan, prior)
+    check_files(prior, prior.image_files)
 
 
 def guidance_by_expert(plan: Plan, prior: Prior) -> dict[str, float]:
@@ -99,15 +105,19 @@ def save_clip_prior(clip: Clip, walk: Walk, output_dir: Path, *, run_id: str | N
     """
     check_clip_prior(walk.plan, walk.prior)
     directory, run_id = create_run_dir(output_dir, run_id, name=walk.prior.metadata["run_id"])
-    with locked(directory):
-        writer = PriorWriter(directory, {"run_id": run_id, **describe_walk(clip, walk)})
-        for name in walk.prior.image_files:
-            content = read_own_file(walk.prior, name)
-            writer.save(name, functools.partial(Path.write_bytes, data=content))
-        for name, tensor in tensors_of(walk).items():
-            writer.save_tensor(name, tensor)
-        writer.save(OUTPUT_FILE, functools.partial(write_video, clip.frames, fps=clip.report["fps"]))
-        writer.finish("complete")
+    writer = PriorWriter(directory, {"run_id": run_id, **describe_walk(clip, walk)})
+    try:
+        with locked(directory):
+            for name in walk.prior.image_files:
+                content = read_own_file(walk.prior, name)
+                writer.save(name, functools.partial(Path.write_bytes, data=content))
+            for name, tensor in tensors_of(walk).items():
+                writer.save_tensor(name, tensor)
+            writer.save(OUTPUT_FILE, functools.partial(write_video, clip.frames, fps=clip.report["fps"]))
+            writer.finish("complete")
+    except BaseException:
+        shutil.rmtree(directory, ignore_errors=True)  # nothing could finish it
+        raise
     return writer.prior
 
 
@@ -123,6 +133,9 @@ def describe_walk(clip: Clip, walk: Walk) -> dict[str, Any]:
     return {
         **taken_over,
         **{name: own[name] for name in FROM_REPORT if own.get(name) is not None},
+        "quantize": walk.plan.quantize,
+        "compile": walk.plan.compile,
+        **{"skip_cache": None, "tea_cache_l1_thresh": None, "tea_cache_model_id": ""},
         "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "prior_kind": CLIP,
         "followed": recorded["run_id"],

@@ -44,6 +44,7 @@ from step_skip.plan import (
     part_of_step,
     settings_of,
 )
+from step_skip.plan_steps import number_of_steps
 from step_skip.prior import (
     Prior,
     identity_file,
@@ -433,6 +434,7 @@ def describe_clip(group: Group, plan: Plan, model: Model, result: RunResult) -> 
         "peak_memory": peak_memory(options.device),
         **describe_machine(options.device),
         "components_loaded": [name for name in COMPONENTS if name in model.fingerprint],
+        "prior_steps": min(number_of_steps(member.prior) for member in group.members),
         "steps_run": result.steps,
         "steps_skipped": prior.num_inference_steps - len(result.steps),
         "forwards": result.forwards,

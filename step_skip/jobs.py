@@ -17,7 +17,7 @@ from step_skip.contexts import ContextStore
 from step_skip.cost import expected_seconds_of_each
 from step_skip.experts import experts_of
 from step_skip.files import InputError, TakenError
-from step_skip.infer import encode_identity, encode_new, encode_text, make_clip, run_plan
+from step_skip.infer import Clip, encode_identity, encode_new, encode_text, make_clip, run_plan
 from step_skip.inputs import let_go, load_inputs, unknown_texts
 from step_skip.loading import Model
 from step_skip.lora import Lora
@@ -27,7 +27,7 @@ from step_skip.models import COMPONENTS, ENCODERS, EXPERTS, SKIP_BRANCH, LoadOpt
 from step_skip.places import free_path
 from step_skip.plan import needed_components, settings_of
 from step_skip.preview import preview_to
-from step_skip.prior import check_fingerprint, ranges
+from step_skip.prior import check_fingerprint
 from step_skip.results import Clock
 from step_skip.sweep import Group, Job, all_jobs
 from step_skip.tell import describe_seconds, load_told
@@ -282,11 +282,26 @@ def run_job(
         return
     clip = make_clip(group, job.plan, model, callback=callback, pause=pause)
     clip.seconds |= shared
-    if job.save_prior and clip.walk is not None:
-        saved = clip.save_prior(clip.walk.prior.directory.parent)
-        clip.report["saved_prior"] = str(saved.directory.absolute())
-        log.info(f"{saved.directory}: the clip as a prior, of steps {ranges(saved.kept_steps or [])}")
+    error = save_prior_of(clip) if job.save_prior else None
     save_clip(clip, job, on_made)
+    if error is not None:
+        raise error
+
+
+def save_prior_of(clip: Clip) -> Exception | None:
+    """Make a clip a prior, beside the one it followed; returns what went wrong: no clip is lost over it."""
+    followed = Path(clip.report["prior_dir"])
+    try:
+        if clip.report["apart"] == 0:
+            saved = followed
+            log.info(f"{followed}: its own prompt, and so the clip's prior already")
+        else:
+            saved = clip.save_prior(followed.parent).directory
+            log.info(f"{saved}: the clip as a prior")
+    except JOB_ERRORS as error:
+        return error
+    clip.report["saved_prior"] = str(saved.absolute())
+    return None
 
 
 def save_clip(clip: Savable, job: Job, on_made: OnMade | None) -> None:

@@ -165,7 +165,7 @@ def check_progress(prior: Prior) -> None:
         raise InputError("its format is an older one, which records no settings; make it again")
     m = prior.metadata
     if prior.kept_steps is not None:
-        raise InputError(f"it was pruned to steps {ranges(prior.kept_steps)}; make it again")
+        raise InputError(f"it keeps only steps {ranges(prior.kept_steps)}; make it again")
     for key in PROGRESS_KEYS:
         if key not in m:
             raise InputError(f"{METADATA_FILE} lacks {key!r}; it is older, or was edited: make it again")

@@ -89,7 +89,8 @@ def more_steps(report: Mapping[str, Any]) -> dict[str, int] | None:
     """The choice that gives a clip more steps, by its JSON; None: there are no more, or they are its own."""
     if report["method"] == "differential":
         more = next((number for number in MORE if number > len(report["steps_run"])), math.inf)
-        return {"num_steps": int(more)} if more <= report["num_inference_steps"] else None
+        most = report.get("prior_steps", report["num_inference_steps"])
+        return {"num_steps": int(more)} if more <= most else None
     if report["method"] == "resume" and report["start_step"] > 0:
         return {"start_step": report["start_step"] // 2}
     return None

@@ -10,8 +10,8 @@ from pathlib import Path
 from step_skip.closeness import FIT
 from step_skip.files import InputError, locked
 from step_skip.metadata import PriorWriter, read_prior
+from step_skip.plan_steps import number_of_steps, usual_steps
 from step_skip.prior import Prior, latents_before_file, ranges, step_file, step_files
-from step_skip.steps import spread_steps
 
 OF_A_STEP = re.compile(r"(step|noise_pred|noise_pred_nega)_\d+\.pt")
 
@@ -30,10 +30,11 @@ def steps_to_keep(prior: Prior, *, num_steps: Sequence[int] | None, steps: Seque
         if not set(steps) <= set(range(total)):
             raise InputError(f"--steps {steps}: {prior.directory} has steps 0 to {total - 1}")
         return sorted(set(steps))
-    numbers = [number for number in FIT if number <= total] if num_steps is None else num_steps
-    if max(numbers) > total:
-        raise InputError(f"--num_steps {max(numbers)}: {prior.directory} has only {total} steps")
-    return sorted({step for number in numbers for step in spread_steps(total, number)})
+    most = number_of_steps(prior)
+    numbers = [number for number in FIT if number <= most] if num_steps is None else num_steps
+    if max(numbers) > most:
+        raise InputError(f"--num_steps {max(numbers)}: {prior.directory} has only {most} steps")
+    return sorted({step for number in numbers for step in usual_steps(prior, number)})
 
 
 def files_to_remove(prior: Prior, steps: Sequence[int]) -> dict[str, int]:
@@ -53,7 +54,7 @@ def files_to_remove(prior: Prior, steps: Sequence[int]) -> dict[str, int]:
     lacking = sorted(name for name in needed if not prior.has(name))
     if lacking:
         raise InputError(
-            f"{prior.directory} was pruned to steps {ranges(prior.kept_steps or [])} and lacks {lacking[0]}; "
+            f"{prior.directory} keeps only steps {ranges(prior.kept_steps or [])} and lacks {lacking[0]}; "
             "keep some of these"
         )
     extra = [name for name in prior.metadata["files"] if OF_A_STEP.fullmatch(name) and name not in needed]

@@ -32,6 +32,7 @@ def worse_groups(groups: Iterable[Group], *, below: float) -> list[Group]:
     for group in groups:
         jobs = {job.path: job for each in group.jobs if (job := in_more_steps(group, each, below=below))}
         if jobs := {path: job for path, job in jobs.items() if path not in taken}:
+            taken |= jobs.keys()
             found.append(make_group([member.prior for member in group.members], list(jobs.values())))
     return found
 

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 from families import image_flags
-from helpers import OTHER_PROMPT, PROMPT, Outcome, read_json
+from helpers import OTHER_PROMPT, PROMPT, Outcome, edit_metadata, read_json
 
 import step_skip
 from step_skip.closeness import FirstLook, fewest_steps, predicted_closeness
 from step_skip.files import InputError, sha256_tensor
-from step_skip.plan_steps import nearest_steps
+from step_skip.plan_steps import more_steps, nearest_steps
 from step_skip.prior import Prior
 
 VARIATION = "The portrait rises."
@@ -44,6 +44,7 @@ def test_its_own_prompt_gives_the_clip_by_every_number_of_its_steps(
     recorded = read_json(saved / "run_metadata.json")
     assert recorded["latents_sha256"] == clip["latents_sha256"] != read_json(prior / "run_metadata.json")
     assert recorded["kept_steps"] == clip["steps_run"]
+    assert f"run_{recorded['run_id']}" == saved.name
     model = step_skip.load("tiny", model_dir=folder_of(family), dtype=dtype)
     for choice in (
         {},
@@ -110,7 +111,8 @@ def test_a_clip_that_is_there_is_made_again_only_for_its_prior(prior_copy, save,
     ("flags", "words"),
     [
         (("--start_step", 6), ["differential resume from step 0"]),
-        (("--steps", 2, 5), ["differential resume from step 0"]),
+        (("--steps", 2, 5), ["begin --steps with 0"]),
+        (("--num_steps", "2,3"), ["--save_prior is for one clip"]),
         (("--cfg_scale", 3, 3, 1), ["one --cfg_scale"]),
         (("--tea_cache_l1_thresh", 0.1, "--tea_cache_model_id", "Wan2.1-I2V-14B-480P"), ["TeaCache"]),
         (("--ray",), ["--save_prior", "--ray"]),
@@ -118,6 +120,46 @@ def test_a_clip_that_is_there_is_made_again_only_for_its_prior(prior_copy, save,
 )
 def test_what_can_be_no_prior_is_refused_before_it_is_made(prior_copy, save, refused, flags, words) -> None:
     refused(lambda: save(prior_copy, *flags), *words)
+
+
+def test_a_damaged_image_is_told_before_anything_is_made(prior_copy, save, refused) -> None:
+    with (prior_copy / "input_image.png").open("ab") as file:
+        file.write(b"more")
+    refused(lambda: save(prior_copy), "input_image.png", "damaged")
+
+
+def test_no_clip_is_lost_when_its_prior_cannot_be_saved(prior_copy, save, monkeypatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("step_skip.clip_prior.write_video", full)
+    outcome = save(prior_copy)
+    assert outcome.code != 0 and "No space left" in outcome.error
+    assert len([*(prior_copy / "outputs").glob("*.mp4")]) == 1
+    assert [*prior_copy.parent.glob("run_*")] == [prior_copy]
+    monkeypatch.undo()
+    assert Path(save(prior_copy).report["saved_prior"]).is_dir()
+
+
+def test_its_own_clip_is_made_no_second_prior_of(prior_copy, run, model_dir) -> None:
+    flags = ("--prior_dir", prior_copy, "--model_dir", model_dir, "--save_prior")
+    assert run("infer_from_prior", *flags).report["saved_prior"] == str(prior_copy)
+    assert [*prior_copy.parent.glob("run_*")] == [prior_copy]
+
+
+def test_how_its_weights_were_is_the_clips_own(prior_copy, save) -> None:
+    edit_metadata(prior_copy, quantize="fp8", skip_cache=2)
+    recorded = read_json(
+        Path(save(prior_copy, "--quantize", "off").report["saved_prior"]) / "run_metadata.json"
+    )
+    assert recorded["quantize"] is recorded["skip_cache"] is None
+
+
+def test_it_is_pruned_to_fewer_of_its_steps_and_more_are_not_proposed(saved, run, model_dir) -> None:
+    assert run("prior_utils", "prune", saved, "--num_steps", 2, "--yes").code == 0
+    flags = ("--prior_dir", saved, "--model_dir", model_dir, "--prompt", VARIATION)
+    report = run("infer_from_prior", *flags).report
+    assert report["steps_run"] == [0, 9] and more_steps(report) is None
 
 
 @pytest.fixture
