@@ -219,7 +219,7 @@ def make_missing(
     family = family_name(args.model, args.model_dir)
     read_video = functools.lru_cache(maxsize=1)(functools.partial(read_input_video, args))
     read_video(to_do[0].prior.settings)
-    check_first(to_do, options, family)
+    check_first(to_do, options, family, on_cluster=args.ray is not None)
     if not (to_do := usable(jobs, to_do)):
         return
     begun: list[Path] = []

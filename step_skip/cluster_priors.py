@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from step_skip.cluster import Cluster, Driver, Turn, Worker, plain_error
-from step_skip.files import LEFTOVER, TEMPORARY_PREFIX, InputError, locked, replacing, write_json
+from step_skip.files import LEFTOVER, TEMPORARY_PREFIX, locked, replacing, write_json
 from step_skip.generate import generate_prior
 from step_skip.images import Picture
 from step_skip.jobs import JOB_ERRORS
@@ -141,8 +141,6 @@ def make_on_cluster(
         for job in jobs:
             cost = cost_of(job)
             try:
-                if job.directory is not None:
-                    raise InputError(f"{job.directory} was begun by one process: finish it without --ray")
                 choices, pictures = take_images(job, options, family)
                 video = read_video(job.prior.settings)
             except JOB_ERRORS as error:

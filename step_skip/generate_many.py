@@ -78,7 +78,7 @@ def generate_priors(
         to_do = usable(jobs, [job for job in jobs if not job.made])
         if to_do:
             check_folder(folder, sum(map(bytes_of, to_do)))
-            check_first(to_do, here, family)
+            check_first(to_do, here, family, on_cluster=ray is not None)
             to_do = usable(jobs, to_do)
         how: dict[str, Any] = {"output_dir": folder}
         if on_made is not None:

@@ -77,14 +77,51 @@ def take_images(job: PriorJob, options: LoadOptions, family: str) -> tuple[Prior
     return dataclasses.replace(job.choices, width=image.width, height=image.height), pictures
 
 
-def check_first(jobs: Sequence[PriorJob], options: LoadOptions, family: str) -> None:
-    """Decode images until there is a prior that can be made, before any weights are loaded."""
-    for job in jobs:
+def check_first(
+    jobs: Sequence[PriorJob], options: LoadOptions, family: str, *, on_cluster: bool = False
+) -> None:
+    """Before any weights are loaded, look whether each that has begun can be gone on with.
+
+    If none can, images are decoded until there is a prior that can be made.
+    """
+    begun = [job for job in jobs if job.directory is not None]
+    for job in begun:
         try:
-            read_images(job, options, family)
-            return
+            check_begun(job, None if on_cluster else options.device)
         except InputError as error:
             job.error = error
+    if any(job.error is None for job in begun):
+        return
+    for job in jobs:
+        try:
+            if job.error is None:
+                read_images(job, options, family)
+                return
+        except InputError as error:
+            job.error = error
+
+
+def check_begun(job: PriorJob, device: str | None) -> None:
+    """Refuse to go on with a prior that another process writes, or that would come out otherwise here.
+
+    Args:
+        device: to go on with; None: those of a cluster, where none is gone on with.
+
+    Raises:
+        InputError: with what can be done instead.
+    """
+    if job.directory is None:
+        return
+    if device is None:
+        raise InputError(f"{job.directory} isn't whole, and a cluster finishes none: do it without --ray")
+    with locked(job.directory):
+        try:
+            read_begun(job.directory, device)
+        except InputError as error:
+            raise InputError(
+                f"{job.directory} can't be finished here: remove it (prior_utils.py rm) or give another "
+                f"--run_id; {error}"
+            ) from error
 
 
 def usable(jobs: Sequence[PriorJob], to_do: Sequence[PriorJob]) -> list[PriorJob]:
@@ -209,12 +246,8 @@ def finish(
     Raises:
         InputError: it can't be finished as the run that was begun would have.
     """
-    from step_skip.schedule import check_installed_schedule
-
     with locked(directory):
-        prior = read_resumable(directory)
-        check_same_machine(prior, model.options.device)
-        check_installed_schedule(prior)
+        prior = read_begun(directory, model.options.device)
         model.check(prior)
         left = what_is_left(prior)
         start = read_own_images(prior) if left.start_step is None else None
@@ -222,6 +255,20 @@ def finish(
             on_begin(directory)
         made = go_on(prior, left, model=model, start=start, clock=Clock(), callback=callback)
     return made, len(left.steps)
+
+
+def read_begun(directory: Path, device: str) -> Prior:
+    """Read a prior that is to be finished on a device.
+
+    Raises:
+        InputError: it can't be, as far as can be told without a model.
+    """
+    from step_skip.schedule import check_installed_schedule
+
+    prior = read_resumable(directory)
+    check_same_machine(prior, device)
+    check_installed_schedule(prior)
+    return prior
 
 
 def go_on(

@@ -11,6 +11,7 @@ from helpers import OTHER_PROMPT, PROMPT, edit_metadata, listing, read_json
 from PIL import Image
 from test_format import fail_at_step
 
+from step_skip.files import locked
 from step_skip.images import size_of
 from step_skip.prior_sweep import bases_of
 
@@ -90,6 +91,23 @@ def test_one_that_was_interrupted_is_finished_by_the_same_command(
     assert prompts_and_seeds(tmp_path / "priors").keys() == {"run_ann", "run_ben"}
     made = read_json(tmp_path / "priors" / "run_ann" / METADATA)
     assert (made["status"], made["files"]) == ("complete", read_json(prior / METADATA)["files"])
+
+
+@pytest.fixture
+def made_before(prior, tmp_path):
+    """The prior of PROMPT, where the same command looks for it."""
+    return shutil.copytree(prior, tmp_path / "priors" / "run_identity")
+
+
+def test_what_cannot_be_gone_on_with_is_told_before_a_model_is_loaded(
+    generate, refused, made_before, image, monkeypatch
+):
+    edit_metadata(made_before, status="running", num_threads=64)
+    flags = ("--image", image, "--prompt", PROMPT)
+    refused(lambda: generate(*flags), "was 64", "prior_utils.py rm", "another --run_id")
+    refused(lambda: generate(*flags, "--ray", "local"), "without --ray")
+    with locked(made_before):
+        refused(lambda: generate(*flags), "another process is writing")
 
 
 def test_what_makes_another_prior(generate, image, loads, tmp_path):
