@@ -318,7 +318,7 @@ def say_what_it_costs(jobs: Sequence[PriorJob], to_do: Sequence[PriorJob]) -> No
     """Tell what priors cost once, and what each new prompt will; and how many are there already."""
     there = sum(job.made for job in jobs)
     if jobs[0].made and len(jobs) == 1:
-        log.info("made before, by the same choices, and whole: nothing to do")
+        log.info("made before, by the same choices, and no file is missing: nothing to do")
     elif len(jobs) > 1 or not to_do:
         size = sum(map(bytes_of, to_do)) / 1e9
         log.info(f"{len(to_do)} priors to make, at most {size:.1f} GB; {there} are there already")

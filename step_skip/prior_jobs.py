@@ -28,7 +28,7 @@ from step_skip.loading import Model
 from step_skip.lora import distilled_hint
 from step_skip.metadata import PriorWriter
 from step_skip.models import LoadOptions, cache_components, model_defaults
-from step_skip.prior import END_IMAGE_FILE, IMAGE_FILE, Prior, RunSettings
+from step_skip.prior import END_IMAGE_FILE, IMAGE_FILE, Prior, RunSettings, check_files
 from step_skip.prior_plan import PriorChoices
 from step_skip.prior_sweep import PriorJob, forwards_of
 from step_skip.results import Clock
@@ -258,7 +258,7 @@ def finish(
 
 
 def read_begun(directory: Path, device: str) -> Prior:
-    """Read a prior that is to be finished on a device.
+    """Read a prior that is to be finished on a device, or that lacks something.
 
     Raises:
         InputError: it can't be, as far as can be told without a model.
@@ -266,6 +266,8 @@ def read_begun(directory: Path, device: str) -> Prior:
     from step_skip.schedule import check_installed_schedule
 
     prior = read_resumable(directory)
+    if prior.is_complete:
+        check_files(prior, prior.image_files)  # what can't be made again
     check_same_machine(prior, device)
     check_installed_schedule(prior)
     return prior

@@ -32,7 +32,8 @@ from step_skip.run_dir import check_run_id
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
-Found = tuple[Path, bool]  # a prior's folder, and whether it is whole
+BEGUN, PRUNED, WHOLE = range(3)  # how much there is of a prior, as far as its files' names tell
+Found = tuple[Path, int]  # a prior's folder, and which of these it is
 
 # entries that are known before a run and that another machine, or another moment, may have otherwise
 OF_THE_MACHINE: Final = frozenset(("device", "device_name", "num_threads", "attention", "versions", "vram"))
@@ -243,11 +244,13 @@ class Known:
         Raises:
             InputError: a run id that another prior has.
         """
-        taken, kept = set(), []
+        taken, kept, pruned = set(), [], []
         for job in jobs:
             key = None if self.choices.denoising_strength < 1 else self.key_of_job(job)
             if key is not None and (found := self.look_up(job, key)) is not None:
-                job.directory, job.made = found
+                job.directory, state = found
+                job.made = state != BEGUN
+                pruned += [job.directory] if state == PRUNED else []
             elif job.run_id is not None:
                 check_run_id(self.folder, job.run_id)
             if job.run_id is None and key is not None:
@@ -255,6 +258,11 @@ class Known:
                     continue
                 taken.add((job.base, key))
             kept.append(job)
+        if pruned:
+            log.info(
+                f"{len(pruned)} of those that are there were pruned, {pruned[0]} say: "
+                "another --run_id makes a whole one"
+            )
         return kept
 
     def look_up(self, job: PriorJob, key: object) -> Found | None:
@@ -266,15 +274,16 @@ class Known:
         return self.found[job.base].get(key)
 
     def read(self, names: Iterable[str]) -> dict[object, Found]:
-        """The priors of the run's settings among these folders, by what decides each; a whole one first."""
+        """The priors of the run's settings among these folders, by what decides each; of several the best."""
         found: dict[object, Found] = {}
         for name in names:
             with contextlib.suppress(InputError):  # damaged, or no prior
                 if (self.folder / name / METADATA_FILE).exists():
                     prior = read_run(self.folder / name)
-                    key, whole = key_of_prior(prior), prior.metadata.get("status") != "running"
-                    if self.is_alike(prior) and (whole or key not in found):
-                        found[key] = prior.directory, whole
+                    if self.is_alike(prior):
+                        key, state = key_of_prior(prior), state_of(prior)
+                        if key not in found or found[key][1] < state:
+                            found[key] = prior.directory, state
         return found
 
     def is_alike(self, prior: Prior) -> bool:
@@ -294,6 +303,26 @@ class Known:
         except InputError:
             return None
         return job.prompt, job.choices.seed, tuple(images)
+
+
+def state_of(prior: Prior) -> int:
+    """How much there is of a prior that records its files; one that lacks any is to be finished.
+
+    Raises:
+        InputError: it lacks some and can't be finished as what it is; the user is told.
+    """
+    m = prior.metadata
+    lacking = sorted(m["files"].keys() - set(os.listdir(prior.directory)))  # noqa: PTH208  half the time
+    is_pruned = prior.kept_steps is not None
+    if lacking and (is_pruned or m["status"] == "stopped"):
+        what = "was pruned" if is_pruned else "is a draft"
+        remedy = "prior_utils.py rm removes it" if is_pruned else "generate_prior.py --resume finishes it"
+        problem = f"{prior.directory} {what} and lacks {lacking[0]}, so it doesn't count as made; {remedy}"
+        log.warning(problem)
+        raise InputError(problem)
+    if lacking or m["status"] == "running":
+        return BEGUN
+    return PRUNED if is_pruned else WHOLE
 
 
 def bases_of(run_id: str) -> Iterator[str]:

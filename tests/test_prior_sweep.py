@@ -110,6 +110,41 @@ def test_what_cannot_be_gone_on_with_is_told_before_a_model_is_loaded(
         refused(lambda: generate(*flags), "another process is writing")
 
 
+def test_what_was_lost_of_one_is_made_again(generate, prior, made_before, image, tmp_path):
+    flags = ("--image", image, "--prompt", PROMPT)
+    for name in ("step_0008.pt", "output_full.mp4"):
+        (made_before / name).unlink()
+    planned = generate(*flags, "--dry_run")
+    assert json.loads(planned.out)["made"] is False
+    outcome = generate(*flags)
+    assert outcome.path == made_before and "2 steps" in outcome.err
+    assert listing(made_before) == listing(prior) | {METADATA: listing(made_before)[METADATA]}
+    assert read_json(made_before / METADATA)["files"] == read_json(prior / METADATA)["files"]
+    assert "no file is missing: nothing to do" in generate(*flags).err
+
+
+def test_a_pruned_one_counts_as_made_and_is_told_of(generate, run, refused, made_before, image, tmp_path):
+    flags = ("--image", image, "--prompt", PROMPT)
+    assert run("prior_utils", "prune", made_before, "--steps", 6, "--yes").code == 0
+    outcome = generate(*flags)
+    assert outcome.path == made_before
+    assert f"{made_before} say: another --run_id makes a whole one" in outcome.err
+    (made_before / "output_full.mp4").unlink()
+    planned = generate(*flags, "--dry_run")
+    assert "run_identity was pruned and lacks output_full.mp4" in planned.err
+    assert json.loads(planned.out)["prior_dir"] is None
+
+
+def test_a_draft_that_lost_something_does_not_count(generate, image):
+    flags = ("--image", image, "--num_inference_steps", 2, "--stop_after", 0)
+    draft = generate(*flags).path
+    assert "no file is missing: nothing to do" in generate(*flags).err
+    (draft / "denoised_0000.mp4").unlink()
+    planned = generate(*flags, "--dry_run")
+    assert "run_identity is a draft and lacks denoised_0000.mp4" in planned.err and "--resume" in planned.err
+    assert json.loads(planned.out)["prior_dir"] is None
+
+
 def test_what_makes_another_prior(generate, image, loads, tmp_path):
     """Other bytes under the same name, another choice, other weights; but not another place of the image."""
     few = ("--num_inference_steps", 1)
