@@ -5,9 +5,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from step_skip.cluster import connected
 from step_skip.cluster_priors import make_on_cluster
@@ -24,14 +24,16 @@ from step_skip.prior_sweep import bytes_of, make_jobs, plan_jobs
 if TYPE_CHECKING:
     from diffsynth.pipelines.wan_video import WanVideoPipeline
 
+T = TypeVar("T", bound="str | int | Path")
+
 
 def generate_priors(
     pipe: WanVideoPipeline | Model | LoadOptions,
     images: str | Path | Iterable[str | Path],
-    prompts: Sequence[str] = ("",),
+    prompts: str | Iterable[str] = "",
     *,
-    end_images: Iterable[str | Path] = (),
-    seeds: Sequence[int] = (0,),
+    end_images: str | Path | Iterable[str | Path] = (),
+    seeds: int | Iterable[int] = 0,
     output_dir: str | Path = "prior_output",
     ray: str | None = None,
     workers: int | None = None,
@@ -43,7 +45,7 @@ def generate_priors(
     Args:
         pipe: any WanVideoPipeline, or what `load` gives; or LoadOptions, with which a model is loaded only if
             a prior is missing, on a cluster by the workers alone.
-        images: files, and folders of them.
+        images: files, and folders of them; of these, as of all that follow, one alone or several.
         prompts: all for each image; as many as there are files, and no folder: one for each.
         end_images: one for all images, or one for each.
         ray: the address of a Ray cluster to make them on: "auto" the one here, "local" all GPUs of this
@@ -64,15 +66,15 @@ def generate_priors(
         raise InputError(
             "ray: workers load a model by its name; give what step_skip.load gives, or LoadOptions"
         )
-    folder, wanted = Path(output_dir), PriorChoices(seed=seeds[0], **choices)
-    paths = [Path(each) for each in ([images] if isinstance(images, str | Path) else images)]
-    ends = [Path(each) for each in end_images]
+    texts, numbers = as_list(prompts), as_list(seeds)
+    folder, wanted = Path(output_dir), PriorChoices(seed=numbers[0], **choices)
+    paths, ends = [Path(each) for each in as_list(images)], [Path(each) for each in as_list(end_images)]
     check_prior_choices(wanted)
     check_images(options.model, FAMILIES[family], image=bool(paths), end_image=bool(ends))
     if wanted.denoising_strength < 1:
         raise InputError("denoising_strength below 1 starts from a video: use generate_prior")
     with contextlib.redirect_stdout(sys.stderr):
-        jobs = make_jobs(paths, prompts, wanted, end_images=ends, seeds=seeds)
+        jobs = make_jobs(paths, texts, wanted, end_images=ends, seeds=numbers)
         here = options if ray is None else dataclasses.replace(options, device="cpu")  # workers have theirs
         jobs = plan_jobs(jobs, here, family, folder, parameters=own)
         to_do = usable(jobs, [job for job in jobs if not job.made])
@@ -94,3 +96,8 @@ def generate_priors(
                 make_on_cluster(to_do, cluster, options=sized, family=family, components=components, **how)
         report_failures(jobs, folder=folder)
     return [read_prior(job.directory) for job in jobs if job.directory is not None]
+
+
+def as_list(given: T | Iterable[T]) -> list[T]:
+    """One alone, or several, as a list."""
+    return [given] if isinstance(given, str | int | Path) else list(given)

@@ -109,6 +109,8 @@ def test_priors_that_are_there_need_no_model(model_dir, prior, image, loads):
         options, [image], [PROMPT], output_dir=prior.parent, on_made=lambda prior: 1 / 0
     )
     assert found.directory == prior and not loads
+    [same] = step_skip.generate_priors(options, image, PROMPT, seeds=0, output_dir=prior.parent)
+    assert same.directory == prior and not loads
     with pytest.raises(InputError, match="nowhere is not a file"):
         step_skip.generate_priors(options, "nowhere")
 
