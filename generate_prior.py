@@ -199,8 +199,6 @@ def make_priors(args: argparse.Namespace) -> list[PriorJob]:
         say_what_each_mode_takes(options, loaded_first(components))
     elif to_do:
         make_missing(args, jobs, to_do, options, components)
-    if not args.dry_run:
-        report_failures(jobs, folder=args.output_dir)
     return jobs
 
 
@@ -373,13 +371,26 @@ def command_line(args: argparse.Namespace, name: str, *words: object) -> str:
     return shlex.join(map(str, parts))
 
 
+def describe_priors(args: argparse.Namespace, jobs: Sequence[PriorJob]) -> Iterator[str]:
+    """The folder of each prior that is there, in a dry run each as a line of JSON; then what failed.
+
+    Raises:
+        RunError: some could not be made.
+    """
+    for job in jobs:
+        if args.dry_run or job.error is None:
+            yield describe_job(job) if args.dry_run else str(job.directory)
+    report_failures(jobs, folder=None if args.dry_run else args.output_dir)
+
+
 def main(argv: list[str] | None = None) -> str | Iterable[str]:
     """Make or finish priors and return their folders, one a line; in a dry run a line of JSON for each."""
     args = parse_args(argv)
     if args.resume is not None:
         return str(resume(args))
     jobs = make_priors(args)
-    return map(describe_job, jobs) if args.dry_run else "\n".join(str(job.directory) for job in jobs)
+    lines = describe_priors(args, jobs)
+    return "".join(lines) if len(jobs) == 1 else lines
 
 
 def command() -> None:

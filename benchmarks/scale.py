@@ -162,7 +162,7 @@ def ask_priors(priors: list[Path], prompts: Path) -> None:
 
     folder = prompts.parent
     argv = [*FLAGS, "--image", str(folder / "photos"), "--output_dir", str(folder / "priors")]
-    if len(generate_prior.main(argv).splitlines()) != IMAGES:
+    if len(list(generate_prior.main(argv))) != IMAGES:
         raise SystemExit("a prior was made again")
 
 

@@ -289,8 +289,11 @@ def go_on(
     return writer.prior
 
 
-def report_failures(jobs: Sequence[PriorJob], *, folder: Path) -> None:
+def report_failures(jobs: Sequence[PriorJob], *, folder: Path | None) -> None:
     """Tell how many of a sweep's priors could not be made; each was told of when it failed.
+
+    Args:
+        folder: where the others are; None: nowhere yet.
 
     Raises:
         RunError: some could not; or what is wrong with the only one.
@@ -299,7 +302,5 @@ def report_failures(jobs: Sequence[PriorJob], *, folder: Path) -> None:
         raise jobs[0].error
     failed = sum(job.error is not None for job in jobs)
     if failed:
-        raise RunError(
-            f"{failed} of {len(jobs)} priors failed, see above; the others are in {folder}; the same command "
-            "tries only these again"
-        )
+        others = f"; the others are in {folder}; the same command tries only these again" if folder else ""
+        raise RunError(f"{failed} of {len(jobs)} priors failed, see above{others}")

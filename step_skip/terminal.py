@@ -17,6 +17,7 @@ import re
 import signal
 import sys
 import unicodedata
+from collections import deque
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
@@ -183,6 +184,7 @@ def _catch_signals(received: list[type[KeyboardInterrupt]]) -> None:
 def _tell_result(lines: Iterable[object]) -> tuple[int, str]:
     """Print it: to a terminal as plain text, to a program byte for byte; returns exit code and error."""
     if sys.stdout is None:
+        deque(lines, maxlen=0)  # what fails on the way still counts
         return 0, ""
     for_people, line = sys.stdout.isatty(), ""
     try:

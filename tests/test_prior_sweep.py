@@ -50,6 +50,7 @@ def test_a_folder_is_every_image_times_seeds_times_prompts(generate, photos, loa
     assert made == dict(zip(names, 2 * chosen, strict=True))
     again = generate(*flags)
     assert again.code == 1 and len(loads) == 1
+    assert outcome.out.splitlines() == again.out.splitlines() == [str(tmp_path / "priors" / n) for n in names]
     assert "8 are there already" in again.err
     alone = generate("--image", photos / "ann.png", *flags[2:])
     assert alone.out.splitlines() == [str(tmp_path / "priors" / name) for name in names[:4]]
@@ -74,6 +75,10 @@ def test_a_dry_run_says_what_there_is_and_what_it_takes(generate, photos, loads,
     assert all(row["bytes_at_most"] > 2**20 and row["forwards"] == 20 for row in rows)
     assert "1 priors to make, at most 0.0 GB; 1 are there already" in outcome.err
     assert listing(tmp_path) == before and len(loads) == 1
+    (photos / "ugly.png").write_text("no image")
+    odd = generate("--image", photos, "--dry_run")
+    assert odd.code == 1 and "1 of 3 priors failed, see above" in odd.error
+    assert ["error" in json.loads(line) for line in odd.out.splitlines()] == [False, False, True]
 
 
 @pytest.mark.parametrize("step", [0, 4])
