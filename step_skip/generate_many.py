@@ -67,6 +67,8 @@ def generate_priors(
             "ray: workers load a model by its name; give what step_skip.load gives, or LoadOptions"
         )
     texts, numbers = as_list(prompts), as_list(seeds)
+    if not texts or not numbers:
+        raise InputError("prompts and seeds: give at least one of each")
     folder, wanted = Path(output_dir), PriorChoices(seed=numbers[0], **choices)
     paths, ends = [Path(each) for each in as_list(images)], [Path(each) for each in as_list(end_images)]
     check_prior_choices(wanted)

@@ -113,6 +113,9 @@ def test_priors_that_are_there_need_no_model(model_dir, prior, image, loads):
     assert same.directory == prior and not loads
     with pytest.raises(InputError, match="nowhere is not a file"):
         step_skip.generate_priors(options, "nowhere")
+    for nothing in ({"prompts": ()}, {"seeds": ()}):
+        with pytest.raises(InputError, match="at least one"):
+            step_skip.generate_priors(options, image, **nothing)
 
 
 def test_own_prompt_gives_the_priors_own_video(own_pipe, own_prior):
