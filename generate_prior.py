@@ -36,7 +36,7 @@ from step_skip.cluster_priors import make_on_cluster
 from step_skip.compute import check_compute
 from step_skip.families import FAMILIES, MODELS
 from step_skip.files import InputError, RunError, check_folder, locked
-from step_skip.generate import Left, check_same_machine, read_own_images, read_resumable, what_is_left
+from step_skip.generate import Left, read_own_images, read_resumable, what_is_left
 from step_skip.loading import loaded_first, pick_device
 from step_skip.lora import find_recorded_loras
 from step_skip.media import fetch_example, read_video
@@ -55,11 +55,11 @@ from step_skip.prior import (
     Prior,
     RunSettings,
     bytes_of_steps,
-    check_files,
     check_fingerprint,
     denoised_file,
 )
 from step_skip.prior_jobs import (
+    check_finishable,
     check_first,
     go_on,
     make_all,
@@ -247,8 +247,6 @@ def resume(args: argparse.Namespace) -> Path:
     with locked(args.resume):
         prior = read_resumable(args.resume)
         left = what_is_left(prior)
-        if prior.is_complete:
-            check_files(prior, prior.image_files)  # what can't be made again
         if prior.is_complete and not left.damaged and not left.components:
             log.info(f"{prior.directory} is complete and undamaged: nothing to do")
             return prior.directory
@@ -259,12 +257,9 @@ def resume(args: argparse.Namespace) -> Path:
 
 def finish(args: argparse.Namespace, prior: Prior, left: Left) -> Prior:
     """Run what is left of a prior whose folder is locked."""
-    from step_skip.schedule import check_installed_schedule
-
     m = prior.metadata
     device = pick_device(m["model"], args.device or m["device"])
-    check_same_machine(prior, device)
-    check_installed_schedule(prior)
+    check_finishable(prior, device)
     check_folder(prior.directory, bytes_needed(prior, videos=len(left.videos)))
     if args.preview:
         check_previewable(prior)

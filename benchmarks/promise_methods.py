@@ -56,6 +56,7 @@ class Prior:
     noise_pred_nega: list[object]  # and branch_distances: of None without guidance
     branch_distances: list[float]
     frames: np.ndarray
+    kept_steps: list[int] | None = None  # of a clip's: those it took; of the others there is None
 
     @property
     def sigmas(self) -> list[float]:
@@ -185,12 +186,13 @@ def resume(case: Case, prior: Prior, *, start_step: int):
     )
 
 
-def differential(case: Case, prior: Prior, *, steps: int, fading: bool = True, scheduler=None):
+def differential(case: Case, prior: Prior, *, steps: int, fading: bool = True, scheduler=None, on_step=None):
     """--num_steps: a few steps along the prior's path, spent on what the new prompt changes.
 
     Args:
         fading: let guidance fade over a step as it did for the prior.
         scheduler: another kind of DifferentialScheduler.
+        on_step: called with each step.
     """
     from step_skip.differential import DifferentialScheduler
     from step_skip.pipeline import run_scheduler
@@ -205,6 +207,7 @@ def differential(case: Case, prior: Prior, *, steps: int, fading: bool = True, s
         latents=path.latents[0],
         conditioning=case.conditioning("new"),
         known_nega=known_nega(case, prior, path.steps[0]),
+        on_step=on_step,
     )
 
 
@@ -232,9 +235,12 @@ def differential_own_bend(case: Case, prior: Prior, *, steps: int):
 def trajectory(prior: Prior, num_steps: int):
     """The prior's path at as many steps as --num_steps would choose."""
     from step_skip.differential import Trajectory
+    from step_skip.plan_steps import nearest_steps
     from step_skip.steps import guidance_decay, spread_steps
 
     steps, guidance = spread_steps(len(prior.noise_pred), num_steps), {}
+    if prior.kept_steps is not None:
+        steps = nearest_steps(steps, prior.kept_steps)
     if prior.is_guided:
         guidance = {
             "noise_pred_nega": [prior.noise_pred_nega[step] for step in steps],

@@ -17,7 +17,7 @@ import csv
 import sys
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -30,9 +30,8 @@ import promise
 import world
 from evaluate import psnr
 from promise import Job, run_cases
-from promise_methods import STEPS, Case, Prior, as_array, make_prior
-
-from step_skip.steps import guidance_decay, spread_steps
+from promise_methods import STEPS, Case, Prior, as_array, differential, make_prior
+from promise_report import Row, guidances, guided_by, mean_of, table
 
 FIRST_IDENTITY = 5_000_000  # a stream of identities of its own
 CLIP_STEPS = 4
@@ -41,64 +40,23 @@ NUM_STEPS = (1, 2, 3, 4)
 COLUMNS = ("index", "seed", "cfg_scale", "motion", "other", "weight", "way", "steps", "forwards", "psnr")
 
 
-@dataclass
-class Walked:
-    """A path by its steps; what `step_skip.clip_prior` saves of a clip, or any of a full run."""
-
-    steps: list[int]
-    latents: dict[int, object]  # before each step; by step, like the next two
-    noise_pred: dict[int, object]
-    noise_pred_nega: dict[int, object]
-    clean: object
-    branch_distances: list[float]  # of a full run's every step
-    frames: np.ndarray
-
-
-def walked(prior: Prior) -> Walked:
-    """A full run as a path of all its steps."""
-    steps = list(range(STEPS))
-    parts = (dict(enumerate(each)) for each in (prior.latents, prior.noise_pred, prior.noise_pred_nega))
-    return Walked(steps, *parts, prior.latents[-1], prior.branch_distances, prior.frames)
-
-
-def follow(case: Case, path: Walked, num_steps: int, prompt: str) -> tuple[object, Walked]:
-    """Follow a path in so many of its steps; the result, and the path that it took."""
-    from step_skip.differential import DifferentialScheduler, Trajectory
-    from step_skip.pipeline import run_scheduler
-    from step_skip.plan_steps import nearest_steps
-    from step_skip.schedule import compute_schedule
-
-    steps = nearest_steps(spread_steps(STEPS, num_steps), path.steps)
-    settings = {name: getattr(case.settings, name) for name in ("denoising_strength", "sigma_shift")}
-    sigmas = compute_schedule(num_inference_steps=STEPS, **settings)[1]
-    trajectory = Trajectory(
-        steps,
-        [*(path.latents[step] for step in steps), path.clean],
-        [path.noise_pred[step] for step in steps],
-        [path.noise_pred_nega[step] for step in steps],
-        case.settings.cfg_scale,
-        guidance_decay(path.branch_distances, steps, sigmas=sigmas),
-    )
+def clip_prior(case: Case, followed: Prior) -> Prior:
+    """A clip that follows a prior in CLIP_STEPS, as a prior: what `step_skip.clip_prior` saves of it."""
     taken = []
-    result = run_scheduler(
-        case.pipe,
-        case.settings,
-        scheduler=DifferentialScheduler(trajectory, case.settings.cfg_scale),
-        latents=trajectory.latents[0],
-        conditioning=case.conditioning(prompt),
-        known_nega=trajectory.noise_pred_nega[0],
-        on_step=taken.append,
-    )
-    own = Walked(
-        steps,
-        {step.index: step.latents_before for step in taken},
-        {step.index: step.noise_pred for step in taken},
-        {step.index: step.noise_pred_nega for step in taken},
-        result.latents,
-        path.branch_distances,
+    result = differential(case, followed, steps=CLIP_STEPS, on_step=taken.append)
+    latents, noise_pred, noise_pred_nega = ([None] * STEPS for _ in range(3))
+    for step in taken:
+        latents[step.index] = step.latents_before
+        noise_pred[step.index], noise_pred_nega[step.index] = step.noise_pred, step.noise_pred_nega
+    return Prior(
+        followed.settings,
+        [*latents, result.latents],
+        noise_pred,
+        noise_pred_nega,
+        followed.branch_distances,
         as_array(result.frames),
+        kept_steps=[step.index for step in taken],
     )
-    return result, own
 
 
 def measure_variations(pipe, defaults, index: int, seed: int, cfg_scale: float) -> Iterator[dict]:
@@ -109,23 +67,19 @@ def measure_variations(pipe, defaults, index: int, seed: int, cfg_scale: float) 
     rng = np.random.default_rng([index])
     motion, other = (str(each) for each in rng.choice(world.MOTIONS, 2, replace=False))
     ours, theirs = (encode_prompt(pipe, world.sample_prompt(rng, each)) for each in (motion, other))
-    mixtures = {f"mixture {weight}": ours.lerp(theirs, weight) for weight in WEIGHTS}
-    case = replace(case, contexts=case.contexts | {"clip": ours} | mixtures)
-    still, full = (walked(make_prior(case, prompt, STEPS)) for prompt in ("still", "clip"))
-    _, clip = follow(case, still, CLIP_STEPS, "clip")
+    case = replace(case, contexts=case.contexts | {"new": ours})
+    still, full = (make_prior(case, prompt, STEPS) for prompt in ("still", "new"))
+    clip = clip_prior(case, still)
     about = {"index": index, "seed": seed, "cfg_scale": cfg_scale, "motion": motion, "other": other}
     for weight in WEIGHTS:
-        goal = make_prior(case, f"mixture {weight}", STEPS).frames
+        case = replace(case, contexts=case.contexts | {"new": ours.lerp(theirs, weight)})
+        goal = make_prior(case, "new", STEPS).frames
         about["weight"] = weight
-        yield about | {
-            "way": "the clip as it is",
-            "steps": 0,
-            "forwards": 0,
-            "psnr": decibels(clip.frames, goal),
-        }
-        for way, path in (("a prior that holds still", still), ("the clip", clip), ("a full prior", full)):
+        kept = {"way": "the clip as it is", "steps": 0, "forwards": 0, "psnr": decibels(clip.frames, goal)}
+        yield about | kept
+        for way, prior in (("a prior that holds still", still), ("the clip", clip), ("a full prior", full)):
             for steps in NUM_STEPS:
-                result, _ = follow(case, path, steps, f"mixture {weight}")
+                result = differential(case, prior, steps=steps)
                 value = decibels(as_array(result.frames), goal)
                 yield about | {"way": way, "steps": steps, "forwards": result.forwards, "psnr": value}
 
@@ -141,27 +95,23 @@ def work(job: Job) -> list[dict]:
 
 
 def write_table(clips: Path) -> str:
-    """The means as a table, also beside the clips; guidance 2 / 5 and the like in every cell."""
-    found: dict[tuple[str, str, str], list[float]] = defaultdict(list)
+    """The means as a table, also beside the clips; both guidances in every cell."""
     rows = list(csv.DictReader(clips.open()))
-    scales = sorted({row["cfg_scale"] for row in rows}, key=float)
+    found: dict[str, list[Row]] = defaultdict(list)
     for row in rows:
-        way = row["way"] + (
-            f", {row['steps']} steps, {row['forwards']} forwards" if int(row["steps"]) else ""
-        )
-        found[way, row["weight"], row["cfg_scale"]].append(float(row["psnr"]))
-    weights = [f"{weight}" for weight in WEIGHTS]
-    lines = [
-        f"PSNR in dB to the 50-step run at guidance {' / '.join(scales)}; "
-        f"{len({row['index'] for row in rows})} identities",
-        "",
-        "| what is followed | " + " | ".join(f"{weight} of another motion" for weight in weights) + " |",
-        "| --- |" + " --- |" * len(weights),
-    ]
-    for way in dict.fromkeys(way for way, _, _ in found):
-        cells = (" / ".join(f"{np.mean(found[way, w, scale]):.1f}" for scale in scales) for w in weights)
-        lines.append(f"| {way} | " + " | ".join(cells) + " |")
-    text = "\n".join(lines) + "\n"
+        steps = f", {row['steps']} steps, {row['forwards']} forwards" if int(row["steps"]) else ""
+        found[row["way"] + steps].append(row)
+
+    def cell(members: list[Row], weight: float) -> str:
+        some = [row for row in members if float(row["weight"]) == weight]
+        return " / ".join(mean_of(guided_by(some, scale), "psnr", 1) for scale in guidances(rows))
+
+    head = ("what is followed", *(f"{weight} of another motion" for weight in WEIGHTS))
+    lines = [[way, *(cell(members, weight) for weight in WEIGHTS)] for way, members in found.items()]
+    scales = " / ".join(f"{scale:g}" for scale in guidances(rows))
+    identities = len({row["index"] for row in rows})
+    about = f"PSNR in dB to the 50-step run at guidance {scales}; {identities} identities"
+    text = f"{about}\n\n{table(head, lines)}"
     clips.with_name("summary.md").write_text(text)
     return text
 

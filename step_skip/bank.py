@@ -13,7 +13,7 @@ import logging
 from collections.abc import Iterable, Sequence
 
 from step_skip.files import InputError
-from step_skip.plan import Plan
+from step_skip.plan import Choices, Plan, make_plan
 from step_skip.prior import INITIAL_LATENTS_FILE, SCHEDULE_FLAGS, Prior, identity_file
 
 log = logging.getLogger(__name__)
@@ -93,6 +93,11 @@ def narrowed(bank: Sequence[Prior]) -> Prior:
     if not common:
         raise InputError(f"--nearest: {first.directory} and the others keep no step in common; name others")
     return Prior(first.directory, {**first.metadata, "kept_steps": common})
+
+
+def plan_clip(choices: Choices, bank: Sequence[Prior]) -> Plan:
+    """The plan of one clip of a prior or a bank; see `make_plan` and `plan_for_bank`."""
+    return plan_for_bank(make_plan(choices, narrowed(bank)), bank)
 
 
 def plan_for_bank(plan: Plan, bank: Sequence[Prior]) -> Plan:

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from step_skip.bank import check_one_bank, narrowed, plan_for_bank
+from step_skip.bank import check_one_bank, plan_clip
 from step_skip.clip_prior import Walk, save_clip_prior
 from step_skip.closeness import FirstLook
 from step_skip.command import command_of, video_tags
@@ -39,7 +39,6 @@ from step_skip.plan import (
     Choices,
     Plan,
     latents_files,
-    make_plan,
     nega_files,
     part_of_step,
     settings_of,
@@ -196,7 +195,7 @@ def infer_from_prior(
         tiled=tiled,
         dtype=model.options.dtype,
     )
-    plan = plan_for_bank(make_plan(choices, narrowed(bank)), bank)
+    plan = plan_clip(choices, bank)
     group = make_group(bank, [Job(bank[0], plan)])
     with contextlib.redirect_stdout(sys.stderr):
         check_installed_schedule(group.prior)

@@ -263,14 +263,23 @@ def read_begun(directory: Path, device: str) -> Prior:
     Raises:
         InputError: it can't be, as far as can be told without a model.
     """
+    prior = read_resumable(directory)
+    check_finishable(prior, device)
+    return prior
+
+
+def check_finishable(prior: Prior, device: str) -> None:
+    """Refuse to finish a prior that lacks what can't be made again, or would come out otherwise here.
+
+    Raises:
+        InputError: with what it is.
+    """
     from step_skip.schedule import check_installed_schedule
 
-    prior = read_resumable(directory)
     if prior.is_complete:
-        check_files(prior, prior.image_files)  # what can't be made again
+        check_files(prior, prior.image_files)
     check_same_machine(prior, device)
     check_installed_schedule(prior)
-    return prior
 
 
 def go_on(

@@ -7,11 +7,10 @@ import logging
 from collections.abc import Iterable
 from typing import Any, Final
 
-from step_skip.bank import narrowed, plan_for_bank
+from step_skip.bank import plan_clip
 from step_skip.files import InputError
 from step_skip.page_clips import read_report
 from step_skip.places import slug, video_name
-from step_skip.plan import make_plan
 from step_skip.plan_steps import CHOOSE_STEPS, more_steps
 from step_skip.schema import is_number
 from step_skip.sweep import Group, Job, all_jobs, make_group
@@ -49,7 +48,7 @@ def in_more_steps(group: Group, job: Job, *, below: float) -> Job | None:
         steps: dict[str, Any] = {**dict.fromkeys(CHOOSE_STEPS), **more}
         choices = dataclasses.replace(job.plan.choices, **steps)
         bank = [member.prior for member in group.members]
-        plan = plan_for_bank(make_plan(choices, narrowed(bank)), bank)
+        plan = plan_clip(choices, bank)
     except InputError as error:
         if job.report_path.exists():
             log.warning(f"{job.path.name} is not made again: {error}")
