@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import math
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -52,6 +53,7 @@ COLUMNS = (
     "steps",
     "forwards",
     "apart",
+    "text",
     "as_it_is",
     "apart_per_step",
     "turn_per_step",
@@ -118,6 +120,7 @@ def measure_bank(pipe, defaults, index: int, seed: int, cfg_scale: float) -> Ite
                 "motion_of_path": motion,
                 "steps": steps,
                 "apart": first_distance(prior, goal),
+                "text": rms_of_norm(prior.branch_distances[0], case.noise),  # how its own prompt moved it
                 "as_it_is": round(psnr(prior.frames, goal.frames), 3),  # the clip it has, for no forward
                 **made[id(prior), steps],
             }
@@ -147,6 +150,11 @@ def first_distance(prior, full) -> float:
 def rms(tensor) -> float:
     """Root mean square."""
     return round(float(tensor.float().square().mean().sqrt()), 6)
+
+
+def rms_of_norm(norm: float, latents) -> float:
+    """Root mean square of what has this norm and as many elements as the latents."""
+    return round(norm / math.sqrt(latents.numel()), 6)
 
 
 def compare(case: Case, result, full) -> dict:

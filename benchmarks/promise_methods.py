@@ -221,6 +221,16 @@ def differential_straight(case: Case, prior: Prior, *, steps: int):
     return differential(case, prior, steps=steps, scheduler=Straight)
 
 
+def differential_fading_alike(case: Case, prior: Prior, *, steps: int):
+    """The same where guidance fades for a small change as for a large one."""
+    from step_skip.differential import DifferentialScheduler
+
+    class FadesAlike(DifferentialScheduler):
+        lasting = property(lambda self: 0.0, lambda self, value: None)
+
+    return differential(case, prior, steps=steps, scheduler=FadesAlike)
+
+
 def differential_own_bend(case: Case, prior: Prior, *, steps: int):
     """The same without the share of the prior's rest: only what is guessed."""
     from step_skip.differential import DifferentialScheduler
@@ -350,6 +360,7 @@ def methods() -> Iterator[Method]:
             yield Method(f"differential, {steps} steps", bind(differential, steps=steps), kind)
     for name, run in (
         ("guidance doesn't fade", bind(differential, fading=False)),
+        ("guidance fades alike for all changes", differential_fading_alike),
         ("no guess from the step before", differential_straight),
         ("no share of the rest", differential_own_bend),
     ):

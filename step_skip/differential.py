@@ -6,9 +6,10 @@ step is guessed alike for the prior and for the new run:
 
     guess = c + (cfg_scale - 1) * decay * g + a * (c - c_before) + b * (n - n_before)
 
-decay is the mean of |g| over the prior's fine steps to the first of them; a and b are the two numbers by
-which the prior's own guess comes nearest to what its fine steps did. What it still misses is the rest. With
-h = sigma_next - sigma and an offset d from the prior's path that starts at zero,
+decay is the mean of |g| over the prior's fine steps to the first of them, and nearer to one for what a small
+change adds to g (`lasting_share`); a and b are the two numbers by which the prior's own guess comes nearest
+to what its fine steps did. What it still misses is the rest. With h = sigma_next - sigma and an offset d
+from the prior's path that starts at zero,
 
     rest = (x_next - x) / h - guess_prior
     d <- d + h * (guess_new - guess_prior) - h * (1 - share) * rest,      go on at x_next + d
@@ -61,9 +62,14 @@ class Velocity:
         nega = nega.to(guided)
         return cls(guided, nega + (guided - nega) / cfg_scale, nega, cfg_scale)
 
+    @property
+    def text(self) -> torch.Tensor:
+        """How the prompt moves it: what guidance adds to the positive branch, by cfg_scale - 1."""
+        return self.posi - self.nega
+
     def with_guidance(self, decay: float) -> torch.Tensor:
         """The velocity with `decay` (0 ... 1) of what guidance adds to the positive branch."""
-        return self.posi + (self.cfg_scale - 1) * decay * (self.posi - self.nega)
+        return self.posi + (self.cfg_scale - 1) * decay * self.text
 
 
 class DifferentialScheduler(ReportingScheduler):
@@ -88,6 +94,7 @@ class DifferentialScheduler(ReportingScheduler):
         self.cfg_scale = cfg_scale
         self.choose = choose
         self.offset: torch.Tensor | float = 0.0  # float32: in bfloat16 small differences would be lost
+        self.lasting: float | None = None  # lasting_share, once the first velocity is known
         self.before: tuple[Velocity, Velocity] | None = None  # new and old, at the step before
         self.estimates: tuple[torch.Tensor, torch.Tensor] | None = None  # likewise
 
@@ -129,7 +136,10 @@ class DifferentialScheduler(ReportingScheduler):
             mean_old: the prior's true mean velocity over the step. [B, C, T, H, W], like the returned
         """
         decay = self.trajectory.guidance_decay[place] if self.trajectory.guidance_decay else 1.0
-        change = new.with_guidance(decay) - old.with_guidance(decay)
+        if self.lasting is None:
+            self.lasting = lasting_share(new, old)
+        lasts = (new.cfg_scale - 1) * (1 - decay) * self.lasting
+        change = new.with_guidance(decay) - old.with_guidance(decay) + lasts * (new.text - old.text)
         rest = mean_old - old.with_guidance(decay)
         if self.before is not None:
             new_before, old_before = self.before
@@ -143,12 +153,12 @@ class DifferentialScheduler(ReportingScheduler):
     def share_of_rest(
         self, rest: torch.Tensor, *, new: torch.Tensor, old: torch.Tensor
     ) -> torch.Tensor | float:
-        """How much of the prior's rest to follow, position by position: [B, 1, T, H, W], 0 ... 1.
+        """How much of the prior's rest to follow, frame by frame: [B, 1, T, 1, 1], 0 ... 1.
 
         Both denoised estimates have moved since the step before, at the first step since the picture at rest,
-        the prior's first frame. Where they moved alike the new clip follows the prior: with the moves m,
+        the prior's first frame. As far as they moved alike the new clip follows the prior: with the moves m,
 
-            share = max(0, 1 - |m_new - m_old|^2 / (|m_new|^2 + |m_old|^2 + |rest|^2)),   norms over channels
+            share = max(0, 1 - |m_new - m_old|^2 / (|m_new|^2 + |m_old|^2 + |rest|^2)),    norms over a frame
 
         Args:
             rest: of the latents over the step, [B, C, T, H, W], like
@@ -157,14 +167,32 @@ class DifferentialScheduler(ReportingScheduler):
         before_new, before_old = self.estimates or (old[:, :, :1], old[:, :, :1])
         self.estimates = new, old
         moves = new - before_new, old - before_old
-        apart = (moves[0] - moves[1]).square().sum(1, keepdim=True)
-        all_moves = sum(each.square().sum(1, keepdim=True) for each in (*moves, rest))
+        apart = squared_norms(moves[0] - moves[1])
+        all_moves = sum(squared_norms(each) for each in (*moves, rest))
         return torch.where(apart > 0, 1 - apart / all_moves, 1.0).clamp(min=0)
 
 
 def value_at(values: float | Sequence[float], place: int) -> float:
     """Of one value for all steps, or one for each, a step's."""
     return values[place] if isinstance(values, Sequence) else values
+
+
+def squared_norms(latents: torch.Tensor) -> torch.Tensor:
+    """Of each latent frame: [B, C, T, H, W] to [B, 1, T, 1, 1]."""
+    return latents.square().sum((1, 3, 4), keepdim=True)
+
+
+def lasting_share(new: Velocity, old: Velocity) -> float:
+    """How much of what a change adds to guidance doesn't fade as the prior's own does: 0 ... 1.
+
+    The branches come to agree as the picture shows what the prompt asks for, and it is seen in the noise by
+    its squared norm. The prior's was of its text's own size, |g_old|; a change |c_new - c_old| of r times
+    that fades r^2 times as much, at most alike:
+
+        share = max(0, 1 - r^2),   r = |c_new - c_old| / |c_old - n_old|   where the run begins
+    """
+    text = float(old.text.square().sum())
+    return max(0.0, 1 - float((new.posi - old.posi).square().sum()) / text) if text else 0.0
 
 
 def nearest_sum(parts: Sequence[torch.Tensor], target: torch.Tensor) -> list[float]:
