@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import math
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -53,7 +52,6 @@ COLUMNS = (
     "steps",
     "forwards",
     "apart",
-    "text",
     "as_it_is",
     "apart_per_step",
     "turn_per_step",
@@ -120,7 +118,6 @@ def measure_bank(pipe, defaults, index: int, seed: int, cfg_scale: float) -> Ite
                 "motion_of_path": motion,
                 "steps": steps,
                 "apart": first_distance(prior, goal),
-                "text": rms_of_norm(prior.branch_distances[0], case.noise),  # how its own prompt moved it
                 "as_it_is": round(psnr(prior.frames, goal.frames), 3),  # the clip it has, for no forward
                 **made[id(prior), steps],
             }
@@ -150,11 +147,6 @@ def first_distance(prior, full) -> float:
 def rms(tensor) -> float:
     """Root mean square."""
     return round(float(tensor.float().square().mean().sqrt()), 6)
-
-
-def rms_of_norm(norm: float, latents) -> float:
-    """Root mean square of what has this norm and as many elements as the latents."""
-    return round(norm / math.sqrt(latents.numel()), 6)
 
 
 def compare(case: Case, result, full) -> dict:

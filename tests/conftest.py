@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import io
 import json
 import os
@@ -130,6 +131,17 @@ def make_prior(tmp_path_factory: pytest.TempPathFactory, model_dir: Path, image:
 def prior(make_prior: Callable[..., Path]) -> Path:
     """A prior with every default, float32; tests only read it: give --output, or use prior_copy."""
     return make_prior()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def keep_what_is_imported() -> Iterator[None]:
+    """Out of the collector's sight: else a collection, one for every load, walks through all of torch."""
+    import step_skip.pipeline  # noqa: F401
+
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture(autouse=True)
