@@ -6,8 +6,10 @@ import builtins
 import errno
 import fcntl
 import io
+import multiprocessing
 import os
 import pickle
+import resource
 import secrets
 import signal
 import subprocess
@@ -166,18 +168,31 @@ def test_code_in_a_tensor_file(prior_copy, infer, refused, tmp_path, kind, proto
     assert not proof.exists()
 
 
+FORKED = multiprocessing.get_context("forkserver")  # its processes begin with these imports made
+FORKED.set_forkserver_preload(["torch", "step_skip.pipeline", "infer_from_prior", "step_skip.cli", __name__])
+
+
 def limited_run(argv, cwd, *, mebibytes):
     """infer_from_prior.py up to the loading of the model, with this much memory above what imports take."""
-    code = (
-        "import resource, sys\n"
-        f"sys.path.insert(0, {str(ROOT)!r})\n"
-        "import torch, step_skip.pipeline, infer_from_prior, step_skip.cli\n"
-        "size = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize()\n"
-        f"resource.setrlimit(resource.RLIMIT_AS, (size + {mebibytes} * 2**20,) * 2)\n"
-        "step_skip.cli.run_script(infer_from_prior.main)\n"
-    )
-    command = [sys.executable, "-c", code, *map(str, argv)]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=600)
+    process = FORKED.Process(target=run_limited, args=([*map(str, argv)], cwd, mebibytes))
+    process.start()
+    process.join(timeout=600)
+    out, err = ((cwd / name).read_text() for name in ("out", "err"))
+    return subprocess.CompletedProcess(argv, process.exitcode, out, err)
+
+
+def run_limited(argv: list[str], cwd: Path, mebibytes: int) -> None:
+    """What `limited_run` runs in a process of its own."""
+    import infer_from_prior
+    from step_skip.cli import run_script
+
+    os.chdir(cwd)
+    for descriptor, name in ((1, "out"), (2, "err")):
+        os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT), descriptor)
+    size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (size + mebibytes * 2**20,) * 2)
+    sys.argv = ["infer_from_prior.py", *argv]
+    run_script(infer_from_prior.main)
 
 
 def claiming(path: Path, numel: int) -> None:
