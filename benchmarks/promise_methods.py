@@ -222,11 +222,11 @@ def differential_straight(case: Case, prior: Prior, *, steps: int):
 
 
 def differential_fading_alike(case: Case, prior: Prior, *, steps: int):
-    """The same where guidance fades for a small change as for a large one."""
+    """The same where guidance fades for every change as it did for the prior."""
     from step_skip.differential import DifferentialScheduler
 
     class FadesAlike(DifferentialScheduler):
-        lasting = property(lambda self: 0.0, lambda self, value: None)
+        rate = property(lambda self: 1.0, lambda self, value: None)
 
     return differential(case, prior, steps=steps, scheduler=FadesAlike)
 
@@ -360,7 +360,7 @@ def methods() -> Iterator[Method]:
             yield Method(f"differential, {steps} steps", bind(differential, steps=steps), kind)
     for name, run in (
         ("guidance doesn't fade", bind(differential, fading=False)),
-        ("guidance fades alike for all changes", differential_fading_alike),
+        ("guidance fades as the prior's", differential_fading_alike),
         ("no guess from the step before", differential_straight),
         ("no share of the rest", differential_own_bend),
     ):

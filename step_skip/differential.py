@@ -6,10 +6,10 @@ step is guessed alike for the prior and for the new run:
 
     guess = c + (cfg_scale - 1) * decay * g + a * (c - c_before) + b * (n - n_before)
 
-decay is the mean of |g| over the prior's fine steps to the first of them, and nearer to one for what a small
-change adds to g (`lasting_share`); a and b are the two numbers by which the prior's own guess comes nearest
-to what its fine steps did. What it still misses is the rest. With h = sigma_next - sigma and an offset d
-from the prior's path that starts at zero,
+decay is the mean of |g| over the prior's fine steps to the first of them; what a change adds to g fades by
+decay ** rate (`fading_rate`). a and b are the two numbers by which the prior's own guess comes nearest to
+what its fine steps did. What it still misses is the rest. With h = sigma_next - sigma and an offset d from
+the prior's path that starts at zero,
 
     rest = (x_next - x) / h - guess_prior
     d <- d + h * (guess_new - guess_prior) - h * (1 - share) * rest,      go on at x_next + d
@@ -24,6 +24,7 @@ teaches. docs/method.md derives it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -94,7 +95,7 @@ class DifferentialScheduler(ReportingScheduler):
         self.cfg_scale = cfg_scale
         self.choose = choose
         self.offset: torch.Tensor | float = 0.0  # float32: in bfloat16 small differences would be lost
-        self.lasting: float | None = None  # lasting_share, once the first velocity is known
+        self.rate: float | None = None  # fading_rate, once the first velocity is known
         self.before: tuple[Velocity, Velocity] | None = None  # new and old, at the step before
         self.estimates: tuple[torch.Tensor, torch.Tensor] | None = None  # likewise
 
@@ -136,9 +137,9 @@ class DifferentialScheduler(ReportingScheduler):
             mean_old: the prior's true mean velocity over the step. [B, C, T, H, W], like the returned
         """
         decay = self.trajectory.guidance_decay[place] if self.trajectory.guidance_decay else 1.0
-        if self.lasting is None:
-            self.lasting = lasting_share(new, old)
-        lasts = (new.cfg_scale - 1) * (1 - decay) * self.lasting
+        if self.rate is None:
+            self.rate = fading_rate(new, old)
+        lasts = (new.cfg_scale - 1) * (decay**self.rate - decay)
         change = new.with_guidance(decay) - old.with_guidance(decay) + lasts * (new.text - old.text)
         rest = mean_old - old.with_guidance(decay)
         if self.before is not None:
@@ -182,17 +183,23 @@ def squared_norms(latents: torch.Tensor) -> torch.Tensor:
     return latents.square().sum((1, 3, 4), keepdim=True)
 
 
-def lasting_share(new: Velocity, old: Velocity) -> float:
-    """How much of what a change adds to guidance doesn't fade as the prior's own does: 0 ... 1.
+def fading_rate(new: Velocity, old: Velocity) -> float:
+    """How fast what a change adds to guidance fades, to how fast the prior's guidance did: 0 ... 1.
 
-    The branches come to agree as the picture shows what the prompt asks for, and it is seen in the noise by
-    its squared norm. The prior's was of its text's own size, |g_old|; a change |c_new - c_old| of r times
-    that fades r^2 times as much, at most alike:
+    The branches come to agree as the picture shows what the prompt asks for. Where the prior's text acted, in
+    the same positions, a change fades with it; elsewhere it lasts. With the squared norms over the channels
+    of the change and of the prior's text, position by position,
 
-        share = max(0, 1 - r^2),   r = |c_new - c_old| / |c_old - n_old|   where the run begins
+        rate = min(1, overlap * max(1, r)),   overlap: the cosine of the two,   r = |c_new - c_old| / |g_old|
+
+    where the run begins; 1 where nothing changes or the text did nothing.
     """
-    text = float(old.text.square().sum())
-    return max(0.0, 1 - float((new.posi - old.posi).square().sum()) / text) if text else 0.0
+    changes, acts = (each.square().sum(1).flatten() for each in (new.posi - old.posi, old.text))
+    lengths = float(changes.norm() * acts.norm())
+    if not lengths:
+        return 1.0
+    larger = math.sqrt(max(1.0, float(changes.sum() / acts.sum())))
+    return min(1.0, larger * float(changes @ acts) / lengths)
 
 
 def nearest_sum(parts: Sequence[torch.Tensor], target: torch.Tensor) -> list[float]:

@@ -115,24 +115,32 @@ def test_a_velocity_that_changes_evenly_is_followed_exactly_once_the_prior_has_t
 
 
 @pytest.mark.parametrize(
-    ("moved", "fade"),  # the positive branch's distance to the prior's, whose text is of the length 5
-    [((3.0, 4.0), 0.25), ((6.0, 8.0), 0.25), ((1.5, 2.0), 0.25 + 0.75 * 0.75)],
+    ("moved", "rate"),  # of the positive branch, from the prior's, whose text acts in the first position
+    [
+        ((0.0, 0.0), 1),  # nothing changes
+        ((3.0, 0.0), 1),  # there
+        ((0.0, 3.0), 0),  # elsewhere
+        ((1.0, 1.0), 0.5**0.5),  # half there
+        ((4.0, 4.0), 1),  # and larger by so much that it fades as fast
+        ((3.0, 4.0), 9 / (81 + 256) ** 0.5 * 5 / 4),
+    ],
 )
-def test_guidance_fades_as_the_priors_and_of_a_small_change_less(moved, fade) -> None:
+def test_guidance_fades_as_far_as_a_change_is_where_the_priors_text_acted(moved, rate) -> None:
     """One step, no rest followed: the change is that of posi + (cfg_scale - 1) * fade * (posi - nega)."""
 
     class Straight(DifferentialScheduler):
         def share_of_rest(self, rest: torch.Tensor, **estimates: torch.Tensor) -> float:
             return 0.0
 
-    noise, nega, text, cfg_scale, decay = at(1.0, -2.0), at(0.5, 1.0), at(4.0, -3.0), 3.0, 0.25
+    noise, nega, text, cfg_scale, decay = at(1.0, -2.0), at(0.5, 1.0), at(4.0, 0.0), 3.0, 0.25
     prior = prior_of(lambda x, sigma: nega + cfg_scale * text, noise, (0,))
     prior = dataclasses.replace(prior, noise_pred_nega=[nega], cfg_scale=cfg_scale, guidance_decay=[decay])
     scheduler = Straight(prior, cfg_scale)
     scheduler.noise_pred_nega = lambda: nega
     [step] = run(scheduler, lambda x, sigma: nega + cfg_scale * (text + at(*moved)), noise)
+    assert scheduler.rate == pytest.approx(rate)
     faded = nega + text + (cfg_scale - 1) * decay * text  # the prior's, where nothing of its rest is followed
-    expected = noise - faded - (1 + (cfg_scale - 1) * fade) * at(*moved)
+    expected = noise - faded - (1 + (cfg_scale - 1) * decay**rate) * at(*moved)
     torch.testing.assert_close(step.latents, expected)
 
 
