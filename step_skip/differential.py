@@ -140,8 +140,9 @@ class DifferentialScheduler(ReportingScheduler):
         if self.rate is None:
             self.rate = fading_rate(new, old)
         lasts = (new.cfg_scale - 1) * (decay**self.rate - decay)
-        change = new.with_guidance(decay) - old.with_guidance(decay) + lasts * (new.text - old.text)
-        rest = mean_old - old.with_guidance(decay)
+        guess_old = old.with_guidance(decay)
+        change = new.with_guidance(decay) - guess_old + lasts * (new.text - old.text)
+        rest = mean_old - guess_old
         if self.before is not None:
             new_before, old_before = self.before
             new_moves = (new.posi - new_before.posi, new.nega - new_before.nega)
