@@ -216,9 +216,24 @@ def differential_straight(case: Case, prior: Prior, *, steps: int):
     from step_skip.differential import DifferentialScheduler
 
     class Straight(DifferentialScheduler):
-        before = property(lambda self: None, lambda self, value: None)
+        def change_and_rest(self, *args, **kwargs):
+            before, self.before = self.before, None
+            found = super().change_and_rest(*args, **kwargs)
+            self.before = before
+            return found
 
     return differential(case, prior, steps=steps, scheduler=Straight)
+
+
+def differential_uncorrected(case: Case, prior: Prior, *, steps: int):
+    """The same where the step before isn't looked at again."""
+    from step_skip.differential import DifferentialScheduler
+
+    class Uncorrected(DifferentialScheduler):
+        def corrected_offset(self, place, new, old, *, here):
+            return self.offset
+
+    return differential(case, prior, steps=steps, scheduler=Uncorrected)
 
 
 def differential_fading_alike(case: Case, prior: Prior, *, steps: int):
@@ -236,7 +251,7 @@ def differential_own_bend(case: Case, prior: Prior, *, steps: int):
     from step_skip.differential import DifferentialScheduler
 
     class OwnBend(DifferentialScheduler):
-        def share_of_rest(self, rest, *, new, old):
+        def share_of_rest(self, place, rest, *, new, old):
             return (new == old).all(1, keepdim=True).float()
 
     return differential(case, prior, steps=steps, scheduler=OwnBend)
@@ -362,6 +377,7 @@ def methods() -> Iterator[Method]:
         ("guidance doesn't fade", bind(differential, fading=False)),
         ("guidance fades as the prior's", differential_fading_alike),
         ("no guess from the step before", differential_straight),
+        ("the step before not corrected", differential_uncorrected),
         ("no share of the rest", differential_own_bend),
     ):
         yield Method(f"differential, 4 steps, {name}", bind(run, steps=4), "still")

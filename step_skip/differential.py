@@ -14,12 +14,13 @@ the prior's path that starts at zero,
     rest = (x_next - x) / h - guess_prior
     d <- d + h * (guess_new - guess_prior) - h * (1 - share) * rest,      go on at x_next + d
 
-share (0 ... 1, `share_of_rest`) says where the new clip can be expected to do as the prior did. With the
-prior's own prompt both guesses are the same and the share is one: the result is the prior's own, exactly.
+share (0 ... 1, `share_of_rest`) says where the new clip can be expected to do as the prior did. Once the
+velocities at the next chosen step are known, too, d is corrected (`corrected_offset`). With the prior's own
+prompt both guesses are the same and the share is one: the result is the prior's own, exactly.
 
 FlowEdit (arXiv 2412.08629) drives an edit by a difference of velocities; here one of the two is on disk. The
-guess from the step before is a linear multistep solver's (Adams-Bashforth), with coefficients that the prior
-teaches. docs/method.md derives it.
+guess from the step before is a linear multistep solver's (Adams-Bashforth), the correction a predictor-
+corrector's (Adams-Moulton), with coefficients that the prior teaches. docs/method.md derives them.
 """
 
 from __future__ import annotations
@@ -64,6 +65,11 @@ class Velocity:
         return cls(guided, nega + (guided - nega) / cfg_scale, nega, cfg_scale)
 
     @property
+    def is_split(self) -> bool:
+        """Whether its branches are known."""
+        return self.posi is not self.nega
+
+    @property
     def text(self) -> torch.Tensor:
         """How the prompt moves it: what guidance adds to the positive branch, by cfg_scale - 1."""
         return self.posi - self.nega
@@ -71,6 +77,19 @@ class Velocity:
     def with_guidance(self, decay: float) -> torch.Tensor:
         """The velocity with `decay` (0 ... 1) of what guidance adds to the positive branch."""
         return self.posi + (self.cfg_scale - 1) * decay * self.text
+
+    def moves_since(self, before: Velocity) -> tuple[torch.Tensor, torch.Tensor]:
+        """How both branches have moved since an earlier velocity."""
+        return self.posi - before.posi, self.nega - before.nega
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a step began with: both runs' velocities, and the new run's offset, [B, C, T, H, W]."""
+
+    new: Velocity
+    old: Velocity
+    offset: torch.Tensor | float
 
 
 class DifferentialScheduler(ReportingScheduler):
@@ -96,8 +115,8 @@ class DifferentialScheduler(ReportingScheduler):
         self.choose = choose
         self.offset: torch.Tensor | float = 0.0  # float32: in bfloat16 small differences would be lost
         self.rate: float | None = None  # fading_rate, once the first velocity is known
-        self.before: tuple[Velocity, Velocity] | None = None  # new and old, at the step before
-        self.estimates: tuple[torch.Tensor, torch.Tensor] | None = None  # likewise
+        self.before: Start | None = None  # of the step before
+        self.estimates: tuple[torch.Tensor, torch.Tensor] | None = None  # new and old, at the step before
 
     def advance(
         self, place: int, model_output: torch.Tensor, timestep: torch.Tensor, sample: torch.Tensor
@@ -106,16 +125,22 @@ class DifferentialScheduler(ReportingScheduler):
         if place == 0 and self.choose is not None:
             self.trajectory = self.choose(model_output)
             self.cut_schedule()
-        sigmas, path = [*self.sigmas.tolist(), 0.0], self.trajectory
-        sigma, ahead = sigmas[place], sigmas[place + 1] - sigmas[place]
-        here, there = (path.latents[i].to(sample.device).float() for i in (place, place + 1))
+        sigma, ahead = float(self.sigmas[place]), self.ahead(place)
+        here, there = (self.trajectory.latents[i].to(sample.device).float() for i in (place, place + 1))
         new, old = self.velocities(place, model_output)
-        change, rest = self.change_and_rest(place, new, old, mean_old=(there - here) / ahead)
+        mean_old = (there - here) / ahead
+        start = Start(new, old, self.corrected_offset(place, new, old, here=here))
+        change, rest = self.change_and_rest(place, new, old, mean_old=mean_old)
         estimates = {"new": sample.float() - sigma * new.guided, "old": here - sigma * old.guided}
-        share = self.share_of_rest(ahead * rest, **estimates)
-        offset: torch.Tensor = self.offset + ahead * (change - (1 - share) * rest)
-        self.offset, self.before = offset, (new, old)
+        share = self.share_of_rest(place, ahead * rest, **estimates)
+        offset: torch.Tensor = start.offset + ahead * (change - (1 - share) * rest)
+        self.offset, self.before = offset, start
         return torch.where(offset == 0, there, there + offset).to(sample.dtype)  # keeps a -0.0
+
+    def ahead(self, place: int) -> float:
+        """From a step's sigma to the next chosen step's, after the last to 0: below 0."""
+        sigmas = [*self.sigmas.tolist(), 0.0]
+        return sigmas[place + 1] - sigmas[place]
 
     def velocities(self, place: int, model_output: torch.Tensor) -> tuple[Velocity, Velocity]:
         """The new run's velocity at a step and the prior's, with branches where both of them are known."""
@@ -144,16 +169,49 @@ class DifferentialScheduler(ReportingScheduler):
         change = new.with_guidance(decay) - guess_old + lasts * (new.text - old.text)
         rest = mean_old - guess_old
         if self.before is not None:
-            new_before, old_before = self.before
-            new_moves = (new.posi - new_before.posi, new.nega - new_before.nega)
-            old_moves = (old.posi - old_before.posi, old.nega - old_before.nega)
+            new_moves, old_moves = new.moves_since(self.before.new), old.moves_since(self.before.old)
             factors = nearest_sum(old_moves, rest)
             for factor, of_new, of_old in zip(factors, new_moves, old_moves, strict=True):
                 change, rest = change + factor * (of_new - of_old), rest - factor * of_old
         return change, rest
 
+    def corrected_offset(
+        self, place: int, new: Velocity, old: Velocity, *, here: torch.Tensor
+    ) -> torch.Tensor | float:
+        """The offset where a step begins, made again from the velocities at both ends of the step before.
+
+        With the velocities v, c and n where that step began, and c_end and n_end where this one does, both
+        runs' mean velocity over it is guessed as
+
+            guess = v + a * (c_end - c) + b * (n_end - n)
+
+        with the a and b that come nearest to what the prior did, and d_end = d + h * (guess_new - guess_old).
+        But c_end and n_end were evaluated at an offset that is off by the e that is looked for. If the clean
+        latents that the prompt asks for stay, c_end is off by e / sigma; those of the negative branch go with
+        what they see, so n_end isn't. Then d_end is off by h * a * e / sigma, and with the sign of h
+
+            e = (offset - d_end) / (1 - h * a / sigma)
+
+        They don't stay entirely, so this corrects too little rather than too much.
+
+        Args:
+            here: the prior's latents there, [B, C, T, H, W], like the returned
+        """
+        if self.before is None:
+            return self.offset
+        start, behind, sigma = self.before, self.ahead(place - 1), float(self.sigmas[place])
+        mean_old = (here - self.trajectory.latents[place - 1].to(here)) / behind
+        new_moves, old_moves = new.moves_since(start.new), old.moves_since(start.old)
+        factors = nearest_sum(old_moves, mean_old - start.old.guided)
+        change = start.new.guided - start.old.guided
+        for factor, of_new, of_old in zip(factors, new_moves, old_moves, strict=True):
+            change = change + factor * (of_new - of_old)
+        off = self.offset - (start.offset + behind * change)
+        pull = factors[0] if new.is_split else sum(factors)
+        return self.offset - off / max(1.0, 1 - behind * pull / sigma)
+
     def share_of_rest(
-        self, rest: torch.Tensor, *, new: torch.Tensor, old: torch.Tensor
+        self, place: int, rest: torch.Tensor, *, new: torch.Tensor, old: torch.Tensor
     ) -> torch.Tensor | float:
         """How much of the prior's rest to follow, frame by frame: [B, 1, T, 1, 1], 0 ... 1.
 
@@ -162,6 +220,8 @@ class DifferentialScheduler(ReportingScheduler):
 
             share = max(0, 1 - |m_new - m_old|^2 / (|m_new|^2 + |m_old|^2 + |rest|^2)),    norms over a frame
 
+        After the last step, where nothing is mended any more, position by position: [B, 1, T, H, W].
+
         Args:
             rest: of the latents over the step, [B, C, T, H, W], like
             new, old: the new run's and the prior's denoised estimate, latents - sigma * noise_pred.
@@ -169,19 +229,15 @@ class DifferentialScheduler(ReportingScheduler):
         before_new, before_old = self.estimates or (old[:, :, :1], old[:, :, :1])
         self.estimates = new, old
         moves = new - before_new, old - before_old
-        apart = squared_norms(moves[0] - moves[1])
-        all_moves = sum(squared_norms(each) for each in (*moves, rest))
+        over = (1,) if place == len(self.trajectory.steps) - 1 else (1, 3, 4)
+        apart = (moves[0] - moves[1]).square().sum(over, keepdim=True)
+        all_moves = sum(each.square().sum(over, keepdim=True) for each in (*moves, rest))
         return torch.where(apart > 0, 1 - apart / all_moves, 1.0).clamp(min=0)
 
 
 def value_at(values: float | Sequence[float], place: int) -> float:
     """Of one value for all steps, or one for each, a step's."""
     return values[place] if isinstance(values, Sequence) else values
-
-
-def squared_norms(latents: torch.Tensor) -> torch.Tensor:
-    """Of each latent frame: [B, C, T, H, W] to [B, 1, T, 1, 1]."""
-    return latents.square().sum((1, 3, 4), keepdim=True)
 
 
 def fading_rate(new: Velocity, old: Velocity) -> float:

@@ -14,7 +14,7 @@ import pytest
 import torch
 from helpers import OTHER_PROMPT, read_json
 
-from step_skip.differential import DifferentialScheduler, Trajectory, nearest_sum
+from step_skip.differential import DifferentialScheduler, Trajectory, Velocity, nearest_sum
 from step_skip.schedule import ReportingScheduler, ResumableScheduler, Step
 
 SIGMAS = (1.0, 0.978, 0.952, 0.921, 0.882, 0.833, 0.769, 0.682, 0.556, 0.357)
@@ -66,7 +66,7 @@ def test_the_priors_own_velocity_gives_the_priors_own_latents(dtype: torch.dtype
 
 
 def test_the_share_of_the_rest_worked_by_hand() -> None:
-    scheduler = DifferentialScheduler(Trajectory((0,), [], []))
+    scheduler = DifferentialScheduler(Trajectory((0, 5, 8), [], []))
 
     def frames(first: tuple[float, float], second: tuple[float, float]) -> torch.Tensor:
         """One channel, two frames of two pixels."""
@@ -75,18 +75,19 @@ def test_the_share_of_the_rest_worked_by_hand() -> None:
     old, new = frames((1, 1), (1, 3)), frames((1, 1), (2, 4))
     bend = frames((0, 0), (1, 1))
     # at rest it is (1, 1): moves of (1, 3) and (0, 2), apart by (1, 1)
-    share = scheduler.share_of_rest(bend, new=new, old=old)
+    share = scheduler.share_of_rest(0, bend, new=new, old=old)
     torch.testing.assert_close(share.flatten(), torch.tensor([1, 1 - 2 / (10 + 4 + 2)]))
     # then the new one goes back by (0, 3) where the prior goes on by (0, 1): opposite ways
-    share = scheduler.share_of_rest(
-        0.1 * bend, new=new - frames((0, 0), (0, 3)), old=old + frames((0, 0), (0, 1))
-    )
-    assert share.flatten().tolist() == [1, 0]
+    apart = {"new": new - frames((0, 0), (0, 3)), "old": old + frames((0, 0), (0, 1))}
+    assert scheduler.share_of_rest(1, 0.1 * bend, **apart).flatten().tolist() == [1, 0]
+    # after the last step position by position: the first one of the second frame goes back by 1, alone
+    gone = {"new": apart["new"] - frames((0, 0), (1, 0)), "old": apart["old"]}
+    assert scheduler.share_of_rest(2, 0 * bend, **gone).flatten().tolist() == [1, 1, 0, 1]
 
 
 def test_with_nothing_of_the_rest_a_first_step_is_one_from_noise() -> None:
     class Straight(DifferentialScheduler):
-        def share_of_rest(self, rest: torch.Tensor, **estimates: torch.Tensor) -> float:
+        def share_of_rest(self, place: int, rest: torch.Tensor, **estimates: torch.Tensor) -> float:
             return 0.0
 
     def velocity(x: torch.Tensor, sigma: float) -> torch.Tensor:
@@ -101,10 +102,14 @@ def test_with_nothing_of_the_rest_a_first_step_is_one_from_noise() -> None:
 
 def test_a_velocity_that_changes_evenly_is_followed_exactly_once_the_prior_has_taught_how() -> None:
     """Both velocities are linear in sigma: from the second chosen step on the guess is the whole step."""
+
+    class Uncorrected(DifferentialScheduler):
+        def corrected_offset(self, place: int, *velocities: Velocity, here: torch.Tensor):
+            return self.offset
+
     noise, chosen = at(1.0, -2.0), (0, 5, 8)
     prior = prior_of(lambda x, sigma: at(0.5, 3.0) * sigma, noise, chosen)
-    scheduler = DifferentialScheduler(prior)
-    steps = run(scheduler, lambda x, sigma: at(2.5, 2.0) * sigma, noise)
+    steps = run(Uncorrected(prior), lambda x, sigma: at(2.5, 2.0) * sigma, noise)
     sigmas = [SIGMAS[5], SIGMAS[8], 0.0]
     for step, (begin, end) in zip(steps[1:], itertools.pairwise(sigmas), strict=True):
         # the prior's fine steps are Euler's: their mean velocity, and the new clip's, is that of the sigmas
@@ -112,6 +117,22 @@ def test_a_velocity_that_changes_evenly_is_followed_exactly_once_the_prior_has_t
         mean = sum((a - b) * a for a, b in itertools.pairwise(fine)) / (begin - end)
         expected = step.latents_before + (end - begin) * at(2.5, 2.0) * mean
         torch.testing.assert_close(step.latents, expected, atol=2e-3, rtol=0)
+
+
+def test_a_step_is_corrected_to_what_a_full_run_did_once_its_end_is_known() -> None:
+    """Of both flows the clean latents drift evenly: x - sigma * v = fixed + drift * sigma."""
+
+    def velocity(fixed: torch.Tensor, drift: torch.Tensor):
+        return lambda x, sigma: (x - fixed - drift * sigma) / sigma
+
+    noise, old = at(1.0, -2.0), velocity(at(0.5, 3.0), at(1.0, -0.5))
+    new = velocity(at(2.5, 2.0), at(-2.0, 1.0))
+    scheduler = DifferentialScheduler(prior_of(old, noise, (0, 8)))
+    steps = run(scheduler, new, noise)
+    there = [run(ResumableScheduler(), each, noise)[8].latents_before for each in (new, old)]
+    missed = (steps[1].latents_before - there[0]).abs()
+    assert missed.min() > 0.09  # where the second step was evaluated
+    torch.testing.assert_close(scheduler.before.offset, there[0] - there[1])
 
 
 @pytest.mark.parametrize(
@@ -129,7 +150,7 @@ def test_guidance_fades_as_far_as_a_change_is_where_the_priors_text_acted(moved,
     """One step, no rest followed: the change is that of posi + (cfg_scale - 1) * fade * (posi - nega)."""
 
     class Straight(DifferentialScheduler):
-        def share_of_rest(self, rest: torch.Tensor, **estimates: torch.Tensor) -> float:
+        def share_of_rest(self, place: int, rest: torch.Tensor, **estimates: torch.Tensor) -> float:
             return 0.0
 
     noise, nega, text, cfg_scale, decay = at(1.0, -2.0), at(0.5, 1.0), at(4.0, 0.0), 3.0, 0.25
@@ -195,7 +216,7 @@ def test_detail_is_the_priors_and_motion_the_prompts() -> None:
 
 def test_following_the_bend_where_both_move_alike_is_nearer_than_following_it_everywhere() -> None:
     class WholeBend(DifferentialScheduler):
-        def share_of_rest(self, rest: torch.Tensor, **estimates: torch.Tensor) -> float:
+        def share_of_rest(self, place: int, rest: torch.Tensor, **estimates: torch.Tensor) -> float:
             return 1.0
 
     noise = torch.randn(2000, 1, 1, 1, 2, generator=torch.Generator().manual_seed(0))
