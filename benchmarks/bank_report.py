@@ -55,9 +55,10 @@ def fitted(rows: list[Row]) -> str:
     lines = []
     for steps in FIT:
         some = [row for row in rows if int(row["steps"]) == steps]
-        distance = np.log10([float(row["apart"]) for row in some])
-        slope, a = np.polyfit(distance, [float(row["psnr"]) for row in some], 1)
-        lines.append(f"    {steps}: ({a:.1f}, {-slope:.1f}),")
+        logarithms = -np.log10([[float(row["apart"]), float(row["cfg_scale"])] for row in some])
+        columns = np.column_stack([np.ones(len(some)), logarithms])
+        factors, *_ = np.linalg.lstsq(columns, [float(row["psnr"]) for row in some])
+        lines.append(f"    {steps}: ({', '.join(f'{factor:.1f}' for factor in factors)}),")
     return "\n".join(lines) + "\n"
 
 
@@ -69,7 +70,12 @@ def prediction_table(rows: list[Row]) -> str:
     for steps in FIT:
         some = [row for row in rows if int(row["steps"]) == steps]
         measured = np.array([min(float(row["psnr"]), MOST) for row in some])
-        predicted = np.array([predicted_closeness(float(row["apart"]), steps) for row in some])
+        predicted = np.array(
+            [
+                predicted_closeness(float(row["apart"]), steps, cfg_scale=float(row["cfg_scale"]))
+                for row in some
+            ]
+        )
         off = measured - predicted
         cells = (off.mean(), np.sqrt((off**2).mean()), np.mean(abs(off) < NEAR))
         order = spearmanr([float(row["apart"]) for row in some], measured).statistic
@@ -89,8 +95,8 @@ def auto_table(rows: list[Row]) -> str:
     for name, closeness in CLOSENESS.items():
         taken = []
         for by_steps in clips.values():
-            apart = float(by_steps[1]["apart"])
-            taken.append(by_steps[fewest_steps(apart, FIT, closeness)])
+            apart, cfg_scale = (float(by_steps[1][name]) for name in ("apart", "cfg_scale"))
+            taken.append(by_steps[fewest_steps(apart, FIT, closeness, cfg_scale=cfg_scale)])
         measured = np.array([float(row["psnr"]) for row in taken])
         forwards = np.array([int(row["forwards"]) for row in taken])
         fixed = {n: np.mean([float(each[n]["psnr"]) >= closeness for each in clips.values()]) for n in FIT}

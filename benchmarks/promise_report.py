@@ -85,9 +85,17 @@ def moving(rows: Iterable[Row], kind: str) -> list[Row]:
 
 
 def mean_of(rows: Iterable[Row], name: str, digits: int, *, interval: bool = False) -> str:
-    """A number as a table shows it, with the half-width of its 95% interval if asked for."""
-    mean, low, high = bootstrap(float(row[name]) for row in rows)
+    """A number as a table shows it, with the half-width of its 95% interval over identities if asked for."""
+    mean, low, high = bootstrap(by_identity(rows, name).values())
     return f"{mean:.{digits}f}" + (f" ± {(high - low) / 2:.{digits}f}" if interval else "")
+
+
+def by_identity(rows: Iterable[Row], name: str) -> dict[str, float]:
+    """The mean of a number over each identity's seeds: clips of one identity don't count as independent."""
+    values: dict[str, list[float]] = {}
+    for row in rows:
+        values.setdefault(row["index"], []).append(float(row[name]))
+    return {index: sum(each) / len(each) for index, each in values.items()}
 
 
 def table(head: Iterable[str], lines: Iterable[Iterable[str]]) -> str:
@@ -133,15 +141,13 @@ def headline_table(rows: list[Row]) -> str:
 
 
 def difference(rows: list[Row], first: Key, second: Key, name: str) -> str:
-    """Mean difference over the cases that both have, with its interval; empty where there are none."""
-    by_case: dict[Key, dict[tuple[str, str], float]] = {first: {}, second: {}}
-    for row in rows:
-        if (key := (row["method"], row["prior"])) in by_case:
-            by_case[key][row["index"], row["seed"]] = float(row[name])
-    shared = sorted(by_case[first].keys() & by_case[second].keys())
+    """Mean difference over the identities that both have, with its interval; empty where there are none."""
+    groups = group(rows)
+    ours, theirs = (by_identity(groups.get(key, []), name) for key in (first, second))
+    shared = sorted(ours.keys() & theirs.keys())
     if not shared:
         return ""
-    mean, low, high = bootstrap(by_case[first][case] - by_case[second][case] for case in shared)
+    mean, low, high = bootstrap(ours[index] - theirs[index] for index in shared)
     return f"{mean:+.1f} ({low:+.1f} to {high:+.1f})"
 
 
@@ -187,12 +193,12 @@ def plot(rows: list[Row], path: Path) -> None:
             groups = group(moving(guided_by(rows, cfg_scale), kind))
             for label, (name, prior, colour) in LINES.items():
                 found = [groups[key] for n in (1, 2, 3, 4, 6) if (key := (name.format(n), prior)) in groups]
-                values = [bootstrap(float(row["psnr"]) for row in members) for members in found]
+                values = [bootstrap(by_identity(members, "psnr").values()) for members in found]
                 x = [int(members[0]["forwards"]) for members in found]
                 error = [[m - low for m, low, _ in values], [high - m for m, _, high in values]]
                 style = {"fmt": "o-", "ms": 4, "lw": 1.2, "elinewidth": 0.7, "color": colour, "label": label}
                 axis.errorbar(x, [mean for mean, *_ in values], error, **style)
-            full = bootstrap(float(row["psnr"]) for row in groups.get(FULL, []))[0]
+            full = bootstrap(by_identity(groups.get(FULL, []), "psnr").values())[0]
             axis.axhline(full, color="grey", ls=":", label="10 steps, 20 forwards")
             axis.set_title(f"guidance {cfg_scale:g}, {kind}", fontsize=10)
             axis.grid(alpha=0.25)
@@ -214,8 +220,10 @@ def write(clips: Path, output: Path) -> Path:
         parts = []
         for cfg_scale in guidances(rows):
             some = guided_by(rows, cfg_scale)
-            cases = len({(row["index"], row["seed"]) for row in some})
-            parts.append(f"## Guidance {cfg_scale:g} ({cases} clips)\n\n{make(some)}")
+            identities, seeds = (len({row[name] for row in some}) for name in ("index", "seed"))
+            each = seeds // identities
+            about = f"{identities} identities" + (f", {each} seeds each" if each > 1 else "")
+            parts.append(f"## Guidance {cfg_scale:g} ({about})\n\n{make(some)}")
         (output / name).write_text("\n".join(parts))
     (output / "headline.md").write_text(headline_table(rows))
     plot(rows, output / "quality.png")

@@ -2,9 +2,9 @@
 
 Priors of one image, size, seed and model begin at the same noise. The new prompt's first velocity there is
 evaluated anyway; how far it is from each prior's own says which of them to follow, and how much there is to
-change. A few steps bring a clip the nearer to a full run the less there is, by FIT:
+change. A few steps bring a clip the nearer to a full run the less there is and the less guidance adds to it:
 
-    predicted PSNR to the full run, dB = a - b * log10(apart),   a, b by the number of steps
+    predicted PSNR to the full run, dB = a - b * log10(apart) - c * log10(cfg_scale),   by steps: FIT
 
     apart = root mean square of new velocity - prior's velocity, over all of the latents
 
@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
@@ -27,12 +27,12 @@ if TYPE_CHECKING:
 
     from step_skip.differential import Trajectory
 
-FIT: Final[Mapping[int, tuple[float, float]]] = {
-    1: (28.6, 12.8),
-    2: (34.2, 10.9),
-    3: (38.2, 9.3),
-    4: (41.4, 7.7),
-    6: (45.5, 5.8),
+FIT: Final[Mapping[int, tuple[float, float, float]]] = {
+    1: (29.7, 12.4, 1.2),
+    2: (36.3, 10.7, 3.7),
+    3: (42.7, 8.6, 7.0),
+    4: (46.1, 6.9, 6.8),
+    6: (52.4, 4.1, 8.4),
 }
 MOST = 50.0  # dB; no prediction is above, the prior's own clip's neither: who could see it?
 CLOSENESS: Final[Mapping[str, float]] = {"draft": 34.0, "good": 38.0, "best": 42.0}  # dB
@@ -44,23 +44,29 @@ def velocities_apart(new: torch.Tensor, old: torch.Tensor) -> float:
     return float((new.float() - old.to(new.device).float()).square().mean().sqrt())
 
 
-def predicted_closeness(apart: float, num_steps: int, *, own: float = math.inf) -> float:
+def predicted_closeness(
+    apart: float, num_steps: int, *, cfg_scale: float = 1.0, own: float = math.inf
+) -> float:
     """The PSNR to a full run, in dB, that so many steps are expected to reach; at most MOST.
 
     Args:
+        cfg_scale: of the new run's first step.
         own: of the prior's own clip, likewise; a full run's is infinite.
     """
     if apart == 0:
         return min(MOST, own)
-    a, b = FIT[max(number for number in FIT if number <= num_steps)]
-    followed = min(MOST, a - b * math.log10(apart))
+    a, b, c = FIT[max(number for number in FIT if number <= num_steps)]
+    followed = min(MOST, a - b * math.log10(apart) - c * math.log10(cfg_scale))
     return -10 * math.log10(10 ** (-followed / 10) + 10 ** (-own / 10))
 
 
-def fewest_steps(apart: float, numbers: Iterable[int], closeness: float, *, own: float = math.inf) -> int:
+def fewest_steps(
+    apart: float, numbers: Iterable[int], closeness: float, *, cfg_scale: float = 1.0, own: float = math.inf
+) -> int:
     """The fewest of these steps that are expected to reach a closeness, else the most; numbers: few first."""
     numbers = list(numbers)
-    reach = (n for n in numbers if predicted_closeness(apart, n, own=own) >= closeness)
+    predicted = {n: predicted_closeness(apart, n, cfg_scale=cfg_scale, own=own) for n in numbers}
+    reach = (n for n in numbers if predicted[n] >= closeness)
     return next(reach, numbers[-1])
 
 
@@ -71,13 +77,15 @@ class FirstLook:
     Args:
         paths: of each prior that begins here one trajectory by number of steps, few first.
         closeness: in dB; the fewest steps that are expected to reach it are taken, else the most.
+        cfg_scale: of the run's first step.
         own: of each prior that of its own clip, in dB; (): all are full runs.
     """
 
     paths: Sequence[Mapping[int, Trajectory]]
     closeness: float = math.inf
+    cfg_scale: float = 1.0
     own: Sequence[float] = ()
-    apart: list[float] | None = None  # of each prior, once the first velocity is known
+    apart: list[float] = field(default_factory=list)  # of each prior, once the first velocity is known
     nearest: int = 0  # likewise: the place of the prior that is followed
     num_steps: int | None = None  # likewise
 
@@ -100,19 +108,22 @@ class FirstLook:
             velocities_apart(noise_pred, next(iter(each.values())).noise_pred[0]) for each in self.paths
         ]
         most = max(self.paths[0])
-        ranks = [
-            (apart == 0, predicted_closeness(apart, most, own=own), -apart)
-            for apart, own in zip(self.apart, self.own, strict=True)
-        ]
+        ranks = [(apart == 0, self.predicted(place, most), -apart) for place, apart in enumerate(self.apart)]
         self.nearest = nearest = ranks.index(max(ranks))
-        path = self.paths[nearest]
-        self.num_steps = fewest_steps(self.apart[nearest], path, self.closeness, own=self.own[nearest])
+        path, apart = self.paths[nearest], self.apart[nearest]
+        about = {"cfg_scale": self.cfg_scale, "own": self.own[nearest]}
+        self.num_steps = fewest_steps(apart, path, self.closeness, **about)
         return path[self.num_steps]
+
+    def predicted(self, place: int, num_steps: int) -> float:
+        """How near so many steps along a prior's path are expected to come, in dB; once `apart` is known."""
+        return predicted_closeness(
+            self.apart[place], num_steps, cfg_scale=self.cfg_scale, own=self.own[place]
+        )
 
     def describe(self) -> dict[str, Any]:
         """For a result's JSON; empty where nothing is predicted: the run began further down the path."""
-        if self.apart is None or self.num_steps is None or self.first.steps[0] != 0:
+        if self.num_steps is None or self.first.steps[0] != 0:
             return {}
-        apart, own = self.apart[self.nearest], self.own[self.nearest]
-        predicted = predicted_closeness(apart, self.num_steps, own=own)
-        return {"apart": apart, "predicted_closeness": predicted}
+        predicted = self.predicted(self.nearest, self.num_steps)
+        return {"apart": self.apart[self.nearest], "predicted_closeness": predicted}

@@ -364,8 +364,12 @@ def first_look(group: Group, plan: Plan) -> FirstLook:
     trajectories = [
         {len(steps): trajectory_of(member, plan, steps) for steps in paths} for member in group.members
     ]
-    own = [member.prior.metadata.get("expected_closeness") or math.inf for member in group.members]
-    return FirstLook(trajectories, math.inf if plan.closeness is None else plan.closeness, own)
+    return FirstLook(
+        trajectories,
+        closeness=math.inf if plan.closeness is None else plan.closeness,
+        cfg_scale=plan.first_cfg_scale,
+        own=[member.prior.metadata.get("expected_closeness") or math.inf for member in group.members],
+    )
 
 
 def trajectory_of(group: Group, plan: Plan, steps: Sequence[int]) -> Trajectory:

@@ -125,6 +125,11 @@ class Plan:
         return [self.prompt] if self.cfg_scale == 1 else [self.prompt, self.negative_prompt]
 
     @property
+    def first_cfg_scale(self) -> float:
+        """Of the first step that runs."""
+        return self.cfg_scale[0] if isinstance(self.cfg_scale, tuple) else self.cfg_scale
+
+    @property
     def forwards(self) -> int:
         """Network evaluations; the most, where the first one decides how many."""
         steps = len(self.steps_to_run)
@@ -211,12 +216,11 @@ def check_kept(plan: Plan, prior: Prior) -> None:
 
 def knows_first_nega(plan: Plan, prior: Prior) -> bool:
     """Whether the first step's negative branch is one the prior evaluated: same latents, text and network."""
-    first = plan.cfg_scale[0] if isinstance(plan.cfg_scale, tuple) else plan.cfg_scale
     return (
         prior.keeps_nega
         and plan.method in ("differential", "resume")
         and bool(plan.steps_to_run)
-        and first != 1
+        and plan.first_cfg_scale != 1
         and plan.negative_prompt == prior.metadata["negative_prompt"]
         and plan.lora == prior.metadata.get("lora", [])
         and (plan.quantize, plan.compile) == (prior.metadata.get("quantize"), prior.metadata.get("compile"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -132,11 +133,16 @@ def test_a_damaged_one_of_a_bank_is_named(bank, ask, refused, tmp_path: Path) ->
     refused(lambda: ask(copies, "--nearest", "--prompt", BETWEEN), copies[2].name, "damaged")
 
 
-def test_more_change_is_predicted_to_come_less_near_and_more_steps_nearer() -> None:
-    for apart in (0.2, 0.5, 1.0):
-        found = [predicted_closeness(apart, n) for n in (1, 2, 3, 4, 6, 12)]
+def test_more_change_or_guidance_is_predicted_to_come_less_near_and_more_steps_nearer() -> None:
+    for apart, cfg_scale in itertools.product((0.2, 0.5, 1.0), (2, 5)):
+        numbers = (1, 2, 3, 4, 6, 12)
+        found, further, stronger = (
+            [predicted_closeness(times * apart, n, cfg_scale=scale) for n in numbers]
+            for times, scale in ((1, cfg_scale), (2, cfg_scale), (1, 2 * cfg_scale))
+        )
         assert found == sorted(found)
-        assert found[0] > predicted_closeness(2 * apart, 1)
+        for less in (further, stronger):
+            assert all(a > b for a, b in zip(found, less, strict=True) if a < MOST)
 
 
 def test_nothing_is_told_before_the_first_velocity_is_known() -> None:
