@@ -14,7 +14,7 @@ import pytest
 import torch
 from helpers import OTHER_PROMPT, read_json
 
-from step_skip.differential import DifferentialScheduler, Trajectory, Velocity, nearest_sum
+from step_skip.differential import DifferentialScheduler, Start, Trajectory, Velocity, nearest_sum
 from step_skip.schedule import ReportingScheduler, ResumableScheduler, Step
 
 SIGMAS = (1.0, 0.978, 0.952, 0.921, 0.882, 0.833, 0.769, 0.682, 0.556, 0.357)
@@ -133,6 +133,27 @@ def test_a_step_is_corrected_to_what_a_full_run_did_once_its_end_is_known() -> N
     missed = (steps[1].latents_before - there[0]).abs()
     assert missed.min() > 0.09  # where the second step was evaluated
     torch.testing.assert_close(scheduler.before.offset, there[0] - there[1])
+
+
+def test_of_two_branches_the_positive_one_is_taken_to_be_off_as_far_as_the_offset_is() -> None:
+    sigma, ahead = SIGMAS[5], SIGMAS[5] - 1
+    unit, other, unseen = at(1.0, 0.0), at(0.0, 1.0), at(9.0, 9.0)
+    start_old = Velocity(at(1.0, -1.0), at(0.0, 0.0), at(0.0, 0.0), 3.0)
+    end_old = Velocity(unseen, unit, other, 3.0)
+    path = [
+        at(1.0, -2.0),
+        at(1.0, -2.0) + ahead * (start_old.guided + at(0.5, 0.2)),
+        unseen,
+    ]  # a = 0.5, b = 0.2
+    scheduler = DifferentialScheduler(Trajectory((0, 5), path, []))
+    scheduler.set_timesteps(10, denoising_strength=1.0, shift=5.0)
+    moves = at(1.4, -0.6), at(0.2, 1.1)  # of the new run's branches
+    true_offset = ahead * (at(1.0, 2.0) + 0.5 * (moves[0] - unit) + 0.2 * (moves[1] - other))
+    start_new = dataclasses.replace(start_old, guided=start_old.guided + at(1.0, 2.0))
+    scheduler.before, scheduler.offset = Start(start_new, start_old, 0.0), true_offset + at(0.3, -0.1)
+    end_new = Velocity(unseen, moves[0] + at(0.3, -0.1) / sigma, moves[1], 3.0)
+    corrected = scheduler.corrected_offset(1, end_new, end_old, here=path[1])
+    torch.testing.assert_close(corrected, true_offset, atol=1e-3, rtol=0)
 
 
 @pytest.mark.parametrize(
