@@ -216,7 +216,7 @@ def check_same_setup(path: Path, methods: list[Method]) -> None:
     options = LoadOptions("tiny", "cpu", "float32")
     setup = {
         "weights": fingerprint_files(weight_files(options)),
-        "methods": [f"{method.name}, {method.prior}: {method.run.keywords}" for method in methods],
+        "methods": [f"{method.name}, {method.prior}: {named(method.run.keywords)}" for method in methods],
         "decoded_in": "bfloat16",
         "versions": installed_versions(),
     }
@@ -225,6 +225,11 @@ def check_same_setup(path: Path, methods: list[Method]) -> None:
         program = Path(sys.argv[0]).name
         sys.exit(f"{program}: error: {path} is of other weights, methods or versions; use another --output")
     path.write_text(text)
+
+
+def named(keywords: dict) -> dict:
+    """Functions by their names: their addresses are other ones in every process."""
+    return {key: getattr(value, "__name__", value) for key, value in keywords.items()}
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
