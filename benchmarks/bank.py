@@ -8,7 +8,7 @@ one that holds still, and a motion asked for in other words than any of theirs. 
 a few steps: the still one, or of the first 1, 2, 4, 8 the nearest by the velocity of the first step, which
 is evaluated anyway. Held against the full run of 50 steps from the same noise.
 
-The runs of --fit are of other identities: step_skip/closeness.py's two numbers for every number of steps are
+The runs of --fit are of other identities: step_skip/closeness.py's numbers for every number of steps are
 fitted to them, and the others tell how near they come. Goes on where it stopped. About a minute an identity
 on one CPU core.
 """
