@@ -121,7 +121,7 @@ class DifferentialScheduler(ReportingScheduler):
     def advance(
         self, place: int, model_output: torch.Tensor, timestep: torch.Tensor, sample: torch.Tensor
     ) -> torch.Tensor:
-        """Add what the new prompt changes to the offset and go on at the next chosen step."""
+        """Correct the offset, add what the new prompt changes ahead, and go on at the next chosen step."""
         if place == 0 and self.choose is not None:
             self.trajectory = self.choose(model_output)
             self.cut_schedule()
