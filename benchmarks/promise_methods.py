@@ -230,7 +230,7 @@ def differential_uncorrected(case: Case, prior: Prior, *, steps: int):
     from step_skip.differential import DifferentialScheduler
 
     class Uncorrected(DifferentialScheduler):
-        def corrected_offset(self, place, new, old, *, here):
+        def corrected_offset(self, place, new, old):
             return self.offset
 
     return differential(case, prior, steps=steps, scheduler=Uncorrected)

@@ -108,21 +108,14 @@ def table(head: Iterable[str], lines: Iterable[Iterable[str]]) -> str:
 
 def summary_table(rows: list[Row]) -> str:
     """Every method at one guidance, dearest first."""
-    head = (
-        "how the new prompt's clip is made",
-        "prior",
-        "forwards",
-        "seconds, median",
-        "obeyed",
-        "old motion",
-    )
-    head += ("identity error", "sharpness", "decided", "SSIM", *(f"PSNR, {kind}" for kind in CLASSES))
+    head = ("how the new prompt's clip is made", "prior", "forwards", "seconds, median", "obeyed")
+    head += ("old motion", "identity error", "sharpness", "decided", "SSIM")
+    head += tuple(f"PSNR, {kind}" for kind in CLASSES)
     lines = []
     for (method, prior), members in group(rows).items():
         forwards = int(members[0]["forwards"])
-        seconds = statistics.median(
-            float(row["denoise_seconds"]) for row in members
-        )  # a machine may stand still
+        # a machine may stand still, which makes a mean worthless
+        seconds = statistics.median(float(row["denoise_seconds"]) for row in members)
         cells = [method, prior, str(forwards), f"{seconds:.2f}"]
         cells += [mean_of(members, name, 2) for name in ("obeyed", "old_kept")]
         cells += [mean_of(members, "identity_error", 1)]

@@ -110,9 +110,8 @@ class FirstLook:
         most = max(self.paths[0])
         ranks = [(apart == 0, self.predicted(place, most), -apart) for place, apart in enumerate(self.apart)]
         self.nearest = nearest = ranks.index(max(ranks))
-        path, apart = self.paths[nearest], self.apart[nearest]
-        about = {"cfg_scale": self.cfg_scale, "own": self.own[nearest]}
-        self.num_steps = fewest_steps(apart, path, self.closeness, **about)
+        path, apart, own = self.paths[nearest], self.apart[nearest], self.own[nearest]
+        self.num_steps = fewest_steps(apart, path, self.closeness, cfg_scale=self.cfg_scale, own=own)
         return path[self.num_steps]
 
     def predicted(self, place: int, num_steps: int) -> float:

@@ -85,11 +85,15 @@ class Velocity:
 
 @dataclass(frozen=True)
 class Start:
-    """What a step began with: both runs' velocities, and the new run's offset, [B, C, T, H, W]."""
+    """Where a step begins: both runs' velocities, the new run's offset, the prior's mean velocity over it.
+
+    Tensors are [B, C, T, H, W].
+    """
 
     new: Velocity
     old: Velocity
     offset: torch.Tensor | float
+    mean_old: torch.Tensor
 
 
 class DifferentialScheduler(ReportingScheduler):
@@ -128,9 +132,8 @@ class DifferentialScheduler(ReportingScheduler):
         sigma, ahead = float(self.sigmas[place]), self.ahead(place)
         here, there = (self.trajectory.latents[i].to(sample.device).float() for i in (place, place + 1))
         new, old = self.velocities(place, model_output)
-        mean_old = (there - here) / ahead
-        start = Start(new, old, self.corrected_offset(place, new, old, here=here))
-        change, rest = self.change_and_rest(place, new, old, mean_old=mean_old)
+        start = Start(new, old, self.corrected_offset(place, new, old), mean_old=(there - here) / ahead)
+        change, rest = self.change_and_rest(place, new, old, mean_old=start.mean_old)
         estimates = {"new": sample.float() - sigma * new.guided, "old": here - sigma * old.guided}
         share = self.share_of_rest(place, ahead * rest, **estimates)
         offset: torch.Tensor = start.offset + ahead * (change - (1 - share) * rest)
@@ -169,15 +172,10 @@ class DifferentialScheduler(ReportingScheduler):
         change = new.with_guidance(decay) - guess_old + lasts * (new.text - old.text)
         rest = mean_old - guess_old
         if self.before is not None:
-            new_moves, old_moves = new.moves_since(self.before.new), old.moves_since(self.before.old)
-            factors = nearest_sum(old_moves, rest)
-            for factor, of_new, of_old in zip(factors, new_moves, old_moves, strict=True):
-                change, rest = change + factor * (of_new - of_old), rest - factor * of_old
+            change, rest, _ = with_moves(change, rest, self.before, new, old)
         return change, rest
 
-    def corrected_offset(
-        self, place: int, new: Velocity, old: Velocity, *, here: torch.Tensor
-    ) -> torch.Tensor | float:
+    def corrected_offset(self, place: int, new: Velocity, old: Velocity) -> torch.Tensor | float:
         """The offset where a step begins, made again from the velocities at both ends of the step before.
 
         With the velocities v, c and n where that step began, and c_end and n_end where this one does, both
@@ -192,20 +190,13 @@ class DifferentialScheduler(ReportingScheduler):
 
             e = (offset - d_end) / (1 - h * a / sigma)
 
-        They don't stay entirely, so this corrects too little rather than too much.
-
-        Args:
-            here: the prior's latents there, [B, C, T, H, W], like the returned
+        They don't stay entirely, so this corrects too little rather than too much. [B, C, T, H, W]
         """
         if self.before is None:
             return self.offset
         start, behind, sigma = self.before, self.ahead(place - 1), float(self.sigmas[place])
-        mean_old = (here - self.trajectory.latents[place - 1].to(here)) / behind
-        new_moves, old_moves = new.moves_since(start.new), old.moves_since(start.old)
-        factors = nearest_sum(old_moves, mean_old - start.old.guided)
-        change = start.new.guided - start.old.guided
-        for factor, of_new, of_old in zip(factors, new_moves, old_moves, strict=True):
-            change = change + factor * (of_new - of_old)
+        change, rest = start.new.guided - start.old.guided, start.mean_old - start.old.guided
+        change, _, factors = with_moves(change, rest, start, new, old)
         off = self.offset - (start.offset + behind * change)
         pull = factors[0] if new.is_split else sum(factors)
         return self.offset - off / max(1.0, 1 - behind * pull / sigma)
@@ -257,6 +248,20 @@ def fading_rate(new: Velocity, old: Velocity) -> float:
         return 1.0
     larger = math.sqrt(max(1.0, float(changes.sum() / acts.sum())))
     return min(1.0, larger * float(changes @ acts) / lengths)
+
+
+def with_moves(
+    change: torch.Tensor, rest: torch.Tensor, start: Start, new: Velocity, old: Velocity
+) -> tuple[torch.Tensor, torch.Tensor, list[float]]:
+    """How two guesses differ and what the prior's misses, with the moves of both branches since a start.
+
+    The factors of the moves, also returned, are those that leave the least missed. [B, C, T, H, W]
+    """
+    new_moves, old_moves = new.moves_since(start.new), old.moves_since(start.old)
+    factors = nearest_sum(old_moves, rest)
+    for factor, of_new, of_old in zip(factors, new_moves, old_moves, strict=True):
+        change, rest = change + factor * (of_new - of_old), rest - factor * of_old
+    return change, rest, factors
 
 
 def nearest_sum(parts: Sequence[torch.Tensor], target: torch.Tensor) -> list[float]:

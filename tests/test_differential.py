@@ -104,7 +104,7 @@ def test_a_velocity_that_changes_evenly_is_followed_exactly_once_the_prior_has_t
     """Both velocities are linear in sigma: from the second chosen step on the guess is the whole step."""
 
     class Uncorrected(DifferentialScheduler):
-        def corrected_offset(self, place: int, *velocities: Velocity, here: torch.Tensor):
+        def corrected_offset(self, place: int, *velocities: Velocity):
             return self.offset
 
     noise, chosen = at(1.0, -2.0), (0, 5, 8)
@@ -140,19 +140,18 @@ def test_of_two_branches_the_positive_one_is_taken_to_be_off_as_far_as_the_offse
     unit, other, unseen = at(1.0, 0.0), at(0.0, 1.0), at(9.0, 9.0)
     start_old = Velocity(at(1.0, -1.0), at(0.0, 0.0), at(0.0, 0.0), 3.0)
     end_old = Velocity(unseen, unit, other, 3.0)
-    path = [
-        at(1.0, -2.0),
-        at(1.0, -2.0) + ahead * (start_old.guided + at(0.5, 0.2)),
-        unseen,
-    ]  # a = 0.5, b = 0.2
-    scheduler = DifferentialScheduler(Trajectory((0, 5), path, []))
+    mean_old = start_old.guided + at(0.5, 0.2)  # a = 0.5, b = 0.2
+    scheduler = DifferentialScheduler(Trajectory((0, 5), [], []))
     scheduler.set_timesteps(10, denoising_strength=1.0, shift=5.0)
     moves = at(1.4, -0.6), at(0.2, 1.1)  # of the new run's branches
     true_offset = ahead * (at(1.0, 2.0) + 0.5 * (moves[0] - unit) + 0.2 * (moves[1] - other))
     start_new = dataclasses.replace(start_old, guided=start_old.guided + at(1.0, 2.0))
-    scheduler.before, scheduler.offset = Start(start_new, start_old, 0.0), true_offset + at(0.3, -0.1)
+    scheduler.before, scheduler.offset = (
+        Start(start_new, start_old, 0.0, mean_old),
+        true_offset + at(0.3, -0.1),
+    )
     end_new = Velocity(unseen, moves[0] + at(0.3, -0.1) / sigma, moves[1], 3.0)
-    corrected = scheduler.corrected_offset(1, end_new, end_old, here=path[1])
+    corrected = scheduler.corrected_offset(1, end_new, end_old)
     torch.testing.assert_close(corrected, true_offset, atol=1e-3, rtol=0)
 
 
