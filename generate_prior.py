@@ -30,63 +30,55 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from step_skip import cli, cli_machine, cli_prior
-from step_skip.cluster import connected
-from step_skip.cluster_priors import make_on_cluster
-from step_skip.compute import check_compute
-from step_skip.families import FAMILIES, MODELS
-from step_skip.files import InputError, RunError, check_folder, locked
-from step_skip.generate import Left, read_own_images, read_resumable, what_is_left
-from step_skip.loading import loaded_first, pick_device
-from step_skip.lora import find_recorded_loras
-from step_skip.media import fetch_example, read_video
-from step_skip.memory import check_download, describe_peak, say_what_each_mode_takes
-from step_skip.models import (
-    ROOT,
-    LoadOptions,
-    family_name,
-    model_defaults,
-)
-from step_skip.preview import check_previewable, preview_to
-from step_skip.prior import (
-    IMAGE_FILE,
-    METADATA_FILE,
-    PREVIEW_FILE,
-    Prior,
-    RunSettings,
-    bytes_of_steps,
-    check_fingerprint,
-    denoised_file,
-)
-from step_skip.prior_jobs import (
-    check_finishable,
+from step_skip.cli import flags, prior_flags
+from step_skip.cli.terminal import run_script
+from step_skip.cluster.driver import connected
+from step_skip.cluster.priors import make_on_cluster
+from step_skip.errors import InputError, RunError
+from step_skip.files.writing import check_folder, locked
+from step_skip.generate.choices import PriorChoices, check_images, check_prior_choices
+from step_skip.generate.plan import plan_prior
+from step_skip.generate.resume import check_finishable, go_on, read_own_images, read_resumable
+from step_skip.generate.run import Left, what_is_left
+from step_skip.media.videos import fetch_example, read_video
+from step_skip.method.steps import recommended_num_steps
+from step_skip.models.compute import check_compute
+from step_skip.models.families import FAMILIES, MODELS
+from step_skip.models.loading import load_told, loaded_first
+from step_skip.models.lora import find_recorded_loras
+from step_skip.models.machine import pick_device
+from step_skip.models.memory import check_download, describe_peak, say_what_each_mode_takes
+from step_skip.models.weights import ROOT, LoadOptions, family_name, model_defaults
+from step_skip.pipeline.results import Clock
+from step_skip.pipeline.settings import RunSettings
+from step_skip.prior.checks import check_fingerprint
+from step_skip.prior.preview import check_previewable, preview_to
+from step_skip.prior.prior import IMAGE_FILE, PREVIEW_FILE, Prior, bytes_of_steps, denoised_file
+from step_skip.prior.schema import METADATA_FILE
+from step_skip.prior.writer import check_run_id
+from step_skip.sweep.make_priors import (
     check_first,
-    go_on,
     make_all,
     read_images,
-    report_failures,
+    report_failed_priors,
     usable,
     what_to_load,
 )
-from step_skip.prior_plan import PriorChoices, check_images, check_prior_choices, plan_prior
-from step_skip.prior_sweep import (
+from step_skip.sweep.priors import (
     PriorJob,
     bytes_needed,
     bytes_of,
-    describe_job,
+    describe_prior_job,
     forwards_of,
     make_jobs,
     plan_jobs,
 )
-from step_skip.results import Clock
-from step_skip.run_dir import check_run_id
-from step_skip.steps import recommended_num_steps
-from step_skip.tell import describe_seconds, load_told
+from step_skip.sweep.progress import describe_seconds
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from step_skip.schedule import ProgressCallback
+    from step_skip.pipeline.schedulers import ProgressCallback
 
 log = logging.getLogger("step_skip")
 
@@ -96,27 +88,27 @@ RESUME_FLAGS = {"--resume", "--model_dir", "--device", "--vram", "--preview"}
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line and fill in the model's own defaults."""
-    parser = cli.Parser(__doc__)
-    cli_prior.add_identity_arguments(parser)
-    cli_prior.add_run_arguments(parser)
-    cli_prior.add_output_arguments(parser)
-    cli.add_cheaper_arguments(
-        parser, lora_type=cli.lora_argument, lora_help="resumed runs take the same unless told otherwise"
+    parser = flags.Parser(__doc__)
+    prior_flags.add_identity_arguments(parser)
+    prior_flags.add_run_arguments(parser)
+    prior_flags.add_prior_output_arguments(parser)
+    flags.add_cheaper_arguments(
+        parser, lora_type=flags.lora_argument, lora_help="resumed runs take the same unless told otherwise"
     )
-    cli.add_model_arguments(
+    flags.add_model_arguments(
         parser,
         model="I2V-480P",
         model_help="tiny runs on a CPU, the others need CUDA",
         dtype_help="(default: bfloat16; tiny: float32)",
     )
-    cli_machine.add_machine_arguments(parser, inherits=False)
-    cli_machine.add_cluster_arguments(parser, what="priors", reads="images")
+    flags.add_machine_arguments(parser, inherits=False)
+    flags.add_cluster_arguments(parser, what="priors", reads="images")
     args = parser.parse_args(argv)
-    cli.check_quotes(parser, argv, args.prompt)
-    cli_machine.check_cluster_arguments(parser, args)
+    flags.check_quotes(parser, argv, args.prompt)
+    flags.check_cluster_arguments(parser, args)
     args.dtype = args.dtype or model_defaults(args.model, args.model_dir).dtype
     if args.resume is not None:
-        settings = sorted(cli.given_flags(argv) - RESUME_FLAGS)
+        settings = sorted(flags.given_flags(argv) - RESUME_FLAGS)
         if settings:
             parser.error(f"--resume takes every setting from its run: leave out {settings[0]}")
     return args
@@ -160,7 +152,7 @@ def read_jobs(args: argparse.Namespace, choices: PriorChoices) -> list[PriorJob]
         images, args.prompt, choices, end_images=ends, seeds=args.seed, run_ids=args.run_id or []
     )
     if len({job.images.get(IMAGE_FILE) for job in jobs}) == 1:
-        read_images(jobs[0], cli.load_options(args), family_name(args.model, args.model_dir))
+        read_images(jobs[0], flags.options_of_flags(args), family_name(args.model, args.model_dir))
     return jobs
 
 
@@ -180,7 +172,7 @@ def make_priors(args: argparse.Namespace) -> list[PriorJob]:
     choices, family = read_prior_choices(args), family_name(args.model, args.model_dir)
     jobs = [] if args.download_example else read_jobs(args, choices)
     device = pick_device(args.model, args.device) if args.ray is None else "cpu"  # workers have their own
-    options = dataclasses.replace(cli.load_options(args), device=device)
+    options = dataclasses.replace(flags.options_of_flags(args), device=device)
     check_compute(vram=options.vram, quantize=options.quantize, compile=options.compile)
     if args.download_example:
         plan_prior(options, choices, family=family)
@@ -374,8 +366,8 @@ def describe_priors(args: argparse.Namespace, jobs: Sequence[PriorJob]) -> Itera
     """
     for job in jobs:
         if args.dry_run or job.error is None:
-            yield describe_job(job) if args.dry_run else str(job.directory)
-    report_failures(jobs, folder=None if args.dry_run else args.output_dir)
+            yield describe_prior_job(job) if args.dry_run else str(job.directory)
+    report_failed_priors(jobs, folder=None if args.dry_run else args.output_dir)
 
 
 def main(argv: list[str] | None = None) -> str | Iterable[str]:
@@ -390,7 +382,7 @@ def main(argv: list[str] | None = None) -> str | Iterable[str]:
 
 def command() -> None:
     """The console script of an installed package."""
-    cli.run_script(main)
+    run_script(main)
 
 
 if __name__ == "__main__":

@@ -29,37 +29,38 @@ from dataclasses import replace
 from pathlib import Path
 
 import prior_utils
-from step_skip import cli, cli_infer, cli_machine
-from step_skip.clip_prior import check_clip_prior
-from step_skip.cluster import Cluster, connected
-from step_skip.cluster_videos import run_on_cluster
-from step_skip.cost import components_to_load, describe_job, summarize_jobs
-from step_skip.families import MODELS
-from step_skip.files import InputError, RunError, check_folder
-from step_skip.infer import warn_of_words, what_differs
-from step_skip.jobs import check_first, load_options, run_jobs
-from step_skip.like import take_over
-from step_skip.loading import loaded_first, pick_device
-from step_skip.lora import Lora, describe_loras, distilled_hint, find_recorded_loras, parse_recorded_loras
-from step_skip.made import find_made, settle_single
-from step_skip.media import video_bytes
-from step_skip.memory import check_download, say_what_each_mode_takes
-from step_skip.models import LoadOptions, model_defaults
-from step_skip.page import running_page, write_page
-from step_skip.places import sweep_folder
-from step_skip.plan import settings_of
-from step_skip.plan_steps import AUTO
-from step_skip.preview import check_previewable
-from step_skip.prior import bytes_of_prior
-from step_skip.redo import MEASURE, worse_groups
-from step_skip.sweep import Group, Job, all_jobs, by_weights, make_groups
-from step_skip.tell import (
-    doubts_of,
-    report_failures,
+from step_skip.cli import clip_flags, flags, prompts
+from step_skip.cli.like import take_over
+from step_skip.cli.terminal import run_script
+from step_skip.cluster.clips import run_on_cluster
+from step_skip.cluster.driver import Cluster, connected
+from step_skip.errors import InputError, RunError
+from step_skip.files.writing import check_folder
+from step_skip.infer.as_prior import check_clip_prior
+from step_skip.infer.choices import AUTO
+from step_skip.infer.plan import settings_of
+from step_skip.infer.warnings import doubts_of, warn_of_old_motion, warn_of_words, what_differs
+from step_skip.media.videos import video_bytes
+from step_skip.models.families import MODELS
+from step_skip.models.loading import loaded_first
+from step_skip.models.lora import describe_loras, distilled_hint, find_recorded_loras, parse_recorded_loras
+from step_skip.models.lora_file import Lora
+from step_skip.models.machine import pick_device
+from step_skip.models.memory import check_download, say_what_each_mode_takes
+from step_skip.models.weights import LoadOptions, model_defaults
+from step_skip.page.page import running_page, write_page
+from step_skip.prior.preview import check_previewable
+from step_skip.prior.prior import bytes_of_prior
+from step_skip.sweep.clips import Group, all_jobs, by_weights, make_groups
+from step_skip.sweep.cost import components_to_load, describe_clip_job, summarize_jobs
+from step_skip.sweep.finished import find_made, settle_single
+from step_skip.sweep.make_clips import check_first, load_options, run_jobs
+from step_skip.sweep.outputs import sweep_folder
+from step_skip.sweep.progress import (
+    report_failed_clips,
     say_what_auto_means,
     say_what_is_left_out,
     say_what_runs,
-    warn_of_old_motion,
 )
 
 log = logging.getLogger("step_skip")
@@ -67,10 +68,10 @@ log = logging.getLogger("step_skip")
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line; what is left out is taken from the prior later."""
-    parser = cli.Parser(__doc__)
+    parser = flags.Parser(__doc__)
     parser.add_argument(
         "--prior_dir",
-        type=cli.utf8_path,
+        type=flags.utf8_path,
         nargs="+",
         action="extend",
         metavar="DIR",
@@ -86,7 +87,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--like",
-        type=cli.utf8_path,
+        type=flags.utf8_path,
         metavar="FILE",
         help="a clip's .json or .mp4: make it again, or with the flags you give another one",
     )
@@ -95,33 +96,33 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         action="store_true",
         help="make nothing: check every file of the priors and say what is damaged and what is still usable",
     )
-    cli_infer.add_method_arguments(parser)
-    cli_infer.add_prompt_arguments(parser)
-    cli.add_cheaper_arguments(
+    clip_flags.add_method_arguments(parser)
+    clip_flags.add_prompt_arguments(parser)
+    flags.add_cheaper_arguments(
         parser,
-        lora_type=cli.lora_strengths,
+        lora_type=flags.lora_strengths,
         lora_help="others than the prior's may be given, a distilled one for example; --lora alone: none; "
         "strengths between commas, PATH:0.5,1: a sweep (default: the prior's)",
     )
-    cli_infer.add_output_arguments(parser)
-    cli_infer.add_checked_arguments(parser)
-    cli.add_model_arguments(
+    clip_flags.add_clip_output_arguments(parser)
+    clip_flags.add_checked_arguments(parser)
+    flags.add_model_arguments(
         parser,
         model=None,
         model_help="(default: the prior's; any other is refused)",
         dtype_help="(default: the prior's; any other is refused)",
     )
-    cli_machine.add_machine_arguments(parser, inherits=True)
-    cli_machine.add_cluster_arguments(parser, what="videos", reads="priors")
+    flags.add_machine_arguments(parser, inherits=True)
+    flags.add_cluster_arguments(parser, what="videos", reads="priors")
     args = parser.parse_args(argv)
-    given = cli.given_flags(argv)
+    given = flags.given_flags(argv)
     if args.prior_dir is None and args.like is None:
         parser.error("the following arguments are required: --prior_dir, or --like")
     others = sorted(given - {"--prior_dir", "--verify"})
     if args.verify and others:
         parser.error(f"--verify only looks at priors: leave out {others[0]}")
-    cli.check_quotes(parser, argv, args.prompt)
-    cli_machine.check_cluster_arguments(parser, args)
+    flags.check_quotes(parser, argv, args.prompt)
+    flags.check_cluster_arguments(parser, args)
     if args.ray is not None and args.save_prior:
         parser.error("--save_prior needs steps that the workers of --ray don't give back: leave it out")
     if args.overwrite and args.output is None:
@@ -166,21 +167,21 @@ def prepare(
     model = jobs[0].plan.model
     device = pick_device(model, args.device) if cluster is None else cluster.device(model, args.device)
     loras = find_loras(groups) if args.lora is None else parse_recorded_loras(jobs[0].plan.lora)
-    doubts = (
-        (*(doubts_of(group, device=device) if cluster is None else ()), *what_differs(group))
-        for group in groups
-    )
-    for doubt in dict.fromkeys(itertools.chain(*doubts)):
+    doubts: list[str] = []
+    for plan, prior in ((group.plans[0], group.prior) for group in groups):
+        doubts += doubts_of(plan, prior, device=device) if cluster is None else ()
+        doubts += what_differs(plan, prior)
+    for doubt in dict.fromkeys(doubts):
         log.warning(doubt)
-    warn_of_old_motion(groups)
+    warn_of_old_motion((job.plan, job.prior) for job in jobs)
     dtype, failed = check_first(groups)
     guided = args.lora and any(job.plan.cfg_scale != 1 for job in jobs)
-    if guided and (hint := distilled_hint(loras, sigmas=True)):
+    if guided and (hint := distilled_hint(loras)):
         log.info(hint)
     options = load_options(
         groups, device=device, dtype=dtype, vram=args.vram, model_dir=args.model_dir, loras=loras
     )
-    warn_of_words(groups, options)
+    warn_of_words({text: group.prior for group in groups for text in group.texts}, options)
     return options, failed
 
 
@@ -215,7 +216,9 @@ def make_videos(
             usable = [group for group in batch if group.jobs[0].path not in unusable]
             if not told:
                 firsts = [(group, settings_of(group.jobs[0].plan, group.prior)) for group in groups]
-                check_folder(folder, sum(len(group.jobs) * video_bytes(own) for group, own in firsts) + 2**20)
+                check_folder(
+                    folder, sum(len(group.jobs) * video_bytes(own.size) for group, own in firsts) + 2**20
+                )
                 say_what_runs(groups, there=there)
                 told = True
             run = run_jobs if cluster is None else functools.partial(run_on_cluster, cluster=cluster)
@@ -229,29 +232,6 @@ def make_videos(
                 raise
             failed |= {job.path: error for job in all_jobs(batch)}
     return failed
-
-
-def redo(
-    groups: Sequence[Group], args: argparse.Namespace, *, contexts: Path | None
-) -> tuple[list[Job], dict[Path, Exception]]:
-    """Make the videos of a sweep that are below --redo_below once more, in more steps.
-
-    Returns:
-        Their jobs, and the errors of those that failed.
-
-    Raises:
-        InputError, RunError: see `make_videos`.
-    """
-    worse = worse_groups(groups, below=args.redo_below)
-    jobs = all_jobs(worse)
-    failed = find_made(worse)
-    if to_do := list(jobs_left(worse, failed)):
-        log.info(f"{len(jobs)} videos have {MEASURE} below {args.redo_below:g}: again, in more steps")
-        order = [f"{job.name}.mp4" for job in (*all_jobs(groups), *jobs)]
-        there = sum(job.made for job in jobs)
-        with on_cluster(args) as cluster:
-            failed |= make_videos(to_do, args, cluster, there=there, contexts=contexts, order=order)
-    return jobs, failed
 
 
 def on_cluster(args: argparse.Namespace) -> contextlib.AbstractContextManager[Cluster | None]:
@@ -286,7 +266,7 @@ def main(argv: list[str] | None = None) -> Path | str | Iterable[str]:
     is_sweep = args.prompts_file is not None or args.output_dir is not None
     groups, left_out = make_groups(
         args.prior_dir,
-        cli.read_choices(args),
+        prompts.read_choices(args),
         output=args.output,
         output_dir=args.output_dir,
         overwrite=args.overwrite,
@@ -307,8 +287,6 @@ def main(argv: list[str] | None = None) -> Path | str | Iterable[str]:
         jobs[0].save_prior = True
     say_what_auto_means(groups)
     if not is_sweep:
-        if args.redo_below is not None:
-            raise InputError("--redo_below is for a sweep, and this makes one video: add --output_dir")
         settle_single(groups[0], output=args.output, overwrite=args.overwrite)
     failed = {} if args.overwrite else find_made(groups)
     there = sum(job.made for job in jobs)
@@ -317,7 +295,7 @@ def main(argv: list[str] | None = None) -> Path | str | Iterable[str]:
     to_do = list(jobs_left(groups, failed))
     if args.dry_run:
         dry_run(to_do, args, there=there, contexts=contexts)
-        return map(describe_job, jobs)
+        return map(describe_clip_job, jobs)
     if not is_sweep and there:
         log.info("made before, by the same choices, and whole: nothing to do")
     if to_do:
@@ -326,9 +304,6 @@ def main(argv: list[str] | None = None) -> Path | str | Iterable[str]:
             failed |= make_videos(
                 to_do, args, cluster, there=there if is_sweep else None, contexts=contexts, order=order
             )
-    if args.redo_below is not None:
-        more, failed_again = redo(groups, args, contexts=contexts)
-        jobs, failed = [*jobs, *more], failed | failed_again
     if not is_sweep:
         if failed:
             raise next(iter(failed.values()))
@@ -340,7 +315,7 @@ def main(argv: list[str] | None = None) -> Path | str | Iterable[str]:
     if not to_do and there:
         with sweep_folder(folder):
             write_page(folder, [f"{job.name}.mp4" for job in jobs])
-    report_failures(failed, len(jobs), folder=folder, left_out=left_out)
+    report_failed_clips(failed, len(jobs), folder=folder, left_out=left_out)
     return folder
 
 
@@ -353,7 +328,7 @@ def jobs_left(groups: Sequence[Group], failed: Collection[Path]) -> Iterator[Gro
 
 def command() -> None:
     """The console script of an installed package."""
-    cli.run_script(main)
+    run_script(main)
 
 
 if __name__ == "__main__":

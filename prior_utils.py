@@ -19,35 +19,33 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-from step_skip import cli, comfyui, prune
-from step_skip.files import DTYPES, InputError, RunError, replacing, sha256_file, sha256_tensor, write_json
-from step_skip.manage import list_priors, remove_priors, show_prior
-from step_skip.metadata import (
-    FORMAT_VERSION,
-    PriorWriter,
-    check_schedule,
-    read_prior,
-    read_run,
-    sealed,
-)
-from step_skip.prior import (
+from step_skip import comfyui
+from step_skip.cli import flags
+from step_skip.cli.manage import list_priors, remove_priors, show_prior
+from step_skip.cli.terminal import run_script
+from step_skip.errors import InputError, RunError
+from step_skip.files.reading import sha256_file
+from step_skip.files.tensors import DTYPES, sha256_tensor
+from step_skip.files.writing import replacing, write_json
+from step_skip.pipeline.settings import RunSettings
+from step_skip.prior import prune
+from step_skip.prior.checks import check_schedule
+from step_skip.prior.files import check_files, load_conditioning, load_denoised, load_latents
+from step_skip.prior.metadata import FORMAT_VERSION, read_prior, read_run, sealed
+from step_skip.prior.prior import (
     IMAGE_FILE,
     INITIAL_LATENTS_FILE,
-    METADATA_FILE,
     OUTPUT_FILE,
     Prior,
-    RunSettings,
-    check_files,
     context_file,
     identity_file,
-    load_conditioning,
-    load_denoised,
-    load_latents,
     noise_pred_file,
     noise_pred_nega_file,
-    ranges,
     step_file,
+    step_ranges,
 )
+from step_skip.prior.schema import METADATA_FILE
+from step_skip.prior.writer import PriorWriter
 
 __all__ = [
     "DTYPES",
@@ -154,7 +152,7 @@ def usable(prior: Prior, problems: dict[str, str]) -> str:
     if not prior.is_legacy and problems.keys() & set(own_conditioning(prior)):
         return "it can't be resumed with its own prompts"
     if prior.is_of_clip:
-        steps = ranges(prior.kept_steps or [])
+        steps = step_ranges(prior.kept_steps or [])
         return "it can't be followed" if problems else f"it can be followed at steps {steps}"
     resumable = [
         step
@@ -162,7 +160,7 @@ def usable(prior: Prior, problems: dict[str, str]) -> str:
         if (prior.is_legacy or prior.has(step_file(step)))
         and not problems.keys() & {step_file(step), noise_pred_nega_file(step + 1)}
     ]
-    return f"it can be resumed after steps {ranges(resumable)}" if resumable else "it can't be resumed"
+    return f"it can be resumed after steps {step_ranges(resumable)}" if resumable else "it can't be resumed"
 
 
 def own_conditioning(prior: Prior) -> list[str]:
@@ -173,20 +171,20 @@ def own_conditioning(prior: Prior) -> list[str]:
 
 def prune_priors(argv: list[str]) -> str:
     """Take out of priors what the chosen steps don't need, or say what that would be."""
-    parser = cli.Parser(prune.__doc__ or "")
+    parser = flags.Parser(prune.__doc__ or "")
     parser.prog += " prune"
-    parser.add_argument("prior_dir", type=cli.utf8_path, nargs="+", metavar="DIR", help="a run_<id> folder")
+    parser.add_argument("prior_dir", type=flags.utf8_path, nargs="+", metavar="DIR", help="a run_<id> folder")
     which = parser.add_mutually_exclusive_group()
     which.add_argument(
         "--num_steps",
-        type=cli.positive_int,
+        type=flags.positive_int,
         nargs="+",
         metavar="N",
         help="keep what infer_from_prior.py needs with these --num_steps (default: those that --num_steps "
         "auto chooses among, 1 2 3 4 6)",
     )
     which.add_argument(
-        "--steps", type=cli.non_negative_int, nargs="+", metavar="N", help="keep what these --steps need"
+        "--steps", type=flags.non_negative_int, nargs="+", metavar="N", help="keep what these --steps need"
     )
     parser.add_argument("--yes", action="store_true", help="remove it; without, only say what would go")
     args = parser.parse_args(argv)
@@ -203,14 +201,14 @@ def prune_priors(argv: list[str]) -> str:
 
 def export_prior(argv: list[str]) -> str:
     """Write the latents after one of a prior's steps as a .latent, which ComfyUI's LoadLatent reads."""
-    parser = cli.Parser(export_prior.__doc__ or "")
+    parser = flags.Parser(export_prior.__doc__ or "")
     parser.prog += " export"
-    parser.add_argument("prior_dir", type=cli.utf8_path, metavar="DIR", help="a run_<id> folder")
+    parser.add_argument("prior_dir", type=flags.utf8_path, metavar="DIR", help="a run_<id> folder")
     parser.add_argument(
-        "--step", type=cli.non_negative_int, metavar="N", help="the step (default: the last, clean latents)"
+        "--step", type=flags.non_negative_int, metavar="N", help="the step (default: the last, clean latents)"
     )
     output = "the file (default: run_<id>_step_<N>.latent, here)"
-    parser.add_argument("--output", type=cli.utf8_path, metavar="FILE", help=output)
+    parser.add_argument("--output", type=flags.utf8_path, metavar="FILE", help=output)
     args = parser.parse_args(argv)
     prior = read_prior(args.prior_dir)
     step = prior.num_inference_steps - 1 if args.step is None else args.step
@@ -220,14 +218,14 @@ def export_prior(argv: list[str]) -> str:
 
 def import_prior(argv: list[str]) -> str:
     """Make a prior of a run in ComfyUI: one .latent for each of its steps, by euler and simple."""
-    parser = cli.Parser(import_prior.__doc__ or "")
+    parser = flags.Parser(import_prior.__doc__ or "")
     parser.prog += " import"
     files = "saved by SaveLatent after each step, in their order"
-    parser.add_argument("latents", type=cli.utf8_path, nargs="+", metavar="FILE", help=files)
-    parser.add_argument("--output_dir", type=cli.utf8_path, default=Path("prior_output"), metavar="DIR")
+    parser.add_argument("latents", type=flags.utf8_path, nargs="+", metavar="FILE", help=files)
+    parser.add_argument("--output_dir", type=flags.utf8_path, default=Path("prior_output"), metavar="DIR")
     parser.add_argument("--run_id", help="the folder's name is run_<run_id> (default: the first file's)")
     shift = "that of ModelSamplingSD3 there"
-    parser.add_argument("--sigma_shift", type=cli.positive_float, default=5.0, help=shift)
+    parser.add_argument("--sigma_shift", type=flags.positive_float, default=5.0, help=shift)
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="the model's here")
     args = parser.parse_args(argv)
     own = {name: getattr(args, name) for name in ("sigma_shift", "run_id", "dtype")}
@@ -269,4 +267,4 @@ def main(argv: list[str] | None = None) -> str:
 
 
 if __name__ == "__main__":
-    cli.run_script(main)
+    run_script(main)

@@ -27,8 +27,8 @@ import promise
 import world
 from promise_methods import Case, Method, Prior, as_array, from_noise, make_prior, resume
 
-from step_skip.models import model_defaults
-from step_skip.steps import DEFAULT_TEXT_SHARE, part_distances, say_left, text_moves
+from step_skip.method.formation import DEFAULT_TEXT_SHARE, part_distances, say_left, text_moves
+from step_skip.models.weights import model_defaults
 
 STEPS = 10  # of the priors and of the full run
 KINDS = {"motion": "another motion's", "empty": "neutral"}

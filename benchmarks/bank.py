@@ -16,7 +16,6 @@ on one CPU core.
 from __future__ import annotations
 
 import argparse
-import functools
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -34,8 +33,8 @@ from evaluate import psnr
 from promise import Job, run_cases, ssim
 from promise_methods import STEPS, Case, as_array, differential, make_prior
 
-from step_skip.closeness import velocities_apart
-from step_skip.differential import DifferentialScheduler
+from step_skip.method.closeness import velocities_apart
+from step_skip.method.differential import Velocity, corrected_offset, fading_rate
 
 FIT_IDENTITY, TEST_IDENTITY = 3_000_000, 4_000_000  # streams of identities of their own
 BANK = 8
@@ -64,7 +63,7 @@ COLUMNS = (
 
 def make_bank_case(pipe, defaults, index: int, seed: int, cfg_scale: float) -> tuple[Case, list[str]]:
     """A case whose contexts hold those of a bank, too, by the names bank 0 ..., and the bank's motions."""
-    from step_skip.pipeline import encode_prompt
+    from step_skip.pipeline.run import encode_prompt
 
     case = promise.make_case(pipe, defaults, index, seed, cfg_scale)
     rng = np.random.default_rng([index])
@@ -104,8 +103,7 @@ def measure_bank(pipe, defaults, index: int, seed: int, cfg_scale: float) -> Ite
         for steps in NUM_STEPS:
             if (id(prior), steps) not in made:
                 seen: list[tuple[float, float]] = []
-                watched = functools.partial(Watched, seen=seen)
-                result = differential(case, prior, steps=steps, scheduler=watched)
+                result = differential(case, prior, steps=steps, **watching(seen))
                 made[id(prior), steps] = compare(case, result, goal) | dict(
                     zip(("apart_per_step", "turn_per_step"), zip(*seen, strict=True), strict=True)
                 )
@@ -123,20 +121,28 @@ def measure_bank(pipe, defaults, index: int, seed: int, cfg_scale: float) -> Ite
             }
 
 
-class Watched(DifferentialScheduler):
-    """Notes how far the new velocity is from the prior's at each step, and how that has turned since."""
+def watching(seen: list[tuple[float, float]]) -> dict:
+    """Return parts for `follow` that note the distance of the new velocity from the prior's at each step.
 
-    def __init__(self, path, cfg_scale, *, seen: list[tuple[float, float]]):
-        super().__init__(path, cfg_scale)
-        self.seen, self.last = seen, None
+    Args:
+        seen: gets a pair for each step: the distance, and how the difference turned since the step before.
+    """
+    last = []
 
-    def velocities(self, place, model_output):
-        new, old = super().velocities(place, model_output)
+    def note(new: Velocity, old: Velocity) -> None:
         now = new.guided - old.guided
-        turn = now if self.last is None else now - self.last
-        self.last = now
-        self.seen.append((rms(now), rms(turn)))
-        return new, old
+        seen.append((rms(now), rms(now - last.pop() if last else now)))
+        last.append(now)
+
+    def rate_of(new: Velocity, old: Velocity) -> float:  # called at the first step
+        note(new, old)
+        return fading_rate(new, old)
+
+    def correct(offset, start, new: Velocity, old: Velocity, *, sigma: float):  # called at all others
+        note(new, old)
+        return corrected_offset(offset, start, new, old, sigma=sigma)
+
+    return {"rate_of": rate_of, "correct": correct}
 
 
 def first_distance(prior, full) -> float:

@@ -16,7 +16,7 @@ sys.path[:0] = [
 
 from promise_report import Row, guidances, guided_by, mean_of, table
 
-from step_skip.closeness import CLOSENESS, FIT, MOST, fewest_steps, predicted_closeness
+from step_skip.method.closeness import CLOSENESS, FIT, MOST_CLOSENESS, fewest_steps, predicted_closeness
 
 NEAR = 2.0  # dB
 
@@ -69,7 +69,7 @@ def prediction_table(rows: list[Row]) -> str:
     lines = []
     for steps in FIT:
         some = [row for row in rows if int(row["steps"]) == steps]
-        measured = np.array([min(float(row["psnr"]), MOST) for row in some])
+        measured = np.array([min(float(row["psnr"]), MOST_CLOSENESS) for row in some])
         predicted = np.array(
             [
                 predicted_closeness(float(row["apart"]), steps, cfg_scale=float(row["cfg_scale"]))

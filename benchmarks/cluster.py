@@ -35,9 +35,9 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 sys.path.insert(0, str(ROOT))
 
-from step_skip.files import write_json
-from step_skip.loading import installed_versions
-from step_skip.prior import METADATA_FILE
+from step_skip.files.writing import write_json
+from step_skip.models.machine import installed_versions
+from step_skip.prior.schema import METADATA_FILE
 
 INPUTS = ROOT / "data" / "tiny_wan_i2v" / "inputs"
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "RAY_AUTH_MODE": "disabled"}

@@ -47,13 +47,19 @@ from hypothesis import strategies as st
 
 import generate_prior
 import infer_from_prior
-from step_skip.cli import run_script
-from step_skip.files import TEMPORARY_PREFIX, InputError, sha256_file, write_json
-from step_skip.generate import check_same_machine, read_resumable, what_is_left
-from step_skip.loading import installed_versions
-from step_skip.metadata import SEAL, read_run, sealed
-from step_skip.prior import METADATA_FILE, check_fingerprint, damaged_files, step_file
-from step_skip.sweep import Group
+from step_skip.cli.terminal import run_script
+from step_skip.errors import InputError
+from step_skip.files.reading import sha256_file
+from step_skip.files.writing import TEMPORARY_PREFIX, write_json
+from step_skip.generate.resume import check_same_machine, read_resumable
+from step_skip.generate.run import what_is_left
+from step_skip.models.machine import installed_versions
+from step_skip.prior.checks import check_fingerprint
+from step_skip.prior.files import damaged_files
+from step_skip.prior.metadata import SEAL, read_run, sealed
+from step_skip.prior.prior import step_file
+from step_skip.prior.schema import METADATA_FILE
+from step_skip.sweep.clips import Group
 
 PROMPTS = ("The portrait moves left.", "The portrait sinks, eyes shut.")
 STEPS = 4

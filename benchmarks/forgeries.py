@@ -38,14 +38,13 @@ from helpers import PUBLISHED_KEYS
 import generate_prior
 import infer_from_prior
 import prior_utils
-from step_skip import pipeline, tell
-from step_skip.files import sha256_file
-from step_skip.loading import Model, load
-from step_skip.metadata import sealed
-from step_skip.page import write_page
-from step_skip.prior import METADATA_FILE
-from step_skip.schema import Metadata
-from step_skip.terminal import HIDDEN, JOINERS, ending_of, plain, show_messages
+from step_skip.cli.terminal import HIDDEN, JOINERS, ending_of, plain, show_messages
+from step_skip.files.reading import sha256_file
+from step_skip.models import loading
+from step_skip.models.loading import Model, load
+from step_skip.page.page import write_page
+from step_skip.prior.metadata import sealed
+from step_skip.prior.schema import METADATA_FILE, Metadata
 
 SECONDS = 10
 MEMORY = 4 * 2**30
@@ -133,18 +132,18 @@ class Campaign:
     @contextlib.contextmanager
     def loaded(self) -> Iterator[None]:
         """The commands as they are, but that the model is loaded already."""
-        real = tell.load_components, pipeline.release
+        real = loading.load_components, loading.release
 
         def load_components(options: Any, components: Any, *, check: Callable[..., Any], **_: Any) -> Model:
             check(self.model.fingerprint)
             return self.model
 
-        tell.load_components = load_components
-        pipeline.release = lambda pipe, names: None
+        loading.load_components = load_components
+        loading.release = lambda pipe, names: None
         try:
             yield
         finally:
-            tell.load_components, pipeline.release = real
+            loading.load_components, loading.release = real
 
 
 # --- one case -----------------------------------------------------------------------------------------------

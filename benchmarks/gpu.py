@@ -38,13 +38,16 @@ from diffsynth.models.wan_video_vae import WanVideoVAE
 from diffsynth.pipelines.wan_video import WanVideoPipeline
 from picture import run
 
-from step_skip.compute import check_compute, compile_network, quantize_network
-from step_skip.files import InputError, write_json
-from step_skip.hooks import Conditioning, ReplaceStart, hooked
-from step_skip.loading import describe_machine, installed_versions
-from step_skip.pipeline import TILING, decode, run_scheduler
-from step_skip.prior import RunSettings, latents_shape
-from step_skip.schedule import ResumableScheduler
+from step_skip.errors import InputError
+from step_skip.files.writing import write_json
+from step_skip.models.compute import check_compute, compile_network, quantize_network
+from step_skip.models.families import latents_shape
+from step_skip.models.machine import describe_machine, installed_versions
+from step_skip.pipeline.conditioning import Conditioning
+from step_skip.pipeline.hooks import ReplaceStart, hooked
+from step_skip.pipeline.run import decode, run_scheduler
+from step_skip.pipeline.schedulers import ResumableScheduler
+from step_skip.pipeline.settings import TILING, RunSettings
 
 GIB = 2**30
 FULL_SIZE = {  # Wan2.1-I2V-14B: diffsynth/configs/model_configs.py

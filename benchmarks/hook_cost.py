@@ -24,15 +24,16 @@ sys.path.insert(0, str(ROOT))
 os.environ["TQDM_DISABLE"] = "1"
 
 import generate_prior
-from step_skip.cli import load_options
-from step_skip.files import write_json
-from step_skip.generate import save_start, save_step
-from step_skip.images import read_image
-from step_skip.loading import installed_versions, load_components, pick_device
-from step_skip.metadata import PriorWriter
-from step_skip.models import family_name
-from step_skip.prior import Prior
-from step_skip.prior_plan import plan_prior
+from step_skip.cli.flags import options_of_flags
+from step_skip.files.writing import write_json
+from step_skip.generate.plan import plan_prior
+from step_skip.generate.run import save_start, save_step
+from step_skip.media.images import fit_image, open_image
+from step_skip.models.loading import load_components
+from step_skip.models.machine import installed_versions, pick_device
+from step_skip.models.weights import family_name
+from step_skip.prior.prior import Prior
+from step_skip.prior.writer import PriorWriter
 
 
 def seconds(function, *args) -> float:
@@ -53,14 +54,15 @@ def main() -> None:
     own, flags = parser.parse_known_args()
     args = generate_prior.parse_args(["--model", "tiny", "--image", str(own.image), *flags])
     args.device = pick_device(args.model, args.device)
-    options = load_options(args)
+    options = options_of_flags(args)
     choices, family = generate_prior.read_prior_choices(args), family_name(args.model)
     planned = Prior(own.output, plan_prior(options, choices, family=family))
     metadata, settings = planned.metadata, planned.settings
-    image = read_image(own.image, width=settings.width, height=settings.height)
+    image = fit_image(open_image(own.image), width=settings.width, height=settings.height)
     pipe = load_components(options, planned.family.components).pipe
 
-    from step_skip.pipeline import TILING, run_full
+    from step_skip.pipeline.run import run_full
+    from step_skip.pipeline.settings import TILING
 
     prompts = {"prompt": args.prompt[0], "negative_prompt": metadata["negative_prompt"]}
     inputs = prompts | {"input_image": image}

@@ -6,7 +6,7 @@
 Identities that the embedded model has not seen; of each a prior that holds still, and two other motions in
 1, 2, 4 and all 10 steps and resumed late, at the model's own guidance, at Wan's, or at one that is too
 strong, so that some come out and some don't. The truth is the drawn world's: how far the character that is
-shown is from the one it should be, how far it moved, how it flickers, how sharp it is; and the PSNR to the
+shown is from the one it should be, how far it moved and how it flickers; and the PSNR to the
 clip of all steps. Rank correlations (Spearman) over all clips, and with what a motion's clips have in common
 taken out. CPU, float32; about ten minutes. --cost measures 81 frames of 832 x 480 pixels.
 """
@@ -34,8 +34,8 @@ from PIL import Image
 from scipy.stats import rankdata, spearmanr
 
 from step_skip import Prior, generate_prior, infer_from_prior, load
-from step_skip.loading import Model
-from step_skip.measures import measure_frames
+from step_skip.infer.measures import measure_frames
+from step_skip.models.loading import Model
 
 MOTIONS = ("left", "closer", "up", "speak", "tilt", "away", "sleep")
 GUIDANCE = (2.0, 5.0, 8.0)
@@ -45,7 +45,6 @@ PAIRS = (  # a measure, and what it should tell; the sign says whether both grow
     ("identity", "identity_error", -1),
     ("movement", "true_movement", 1),
     ("flicker", "true_flicker", 1),
-    ("sharpness", "true_sharpness", 1),
     ("predicted_closeness", "closeness", 1),
 )
 Row = dict[str, Any]
@@ -62,7 +61,6 @@ def measure_truth(frames: np.ndarray, identity: world.Identity) -> Row:
         "identity_error": shown.identity_error,
         "true_movement": movement(shown.pose, identity),
         "true_flicker": flicker(frames, identity),
-        "true_sharpness": shown.sharpness,
     }
 
 

@@ -34,9 +34,11 @@ from evaluate import psnr
 from promise_methods import PRIORS, STEPS, Case, Method, as_array, methods
 from promise_report import NUMBERS
 
-from step_skip.loading import installed_versions, load_pipeline
-from step_skip.models import LoadOptions, fingerprint_files, model_defaults, weight_files
-from step_skip.prior import RunSettings, latents_shape
+from step_skip.models.families import latents_shape
+from step_skip.models.loading import load_pipeline
+from step_skip.models.machine import installed_versions
+from step_skip.models.weights import LoadOptions, fingerprint_files, model_defaults, weight_files
+from step_skip.pipeline.settings import RunSettings
 
 Job = tuple[int, int, float]  # index, seed, cfg_scale
 FIRST_IDENTITY = 2_000_000  # a stream of identities of its own, neither the training's nor evaluate.py's
@@ -62,7 +64,7 @@ def make_case(pipe, defaults, index: int, seed: int, cfg_scale: float) -> Case:
     """The index-th unseen identity, its two motions and wordings, and the seed-th noise."""
     from PIL import Image
 
-    from step_skip.pipeline import encode_image, encode_prompt
+    from step_skip.pipeline.run import encode_image, encode_prompt
 
     rng = np.random.default_rng([FIRST_IDENTITY, index])
     identity = world.sample_identity(rng)

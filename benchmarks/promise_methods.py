@@ -40,7 +40,7 @@ class Case:
 
     def conditioning(self, posi: str, nega: str = "empty"):
         """The conditioning of one prompt against another."""
-        from step_skip.pipeline import Conditioning
+        from step_skip.pipeline.conditioning import Conditioning
 
         contexts = {"context_posi": self.contexts[posi], "context_nega": self.contexts[nega]}
         return Conditioning(identity=self.image, **contexts)
@@ -71,7 +71,7 @@ class Prior:
 
 def make_prior(case: Case, prompt: str, steps: int) -> Prior:
     """What generate_prior.py saves."""
-    from step_skip.pipeline import run_from
+    from step_skip.pipeline.run import run_from
 
     taken = []
     settings = replace(case.settings, num_inference_steps=steps)
@@ -116,7 +116,7 @@ def as_array(frames) -> np.ndarray:
 
 def from_noise(case: Case, prior: Prior | None, *, steps: int):
     """What anyone can do: fewer steps, DiffSynth's own schedule and Euler."""
-    from step_skip.pipeline import run_from
+    from step_skip.pipeline.run import run_from
 
     settings = replace(case.settings, num_inference_steps=steps)
     conditioning = case.conditioning("new")
@@ -125,7 +125,7 @@ def from_noise(case: Case, prior: Prior | None, *, steps: int):
 
 def from_noise_on(case: Case, prior: Prior, *, steps: int):
     """As many steps of Euler's on the sigmas where a differential resume's steps lie."""
-    from step_skip.pipeline import run_on_sigmas
+    from step_skip.pipeline.run import run_on_sigmas
 
     start = {"latents": case.noise, "conditioning": case.conditioning("new")}
     return run_on_sigmas(case.pipe, case.settings, sigmas=chosen_sigmas(case, steps), **start)
@@ -136,7 +136,7 @@ def with_solver(case: Case, prior: Prior, *, steps: int, solver: str, chosen: bo
 
     The negative branch at the noise is the prior's: it is given to them for nothing, as it is to us.
     """
-    from step_skip.pipeline import run_scheduler
+    from step_skip.pipeline.run import run_scheduler
 
     own = sigmas_of(replace(case.settings, num_inference_steps=steps))
     sigmas = chosen_sigmas(case, steps) if chosen else own
@@ -155,7 +155,7 @@ def solver_scheduler(solver: str, sigmas: list[float]):
     import diffusers
     import torch
 
-    from step_skip.schedule import SigmasScheduler
+    from step_skip.pipeline.schedulers import SigmasScheduler
 
     kinds = {"DPM++ 2M": diffusers.DPMSolverMultistepScheduler, "UniPC": diffusers.UniPCMultistepScheduler}
     theirs = kinds[solver](prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=5.0)
@@ -174,7 +174,7 @@ def solver_scheduler(solver: str, sigmas: list[float]):
 
 def resume(case: Case, prior: Prior, *, start_step: int):
     """--start_step: the steps after it, new prompt: the original recipe."""
-    from step_skip.pipeline import run_from
+    from step_skip.pipeline.run import run_from
 
     return run_from(
         case.pipe,
@@ -186,16 +186,16 @@ def resume(case: Case, prior: Prior, *, start_step: int):
     )
 
 
-def differential(case: Case, prior: Prior, *, steps: int, fading: bool = True, scheduler=None, on_step=None):
+def differential(case: Case, prior: Prior, *, steps: int, fading: bool = True, on_step=None, **parts):
     """--num_steps: a few steps along the prior's path, spent on what the new prompt changes.
 
     Args:
         fading: let guidance fade over a step as it did for the prior.
-        scheduler: another kind of DifferentialScheduler.
         on_step: called with each step.
+        parts: other functions in place of those of `method.differential.follow`.
     """
-    from step_skip.differential import DifferentialScheduler
-    from step_skip.pipeline import run_scheduler
+    from step_skip.pipeline.run import run_scheduler
+    from step_skip.pipeline.schedulers import DifferentialScheduler
 
     path = trajectory(prior, steps)
     if not fading:
@@ -203,7 +203,7 @@ def differential(case: Case, prior: Prior, *, steps: int, fading: bool = True, s
     return run_scheduler(
         case.pipe,
         on_schedule_of(prior, case),
-        scheduler=(scheduler or DifferentialScheduler)(path, case.settings.cfg_scale),
+        scheduler=DifferentialScheduler(path, case.settings.cfg_scale, **parts),
         latents=path.latents[0],
         conditioning=case.conditioning("new"),
         known_nega=known_nega(case, prior, path.steps[0]),
@@ -212,56 +212,36 @@ def differential(case: Case, prior: Prior, *, steps: int, fading: bool = True, s
 
 
 def differential_straight(case: Case, prior: Prior, *, steps: int):
-    """The same without the guess from the step before."""
-    from step_skip.differential import DifferentialScheduler
-
-    class Straight(DifferentialScheduler):
-        def change_and_rest(self, *args, **kwargs):
-            before, self.before = self.before, None
-            found = super().change_and_rest(*args, **kwargs)
-            self.before = before
-            return found
-
-    return differential(case, prior, steps=steps, scheduler=Straight)
+    """Run the same without the guess from the step before."""
+    return differential(
+        case, prior, steps=steps, extrapolate=lambda change, residual, *_: (change, residual, [])
+    )
 
 
 def differential_uncorrected(case: Case, prior: Prior, *, steps: int):
-    """The same where the step before isn't looked at again."""
-    from step_skip.differential import DifferentialScheduler
-
-    class Uncorrected(DifferentialScheduler):
-        def corrected_offset(self, place, new, old):
-            return self.offset
-
-    return differential(case, prior, steps=steps, scheduler=Uncorrected)
+    """Run the same without correcting the offset by the step before."""
+    return differential(case, prior, steps=steps, correct=lambda offset, *_, **__: offset)
 
 
 def differential_fading_alike(case: Case, prior: Prior, *, steps: int):
-    """The same where guidance fades for every change as it did for the prior."""
-    from step_skip.differential import DifferentialScheduler
-
-    class FadesAlike(DifferentialScheduler):
-        rate = property(lambda self: 1.0, lambda self, value: None)
-
-    return differential(case, prior, steps=steps, scheduler=FadesAlike)
+    """Run the same where guidance fades for every change as it did for the prior."""
+    return differential(case, prior, steps=steps, rate_of=lambda new, old: 1.0)
 
 
 def differential_own_bend(case: Case, prior: Prior, *, steps: int):
-    """The same without the share of the prior's rest: only what is guessed."""
-    from step_skip.differential import DifferentialScheduler
+    """Run the same without the prior's residual: only what is guessed."""
 
-    class OwnBend(DifferentialScheduler):
-        def share_of_rest(self, place, rest, *, new, old):
-            return (new == old).all(1, keepdim=True).float()
+    def only_where_alike(residual, denoised, denoised_before, *, per_position):
+        new, old = denoised
+        return (new == old).all(1, keepdim=True).float()
 
-    return differential(case, prior, steps=steps, scheduler=OwnBend)
+    return differential(case, prior, steps=steps, share_of=only_where_alike)
 
 
 def trajectory(prior: Prior, num_steps: int):
     """The prior's path at as many steps as --num_steps would choose."""
-    from step_skip.differential import Trajectory
-    from step_skip.plan_steps import nearest_steps
-    from step_skip.steps import guidance_decay, spread_steps
+    from step_skip.method.differential import Trajectory
+    from step_skip.method.steps import guidance_decay, nearest_steps, spread_steps
 
     steps, guidance = spread_steps(len(prior.noise_pred), num_steps), {}
     if prior.kept_steps is not None:
@@ -280,7 +260,7 @@ def video_to_video(case: Case, prior: Prior, *, steps: int, strength: float):
     """What SDEdit users do: noise the prior's finished clip again and denoise it with the new prompt."""
     import torch
 
-    from step_skip.pipeline import run_from
+    from step_skip.pipeline.run import run_from
 
     settings = replace(case.settings, num_inference_steps=steps, denoising_strength=strength)
     sigma = sigmas_of(settings)[0]
@@ -300,8 +280,8 @@ def flow_edit(case: Case, prior: Prior, *, steps: int):
     """
     import torch
 
-    from step_skip.pipeline import decode
-    from step_skip.results import RunResult
+    from step_skip.pipeline.results import RunResult
+    from step_skip.pipeline.run import decode
 
     sigmas = [*chosen_sigmas(case, steps), 0.0]
     source = prior.latents[-1]
@@ -318,7 +298,7 @@ def flow_edit(case: Case, prior: Prior, *, steps: int):
 
 def sigmas_of(settings) -> list[float]:
     """The noise levels that the steps of these settings start at."""
-    from step_skip.schedule import compute_schedule
+    from step_skip.pipeline.schedulers import compute_schedule
 
     names = ("num_inference_steps", "denoising_strength", "sigma_shift")
     return compute_schedule(**{name: getattr(settings, name) for name in names})[1]
@@ -326,7 +306,7 @@ def sigmas_of(settings) -> list[float]:
 
 def chosen_sigmas(case: Case, num_steps: int) -> list[float]:
     """Where so many steps of a differential resume lie, from a prior of as many steps as the full run."""
-    from step_skip.steps import spread_steps
+    from step_skip.method.steps import spread_steps
 
     sigmas = sigmas_of(case.settings)
     return [sigmas[step] for step in spread_steps(len(sigmas), num_steps)]

@@ -33,13 +33,16 @@ from promise_methods import (
     with_solver,
 )
 
-from step_skip.cli import Parser, add_model_arguments, run_script
-from step_skip.images import read_image
-from step_skip.loading import load_pipeline, pick_device
-from step_skip.memory import HOMES
-from step_skip.models import LoadOptions, model_defaults, weight_files
-from step_skip.prior import RunSettings, latents_shape
-from step_skip.steps import recommended_num_steps, recommended_start_step
+from step_skip.cli.flags import Parser, add_model_arguments
+from step_skip.cli.terminal import run_script
+from step_skip.media.images import fit_image, open_image
+from step_skip.method.steps import recommended_num_steps, recommended_start_step
+from step_skip.models.families import latents_shape
+from step_skip.models.loading import load_pipeline
+from step_skip.models.machine import pick_device
+from step_skip.models.memory import HOMES
+from step_skip.models.weights import LoadOptions, model_defaults, weight_files
+from step_skip.pipeline.settings import RunSettings
 
 PRIORS = {"motion": "old", "still": "still"}  # by kind: whose context
 LABEL_WIDTH = 24  # characters
@@ -72,10 +75,10 @@ def make_case(
     pipe, defaults, image_path: Path, prompts: dict[str, str], *, num_inference_steps: int, seed: int
 ) -> Case:
     """One picture with its prompts: old and still, of its priors, and new, which is asked for."""
-    from step_skip.pipeline import encode_image, encode_prompt
+    from step_skip.pipeline.run import encode_image, encode_prompt
 
     sizes = {name: getattr(defaults, name) for name in ("height", "width", "num_frames")}
-    image = read_image(image_path, width=sizes["width"], height=sizes["height"])
+    image = fit_image(open_image(image_path), width=sizes["width"], height=sizes["height"])
     settings = RunSettings(
         num_inference_steps=num_inference_steps,
         denoising_strength=1.0,

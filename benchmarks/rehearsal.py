@@ -34,9 +34,9 @@ sys.path[:0] = [str(ROOT), str(HERE)]
 
 from sparse import make_model
 
-from step_skip.families import FAMILIES, MODELS
-from step_skip.files import write_json
-from step_skip.loading import describe_machine, installed_versions
+from step_skip.files.writing import write_json
+from step_skip.models.families import FAMILIES, MODELS
+from step_skip.models.machine import describe_machine, installed_versions
 
 PROMPT, OTHER_PROMPT = "she stays still", "she turns her head and laughs"
 SAMPLE_SECONDS = 0.1

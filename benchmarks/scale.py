@@ -29,14 +29,16 @@ ROOT = HERE.parent
 sys.path.insert(0, str(ROOT))
 
 import infer_from_prior
-from step_skip import cli
-from step_skip.cost import summarize_jobs
-from step_skip.files import sha256_file, write_json
-from step_skip.made import describe_settings, find_made
-from step_skip.metadata import sealed
-from step_skip.plan import Choices
-from step_skip.prior import IMAGE_FILE, METADATA_FILE
-from step_skip.sweep import all_jobs, make_groups
+from step_skip.files.reading import sha256_file
+from step_skip.files.writing import write_json
+from step_skip.infer.choices import Choices
+from step_skip.infer.report import describe_settings
+from step_skip.prior.metadata import sealed
+from step_skip.prior.prior import IMAGE_FILE
+from step_skip.prior.schema import METADATA_FILE
+from step_skip.sweep.clips import all_jobs, make_groups
+from step_skip.sweep.cost import summarize_jobs
+from step_skip.sweep.finished import find_made
 
 IMAGE = ROOT / "data" / "tiny_wan_i2v" / "inputs" / "mila.png"
 LARGE = {"height": 480, "width": 832, "num_frames": 33}
@@ -64,7 +66,8 @@ def make_large(prior: Path) -> None:
     """Give a prior the tensors of a larger video, with random values."""
     import torch
 
-    from step_skip.metadata import PriorWriter, read_prior
+    from step_skip.prior.metadata import read_prior
+    from step_skip.prior.writer import PriorWriter
 
     small = read_prior(prior)
     metadata = {**small.metadata, **LARGE}
@@ -108,14 +111,14 @@ def count(priors: list[Path], prompts: Path) -> None:
 def choices_of(priors: list[Path], prompts: Path) -> list[Choices]:
     """What the command line asks for."""
     argv = ["--prior_dir", *map(str, priors), "--prompts_file", str(prompts)]
-    return cli.read_choices(infer_from_prior.parse_args(argv))
+    return prompts.read_choices(infer_from_prior.parse_args(argv))
 
 
 def read(priors: list[Path], prompts: Path) -> None:
     """A sweep whose priors are read and whose videos are not made."""
-    from step_skip import jobs
+    from step_skip.sweep import make_clips
 
-    jobs.run_job = lambda *_, **__: None
+    make_clips.run_job = lambda *_, **__: None
     infer_from_prior.write_page = lambda *_: None
     ask(priors, prompts, "--output_dir", str(prompts.parent / f"sweep_{len(priors)}"))
 

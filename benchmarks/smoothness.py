@@ -21,9 +21,9 @@ sys.path[:0] = [str(ROOT), str(ROOT / "data" / "tiny_wan_i2v")]
 
 import distil
 
-from step_skip.loading import load_pipeline
-from step_skip.models import LoadOptions, model_defaults, weight_files
-from step_skip.schedule import compute_schedule
+from step_skip.models.loading import load_pipeline
+from step_skip.models.weights import LoadOptions, model_defaults, weight_files
+from step_skip.pipeline.schedulers import compute_schedule
 
 STEPS = 10
 SEED = 1  # distil.py fits the branch on seed 0's identities

@@ -15,7 +15,7 @@ import math
 from collections.abc import Mapping
 from pathlib import Path
 
-from step_skip.families import MODELS, TOKENIZER, Weights
+from step_skip.models.families import MODELS, TOKENIZER, Weights
 
 Shapes = Mapping[str, list[int]]
 SHARD_BYTES = 9.99e9  # of the largest shard of the published files

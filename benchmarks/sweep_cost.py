@@ -23,8 +23,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from step_skip.files import write_json
-from step_skip.loading import installed_versions
+from step_skip.files.writing import write_json
+from step_skip.models.machine import installed_versions
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent

@@ -41,7 +41,7 @@ COLUMNS = ("index", "seed", "cfg_scale", "motion", "other", "weight", "way", "st
 
 
 def clip_prior(case: Case, followed: Prior) -> Prior:
-    """A clip that follows a prior in CLIP_STEPS, as a prior: what `step_skip.clip_prior` saves of it."""
+    """A clip that follows a prior in CLIP_STEPS, as a prior: what `step_skip.infer.as_prior` saves of it."""
     taken = []
     result = differential(case, followed, steps=CLIP_STEPS, on_step=taken.append)
     latents, noise_pred, noise_pred_nega = ([None] * STEPS for _ in range(3))
@@ -61,7 +61,7 @@ def clip_prior(case: Case, followed: Prior) -> Prior:
 
 def measure_variations(pipe, defaults, index: int, seed: int, cfg_scale: float) -> Iterator[dict]:
     """One line for every mixture, way and number of steps."""
-    from step_skip.pipeline import encode_prompt
+    from step_skip.pipeline.run import encode_prompt
 
     case = promise.make_case(pipe, defaults, index, seed, cfg_scale)
     rng = np.random.default_rng([index])

@@ -8,15 +8,16 @@
 `pipe` is any WanVideoPipeline, or what `load` gives. docs/python.md has the rest. Importing this is cheap.
 """
 
-from step_skip.files import DiskError, InputError, RunError
-from step_skip.generate import generate_prior
-from step_skip.generate_many import generate_priors
-from step_skip.infer import Clip, infer_from_prior
-from step_skip.loading import Model, load
-from step_skip.metadata import read_prior
-from step_skip.models import LoadOptions
-from step_skip.preview import preview_to
-from step_skip.prior import Prior
+from step_skip.api import generate_priors
+from step_skip.errors import DiskError, InputError, RunError
+from step_skip.generate.generate import generate_prior
+from step_skip.infer.clip import Clip
+from step_skip.infer.infer import infer_from_prior
+from step_skip.models.loading import Model, load
+from step_skip.models.weights import LoadOptions
+from step_skip.prior.metadata import read_prior
+from step_skip.prior.preview import preview_to
+from step_skip.prior.prior import Prior
 
 __all__ = [
     "Clip",

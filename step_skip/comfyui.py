@@ -16,10 +16,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from step_skip.files import InputError, check_free, read_file, replacing, write_json
-from step_skip.metadata import PriorWriter, check_distinct
-from step_skip.prior import METADATA_FILE, Prior, check_files, load_latents, step_file
-from step_skip.run_dir import create_run_dir
+from step_skip.errors import InputError
+from step_skip.files.bounds import MAX_LATENT_BYTES
+from step_skip.files.reading import read_file
+from step_skip.files.writing import check_free, replacing, write_json
+from step_skip.pipeline.settings import check_distinct
+from step_skip.prior.files import check_files, load_latents
+from step_skip.prior.prior import Prior, step_file
+from step_skip.prior.schema import METADATA_FILE
+from step_skip.prior.writer import PriorWriter, create_run_dir
 
 if TYPE_CHECKING:
     import torch
@@ -39,7 +44,6 @@ LATENTS, MARK = (
     "latent_tensor",
     "latent_format_version_0",
 )  # without the mark LoadLatent scales by 1 / 0.18215
-MAX_LATENT_BYTES = 2**30  # 81 frames of 720 x 1280 pixels have 19 MB
 
 
 def to_comfyui(latents: torch.Tensor, sigma: float) -> torch.Tensor:
@@ -115,7 +119,7 @@ def import_run(
     """
     import torch
 
-    from step_skip.schedule import compute_schedule
+    from step_skip.pipeline.schedulers import compute_schedule
 
     timesteps, sigmas = compute_schedule(
         num_inference_steps=len(paths), denoising_strength=1.0, sigma_shift=sigma_shift

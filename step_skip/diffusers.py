@@ -27,34 +27,40 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from step_skip.contexts import ContextStore
-from step_skip.differential import DifferentialScheduler
-from step_skip.families import DEFAULT_FAMILY, FAMILIES
-from step_skip.files import InputError, locked, sha256_tensor
-from step_skip.generate import save_start, save_step
-from step_skip.hooks import Conditioning, hooked
-from step_skip.images import id_of, read_own_image, read_pictures
-from step_skip.infer import trajectory_of
-from step_skip.inputs import know_contexts, load_inputs
-from step_skip.loading import OWN_PIPELINE, UNVERIFIED, fingerprint_parameters
-from step_skip.media import write_video
-from step_skip.metadata import PriorWriter, read_prior
-from step_skip.models import LoadOptions, model_defaults
-from step_skip.pipeline import check_finite
-from step_skip.plan import Choices, latents_files, make_plan
-from step_skip.prior import IMAGE_FILE, OUTPUT_FILE, SCHEDULE_FLAGS, Prior
-from step_skip.prior_plan import PriorChoices, check_prior_choices, plan_prior
-from step_skip.results import Clock, RunResult
-from step_skip.run_dir import create_run_dir
-from step_skip.schedule import (
+from step_skip.errors import InputError
+from step_skip.files.tensors import sha256_tensor
+from step_skip.files.writing import locked
+from step_skip.generate.choices import PriorChoices, check_prior_choices
+from step_skip.generate.formation import save_formation
+from step_skip.generate.pictures import id_of, read_pictures
+from step_skip.generate.plan import plan_prior
+from step_skip.generate.run import save_start, save_step
+from step_skip.infer.choices import Choices
+from step_skip.infer.clip import trajectory_of
+from step_skip.infer.inputs import Source, know_contexts, load_inputs
+from step_skip.infer.plan import latents_files, make_plan
+from step_skip.media.videos import write_video
+from step_skip.models.families import DEFAULT_FAMILY, FAMILIES
+from step_skip.models.loading import OWN_PIPELINE, UNVERIFIED, fingerprint_parameters
+from step_skip.models.weights import LoadOptions, model_defaults
+from step_skip.pipeline.conditioning import Conditioning
+from step_skip.pipeline.hooks import hooked
+from step_skip.pipeline.results import Clock, RunResult
+from step_skip.pipeline.run import check_finite
+from step_skip.pipeline.schedulers import (
+    DifferentialScheduler,
     ReportingScheduler,
     ResumableScheduler,
     Step,
     StepCallback,
-    check_installed_schedule,
 )
-from step_skip.steps import save_formation
-from step_skip.sweep import Job, make_group
+from step_skip.pipeline.settings import SCHEDULE_FLAGS
+from step_skip.prior.checks import check_installed_schedule
+from step_skip.prior.contexts import ContextStore
+from step_skip.prior.metadata import read_prior
+from step_skip.prior.pictures import read_own_image
+from step_skip.prior.prior import IMAGE_FILE, OUTPUT_FILE, Prior
+from step_skip.prior.writer import PriorWriter, create_run_dir
 
 if TYPE_CHECKING:
     from diffusers import WanImageToVideoPipeline
@@ -177,22 +183,22 @@ def infer_from_prior(
     if plan.paths is not None:
         raise InputError('num_steps="auto" is not to be had on a pipeline of diffusers; give a number')
     own_scale = one_guidance(plan.cfg_scale)
-    group = make_group([prior], [Job(prior, plan)])
+    source = Source(prior)
     check_installed_schedule(prior)
-    check_weights(pipe, prior)
-    load_inputs(group)
-    know_contexts(group, ContextStore())
+    check_transformer(pipe, prior)
+    load_inputs(source, [plan])
+    know_contexts(source, plan.texts, ContextStore())
     scheduler: ReportingScheduler
     if plan.start_step is None:
-        scheduler = DifferentialScheduler(trajectory_of(group, plan, plan.steps_to_run), own_scale)
+        scheduler = DifferentialScheduler(trajectory_of(source, plan, plan.steps_to_run), own_scale)
     else:
         scheduler = ResumableScheduler(start_step=plan.start_step)
-    known, texts = group.inputs.contexts, (plan.prompt, plan.negative_prompt)
+    known, texts = source.inputs.contexts, (plan.prompt, plan.negative_prompt)
     return run(
         pipe,
         prior,
         scheduler,
-        latents=group.inputs.tensors[latents_files(plan, prior)[0]],
+        latents=source.inputs.tensors[latents_files(plan, prior)[0]],
         contexts=[known[text] if text in known else encode(pipe, text) for text in texts],
         cfg_scale=own_scale,
     )
@@ -227,7 +233,7 @@ def one_guidance(cfg_scale: float | Sequence[float]) -> float:
     return cfg_scale
 
 
-def check_weights(pipe: WanImageToVideoPipeline, prior: Prior) -> None:
+def check_transformer(pipe: WanImageToVideoPipeline, prior: Prior) -> None:
     """Compare the network's weights with those that made a prior; one made by DiffSynth doesn't tell.
 
     Raises:

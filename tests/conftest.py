@@ -22,8 +22,8 @@ os.environ["OMP_NUM_THREADS"] = "1"  # the model is so small that threads only c
 from families import build_family, build_folder
 from helpers import FRAMES, PROMPT, PUBLISHED_KEYS, SIZE, Outcome, listing, run_in_process
 
-from step_skip import loading
-from step_skip.models import LoadOptions
+from step_skip.models import loading
+from step_skip.models.weights import LoadOptions
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -136,7 +136,7 @@ def prior(make_prior: Callable[..., Path]) -> Path:
 @pytest.fixture(scope="session", autouse=True)
 def keep_what_is_imported() -> Iterator[None]:
     """Out of the collector's sight: else a collection, one for every load, walks through all of torch."""
-    import step_skip.pipeline  # noqa: F401
+    import step_skip.pipeline.run  # noqa: F401
 
     gc.collect()
     gc.freeze()

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from helpers import ROOT
 
-from step_skip.families import FAMILIES
-from step_skip.tiny import build_tiny
+from step_skip.models.embedded import build_tiny
+from step_skip.models.families import FAMILIES
 
 DIT = {
     "dim": 24,

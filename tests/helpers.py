@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from step_skip.cli import run_script
-from step_skip.metadata import sealed
+from step_skip.cli.terminal import run_script
+from step_skip.prior.metadata import sealed
 
 ROOT = Path(__file__).resolve().parents[1]
 SIZE = 32  # pixels, height and width

@@ -16,7 +16,7 @@ from families import DIT, config_of
 from helpers import ROOT
 from safetensors.torch import save_file
 
-from step_skip.families import MODELS
+from step_skip.models.families import MODELS
 
 ONE, TWO = "T2V-1.3B", "T2V-A14B"  # with one network, with two experts
 CONFIG = config_of("T2V")

@@ -15,7 +15,7 @@ import torch
 from conftest import build_model, save_image
 from helpers import PROMPT, SIZE, edit_metadata, read_json, record_checksum
 
-from step_skip.images import read_image
+from step_skip.media.images import fit_image, open_image
 
 SHAPE = (1, 16, 3, 4, 4)  # latents of 9 frames of 32 x 32 pixels
 NOT_UTF8 = "\udcff\udcfe"  # how Python hands over the bytes ff fe from a shell
@@ -135,7 +135,7 @@ def test_images_that_cannot_be_used(generate, refused, tmp_path, kind):
 
 @pytest.mark.parametrize("damage", ["flip", "cut"])
 def test_damaged_images_are_refused_or_read_never_a_traceback(tmp_path, damage):
-    from step_skip.files import InputError
+    from step_skip.errors import InputError
 
     outcomes = set()
     for suffix in ("png", "jpg", "webp", "gif", "tiff", "bmp"):
@@ -144,7 +144,7 @@ def test_damaged_images_are_refused_or_read_never_a_traceback(tmp_path, damage):
             flipped = whole[:place] + bytes([whole[place] ^ 0xFF]) + whole[place + 1 :]
             path = written(tmp_path / f"bad.{suffix}", flipped if damage == "flip" else whole[:place])
             try:
-                outcomes.add(read_image(path, width=SIZE, height=SIZE).size)
+                outcomes.add(fit_image(open_image(path), width=SIZE, height=SIZE).size)
             except InputError as error:
                 outcomes.add("refused")
                 assert str(path) in str(error)
@@ -632,8 +632,8 @@ def test_differential_resume_looks_at_its_files_too(prior_copy, infer, refused, 
 
 def test_any_damage_to_a_tensor_file_is_an_input_error(prior_copy):
     """A prior of an older format has no checksums: the reader meets the damage itself."""
-    from step_skip.files import InputError
-    from step_skip.tensor_file import load_tensor
+    from step_skip.errors import InputError
+    from step_skip.files.tensors import load_tensor
 
     path = prior_copy / "step_0006.pt"
     whole = path.read_bytes()

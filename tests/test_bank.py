@@ -11,8 +11,8 @@ import pytest
 from helpers import OTHER_PROMPT, PROMPT, Outcome, read_json
 
 import step_skip
-from step_skip.closeness import MOST, FirstLook, predicted_closeness
-from step_skip.files import InputError
+from step_skip.errors import InputError
+from step_skip.method.closeness import MOST_CLOSENESS, FirstLook, predicted_closeness
 
 PROMPTS = (PROMPT, OTHER_PROMPT, "The portrait rises.")
 BETWEEN = "The portrait nods."
@@ -58,7 +58,7 @@ def test_a_priors_own_prompt_finds_it_and_gives_its_latents(bank, ask, method) -
         report = ask(bank, "--nearest", "--prompt", prompt, *method).report
         assert report["prior_dir"] == str(prior)
         assert report["latents_sha256"] == latents_of(prior)
-        assert report["apart"] == 0 and report["predicted_closeness"] == MOST
+        assert report["apart"] == 0 and report["predicted_closeness"] == MOST_CLOSENESS
         if method == ["--num_steps", "auto"]:
             assert report["forwards"] == 1
 
@@ -142,7 +142,7 @@ def test_more_change_or_guidance_is_predicted_to_come_less_near_and_more_steps_n
         )
         assert found == sorted(found)
         for less in (further, stronger):
-            assert all(a > b for a, b in zip(found, less, strict=True) if a < MOST)
+            assert all(a > b for a, b in zip(found, less, strict=True) if a < MOST_CLOSENESS)
 
 
 def test_nothing_is_told_before_the_first_velocity_is_known() -> None:

@@ -11,7 +11,7 @@ import pytest
 from helpers import OTHER_PROMPT, PROMPT, ROOT
 from small_real import SmallVae
 
-from step_skip.loading import describe_machine, installed_versions
+from step_skip.models.machine import describe_machine, installed_versions
 
 sys.path.append(str(ROOT / "benchmarks"))
 

@@ -12,13 +12,14 @@ from helpers import OTHER_PROMPT, PROMPT, edit_metadata, read_json
 from safetensors.torch import save_file
 
 import infer_from_prior
-from step_skip.cli import read_choices
-from step_skip.infer import between
-from step_skip.inputs import load_inputs
-from step_skip.lora import Lora, describe_loras
-from step_skip.metadata import read_prior
-from step_skip.plan import latents_files, part_of_step
-from step_skip.sweep import Group, Job, make_plans
+from step_skip.cli.prompts import read_choices
+from step_skip.infer.clip import between
+from step_skip.infer.inputs import load_inputs
+from step_skip.infer.plan import latents_files, part_of_step
+from step_skip.models.lora import describe_loras
+from step_skip.models.lora_file import Lora
+from step_skip.prior.metadata import read_prior
+from step_skip.sweep.clips import Group, Job, make_plans
 
 BLOCKS = 4  # of the tests' DiT
 
@@ -179,8 +180,8 @@ def test_sigmas_begin_on_the_straight_line_between_two_steps(prior, sigma, step)
     recorded = read_prior(prior)
     (plan,) = make_plans(recorded, read_choices(args)).values()
     assert plan.start_step == step - 1
-    group = Group(recorded, [Job(recorded, plan)])
-    load_inputs(group)
+    group = Group(prior=recorded, jobs=[Job(recorded, plan)])
+    load_inputs(group, group.plans)
     ends = [group.inputs.tensors[name] for name in latents_files(plan, recorded)]
     begin = between(ends[0], ends[-1], part_of_step(plan, recorded))
     noise_pred = torch.load(prior / f"noise_pred_{step:04d}.pt", weights_only=True)

@@ -11,10 +11,12 @@ from families import image_flags
 from helpers import OTHER_PROMPT, PROMPT, Outcome, edit_metadata, read_json
 
 import step_skip
-from step_skip.closeness import FirstLook, fewest_steps, predicted_closeness
-from step_skip.files import InputError, sha256_tensor
-from step_skip.plan_steps import more_steps, nearest_steps
-from step_skip.prior import Prior
+from step_skip.errors import InputError
+from step_skip.files.tensors import sha256_tensor
+from step_skip.infer.steps import more_steps
+from step_skip.method.closeness import FirstLook, fewest_steps, predicted_closeness
+from step_skip.method.steps import nearest_steps
+from step_skip.prior.prior import Prior
 
 VARIATION = "The portrait rises."
 
@@ -132,7 +134,7 @@ def test_no_clip_is_lost_when_its_prior_cannot_be_saved(prior_copy, save, monkey
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("step_skip.clip_prior.write_video", full)
+    monkeypatch.setattr("step_skip.infer.as_prior.write_video", full)
     outcome = save(prior_copy)
     assert outcome.code != 0 and "No space left" in outcome.error
     assert len([*(prior_copy / "outputs").glob("*.mp4")]) == 1

@@ -15,18 +15,22 @@ import pytest
 from conftest import build_model, save_image
 from helpers import OTHER_PROMPT, PROMPT, ROOT, read_json
 
-from step_skip import LoadOptions, cluster_priors, cluster_videos, generate_priors
-from step_skip.cluster import Cluster
-from step_skip.files import InputError, sha256_file
-from step_skip.metadata import read_prior
-from step_skip.prior import METADATA_FILE, damaged_files
+from step_skip import LoadOptions, generate_priors
+from step_skip.cluster import clips as cluster_clips
+from step_skip.cluster import priors as cluster_priors
+from step_skip.cluster.driver import Cluster
+from step_skip.errors import InputError
+from step_skip.files.reading import sha256_file
+from step_skip.prior.files import damaged_files
+from step_skip.prior.metadata import read_prior
+from step_skip.prior.schema import METADATA_FILE
 
 THIRD_PROMPT = "The portrait nods."
 POISON = "The portrait takes its worker along."
 DECIDING = ("latents_sha256", "video_sha256", "steps_run", "prompt", "prior_files", "forwards", "identity")
 
 
-class Slow(cluster_videos.VideoWorker):
+class Slow(cluster_clips.VideoWorker):
     """A worker that gives others time to kill it."""
 
     def make(self, *given):
@@ -43,7 +47,7 @@ class DeadlyPrior(cluster_priors.PriorWorker):
         return super().make(pictures, prompt, *given)
 
 
-class Deadly(cluster_videos.VideoWorker):
+class Deadly(cluster_clips.VideoWorker):
     """A worker that one prompt kills."""
 
     def make(self, group, inputs, texts, *contexts):
@@ -116,7 +120,7 @@ def test_a_cluster_makes_what_one_process_makes(sweep, tmp_path):
 def test_a_lost_worker_costs_nothing_and_a_job_that_kills_three_is_given_up(
     prior, infer, address, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(cluster_videos, "VideoWorker", Deadly)
+    monkeypatch.setattr(cluster_clips, "VideoWorker", Deadly)
     threading.Thread(target=kill_one_worker, daemon=True).start()
     prompts = ("--prompt", OTHER_PROMPT, POISON, THIRD_PROMPT)
     outcome = infer(prior, *prompts, "--output_dir", tmp_path / "sweep", "--ray", address)
@@ -143,7 +147,7 @@ def kill_one_worker() -> None:
 def test_a_lost_node_and_a_killed_command_cost_nothing(
     sweep, prior, second, model_dir, nodes, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(cluster_videos, "VideoWorker", Slow)
+    monkeypatch.setattr(cluster_clips, "VideoWorker", Slow)
     prompts = [f"The portrait moves {number}." for number in range(6)]
     folder = tmp_path / "cluster"
 

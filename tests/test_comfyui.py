@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 import step_skip
 from step_skip import read_prior
 from step_skip.comfyui import MEAN, STD
-from step_skip.prior import load_latents, step_file
+from step_skip.prior.files import load_latents
+from step_skip.prior.prior import step_file
 
 # --- ComfyUI, github.com/Comfy-Org/ComfyUI, November 2026: its formulas in this file's words ----------------
 

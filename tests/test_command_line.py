@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 from helpers import OTHER_PROMPT, PROMPT, ROOT, read_json, run_as_user
 
-from step_skip.cli import Terminated, run_script
-from step_skip.files import DiskError, InputError, RunError
+from step_skip.cli.terminal import Terminated, run_script
+from step_skip.errors import DiskError, InputError, RunError
 
 SCRIPTS = ("generate_prior.py", "infer_from_prior.py")
 
@@ -131,7 +131,7 @@ def test_the_command_printed_is_short_where_nothing_else_was_given(monkeypatch, 
 
 
 def test_the_defaults_in_the_help_are_those_that_hold(tmp_path):
-    from step_skip.models import model_defaults
+    from step_skip.models.weights import model_defaults
 
     text = " ".join(run_as_user(ROOT / "generate_prior.py", "--help", cwd=tmp_path).stdout.split())
     real, large, tiny = (model_defaults(name) for name in ("I2V-480P", "I2V-720P", "tiny"))
@@ -163,8 +163,8 @@ def test_bytes_that_are_no_text(script, tmp_path):
 def test_a_path_that_could_not_be_told_is_an_error(tmp_path):
     """Whoever reads stdout must not take an empty answer for success."""
     code = (
-        f"import sys; sys.path.insert(0, {str(ROOT)!r}); import step_skip.cli\n"
-        "step_skip.cli.run_script(lambda: 'the/path')"
+        f"import sys; sys.path.insert(0, {str(ROOT)!r}); import step_skip.cli.terminal\n"
+        "step_skip.cli.terminal.run_script(lambda: 'the/path')"
     )
     with open("/dev/full", "w") as full:  # noqa: PTH123
         ended = subprocess.run(
@@ -210,12 +210,12 @@ def test_exit_codes(capsys, error, code, words):
 def test_what_is_told_line_by_line_is_never_held_as_a_whole(tmp_path):
     """As a dry run of a million jobs: the reader wants three lines, and no more than a few are made."""
     code = (
-        f"import sys; sys.path.insert(0, {str(ROOT)!r}); import step_skip.cli\n"
+        f"import sys; sys.path.insert(0, {str(ROOT)!r}); import step_skip.cli.terminal\n"
         "def main():\n"
         "    for number in range(10**6):\n"
         "        print(f'made {number}', file=sys.stderr) if number % 10**5 == 0 else None\n"
         "        yield f'line {number}'\n"
-        "step_skip.cli.run_script(main)"
+        "step_skip.cli.terminal.run_script(main)"
     )
     command = f"{shlex.quote(sys.executable)} -c {shlex.quote(code)} | head -n 3; echo ${{PIPESTATUS[0]}}"
     ended = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True, timeout=300)

@@ -14,8 +14,18 @@ import pytest
 import torch
 from helpers import OTHER_PROMPT, read_json
 
-from step_skip.differential import DifferentialScheduler, Start, Trajectory, Velocity, nearest_sum
-from step_skip.schedule import ReportingScheduler, ResumableScheduler, Step
+from step_skip.method.differential import (
+    Evaluation,
+    StepStart,
+    Trajectory,
+    Velocity,
+    corrected_offset,
+    fading_rate,
+    follow,
+    nearest_sum,
+    share_of_residual,
+)
+from step_skip.pipeline.schedulers import DifferentialScheduler, ReportingScheduler, ResumableScheduler, Step
 
 SIGMAS = (1.0, 0.978, 0.952, 0.921, 0.882, 0.833, 0.769, 0.682, 0.556, 0.357)
 
@@ -35,6 +45,11 @@ def prior_of(velocity, noise: torch.Tensor, chosen: tuple[int, ...]) -> Trajecto
     steps = run(ResumableScheduler(), velocity, noise)
     latents = [steps[i].latents_before for i in chosen] + [steps[-1].latents]
     return Trajectory(chosen, latents, [steps[i].noise_pred for i in chosen])
+
+
+def none(*_: object, **__: object) -> float:
+    """Follow nothing of the prior's residual."""
+    return 0.0
 
 
 def at(*values: float) -> torch.Tensor:
@@ -65,9 +80,7 @@ def test_the_priors_own_velocity_gives_the_priors_own_latents(dtype: torch.dtype
     assert torch.equal(steps[-1].latents, trajectory.latents[-1])
 
 
-def test_the_share_of_the_rest_worked_by_hand() -> None:
-    scheduler = DifferentialScheduler(Trajectory((0, 5, 8), [], []))
-
+def test_the_share_of_the_residual_worked_by_hand() -> None:
     def frames(first: tuple[float, float], second: tuple[float, float]) -> torch.Tensor:
         """One channel, two frames of two pixels."""
         return torch.tensor([first, second]).view(1, 1, 2, 1, 2)
@@ -75,41 +88,57 @@ def test_the_share_of_the_rest_worked_by_hand() -> None:
     old, new = frames((1, 1), (1, 3)), frames((1, 1), (2, 4))
     bend = frames((0, 0), (1, 1))
     # at rest it is (1, 1): moves of (1, 3) and (0, 2), apart by (1, 1)
-    share = scheduler.share_of_rest(0, bend, new=new, old=old)
+    share = share_of_residual(bend, (new, old), None, per_position=False)
     torch.testing.assert_close(share.flatten(), torch.tensor([1, 1 - 2 / (10 + 4 + 2)]))
     # then the new one goes back by (0, 3) where the prior goes on by (0, 1): opposite ways
-    apart = {"new": new - frames((0, 0), (0, 3)), "old": old + frames((0, 0), (0, 1))}
-    assert scheduler.share_of_rest(1, 0.1 * bend, **apart).flatten().tolist() == [1, 0]
-    # after the last step position by position: the first one of the second frame goes back by 1, alone
-    gone = {"new": apart["new"] - frames((0, 0), (1, 0)), "old": apart["old"]}
-    assert scheduler.share_of_rest(2, 0 * bend, **gone).flatten().tolist() == [1, 1, 0, 1]
+    apart = new - frames((0, 0), (0, 3)), old + frames((0, 0), (0, 1))
+    share = share_of_residual(0.1 * bend, apart, (new, old), per_position=False)
+    assert share.flatten().tolist() == [1, 0]
+    # position by position: the first one of the second frame goes back by 1, alone
+    gone = apart[0] - frames((0, 0), (1, 0)), apart[1]
+    share = share_of_residual(0 * bend, gone, apart, per_position=True)
+    assert share.flatten().tolist() == [1, 1, 0, 1]
+
+
+def test_the_schedulers_run_is_that_of_follow() -> None:
+    """The method on its own, driven by hand, gives every bit of the scheduler's latents."""
+    noise = torch.randn(1, 4, 3, 2, 8, generator=torch.Generator().manual_seed(0))
+    prior = prior_of(lambda x, sigma: torch.sin(3 * x) + sigma, noise, (0, 4, 8))
+
+    def velocity(x: torch.Tensor, sigma: float) -> torch.Tensor:
+        return torch.cos(2 * x) - sigma
+
+    scheduler = DifferentialScheduler(prior)
+    expected = [step.latents for step in run(scheduler, velocity, noise)]
+    sigmas = scheduler.schedule[1].tolist()
+    clip, found = follow(prior, sigmas), []
+    latents = next(clip)
+    for step in prior.steps:
+        latents = clip.send(Evaluation(latents, velocity(latents, sigmas[step])))
+        found.append(latents)
+    assert all(map(torch.equal, found, expected)) and len(found) == 3
 
 
 def test_with_nothing_of_the_rest_a_first_step_is_one_from_noise() -> None:
-    class Straight(DifferentialScheduler):
-        def share_of_rest(self, place: int, rest: torch.Tensor, **estimates: torch.Tensor) -> float:
-            return 0.0
-
     def velocity(x: torch.Tensor, sigma: float) -> torch.Tensor:
         return torch.cos(2 * x) - sigma
 
     noise, chosen = at(0.5, -1.0, 2.0), (0, 5, 8)
     prior = prior_of(lambda x, sigma: torch.sin(3 * x) + sigma, noise, chosen)
-    found = run(Straight(prior), velocity, noise)[0].latents
+    found = run(DifferentialScheduler(prior, share_of=none), velocity, noise)[0].latents
     from_noise = run(ReportingScheduler(lambda _: chosen), velocity, noise)[0].latents
     torch.testing.assert_close(found, from_noise, atol=1e-5, rtol=0)
 
 
 def test_a_velocity_that_changes_evenly_is_followed_exactly_once_the_prior_has_taught_how() -> None:
     """Both velocities are linear in sigma: from the second chosen step on the guess is the whole step."""
-
-    class Uncorrected(DifferentialScheduler):
-        def corrected_offset(self, place: int, *velocities: Velocity):
-            return self.offset
-
     noise, chosen = at(1.0, -2.0), (0, 5, 8)
     prior = prior_of(lambda x, sigma: at(0.5, 3.0) * sigma, noise, chosen)
-    steps = run(Uncorrected(prior), lambda x, sigma: at(2.5, 2.0) * sigma, noise)
+    steps = run(
+        DifferentialScheduler(prior, correct=lambda offset, *_, **__: offset),
+        lambda x, sigma: at(2.5, 2.0) * sigma,
+        noise,
+    )
     sigmas = [SIGMAS[5], SIGMAS[8], 0.0]
     for step, (begin, end) in zip(steps[1:], itertools.pairwise(sigmas), strict=True):
         # the prior's fine steps are Euler's: their mean velocity, and the new clip's, is that of the sigmas
@@ -127,12 +156,17 @@ def test_a_step_is_corrected_to_what_a_full_run_did_once_its_end_is_known() -> N
 
     noise, old = at(1.0, -2.0), velocity(at(0.5, 3.0), at(1.0, -0.5))
     new = velocity(at(2.5, 2.0), at(-2.0, 1.0))
-    scheduler = DifferentialScheduler(prior_of(old, noise, (0, 8)))
-    steps = run(scheduler, new, noise)
+    corrected: list[torch.Tensor] = []
+
+    def correct(*given, **at):
+        corrected.append(corrected_offset(*given, **at))
+        return corrected[-1]
+
+    steps = run(DifferentialScheduler(prior_of(old, noise, (0, 8)), correct=correct), new, noise)
     there = [run(ResumableScheduler(), each, noise)[8].latents_before for each in (new, old)]
     missed = (steps[1].latents_before - there[0]).abs()
     assert missed.min() > 0.09  # where the second step was evaluated
-    torch.testing.assert_close(scheduler.before.offset, there[0] - there[1])
+    torch.testing.assert_close(corrected[-1], there[0] - there[1])
 
 
 def test_of_two_branches_the_positive_one_is_taken_to_be_off_as_far_as_the_offset_is() -> None:
@@ -141,17 +175,12 @@ def test_of_two_branches_the_positive_one_is_taken_to_be_off_as_far_as_the_offse
     start_old = Velocity(at(1.0, -1.0), at(0.0, 0.0), at(0.0, 0.0), 3.0)
     end_old = Velocity(unseen, unit, other, 3.0)
     mean_old = start_old.guided + at(0.5, 0.2)  # a = 0.5, b = 0.2
-    scheduler = DifferentialScheduler(Trajectory((0, 5), [], []))
-    scheduler.set_timesteps(10, denoising_strength=1.0, shift=5.0)
     moves = at(1.4, -0.6), at(0.2, 1.1)  # of the new run's branches
     true_offset = ahead * (at(1.0, 2.0) + 0.5 * (moves[0] - unit) + 0.2 * (moves[1] - other))
     start_new = dataclasses.replace(start_old, guided=start_old.guided + at(1.0, 2.0))
-    scheduler.before, scheduler.offset = (
-        Start(start_new, start_old, 0.0, mean_old),
-        true_offset + at(0.3, -0.1),
-    )
+    start = StepStart(start_new, start_old, 0.0, mean_old, ahead)
     end_new = Velocity(unseen, moves[0] + at(0.3, -0.1) / sigma, moves[1], 3.0)
-    corrected = scheduler.corrected_offset(1, end_new, end_old)
+    corrected = corrected_offset(true_offset + at(0.3, -0.1), start, end_new, end_old, sigma=sigma)
     torch.testing.assert_close(corrected, true_offset, atol=1e-3, rtol=0)
 
 
@@ -169,17 +198,19 @@ def test_of_two_branches_the_positive_one_is_taken_to_be_off_as_far_as_the_offse
 def test_guidance_fades_as_far_as_a_change_is_where_the_priors_text_acted(moved, rate) -> None:
     """One step, no rest followed: the change is that of posi + (cfg_scale - 1) * fade * (posi - nega)."""
 
-    class Straight(DifferentialScheduler):
-        def share_of_rest(self, place: int, rest: torch.Tensor, **estimates: torch.Tensor) -> float:
-            return 0.0
-
     noise, nega, text, cfg_scale, decay = at(1.0, -2.0), at(0.5, 1.0), at(4.0, 0.0), 3.0, 0.25
     prior = prior_of(lambda x, sigma: nega + cfg_scale * text, noise, (0,))
     prior = dataclasses.replace(prior, noise_pred_nega=[nega], cfg_scale=cfg_scale, guidance_decay=[decay])
-    scheduler = Straight(prior, cfg_scale)
+    rates: list[float] = []
+
+    def rate_of(new: Velocity, old: Velocity) -> float:
+        rates.append(fading_rate(new, old))
+        return rates[-1]
+
+    scheduler = DifferentialScheduler(prior, cfg_scale, share_of=none, rate_of=rate_of)
     scheduler.noise_pred_nega = lambda: nega
     [step] = run(scheduler, lambda x, sigma: nega + cfg_scale * (text + at(*moved)), noise)
-    assert scheduler.rate == pytest.approx(rate)
+    assert rates == [pytest.approx(rate)]
     faded = nega + text + (cfg_scale - 1) * decay * text  # the prior's, where nothing of its rest is followed
     expected = noise - faded - (1 + (cfg_scale - 1) * decay**rate) * at(*moved)
     torch.testing.assert_close(step.latents, expected)
@@ -235,16 +266,13 @@ def test_detail_is_the_priors_and_motion_the_prompts() -> None:
 
 
 def test_following_the_bend_where_both_move_alike_is_nearer_than_following_it_everywhere() -> None:
-    class WholeBend(DifferentialScheduler):
-        def share_of_rest(self, place: int, rest: torch.Tensor, **estimates: torch.Tensor) -> float:
-            return 1.0
-
     noise = torch.randn(2000, 1, 1, 1, 2, generator=torch.Generator().manual_seed(0))
     asked = world_velocity((1.0,))
     prior = prior_of(world_velocity((-1.0, 1.0)), noise, (0, 5, 8))
     full = run(ResumableScheduler(), asked, noise)[-1].latents
     found, whole = (
-        run(scheduler(prior), asked, noise)[-1].latents for scheduler in (DifferentialScheduler, WholeBend)
+        run(DifferentialScheduler(prior, **parts), asked, noise)[-1].latents
+        for parts in ({}, {"share_of": lambda *_, **__: 1.0})
     )
     errors = [(each - full)[..., 1].square().mean().sqrt() for each in (found, whole)]
     assert errors[0] < 0.8 * errors[1]

@@ -13,7 +13,8 @@ from helpers import FRAMES, PROMPT, SIZE
 import step_skip
 from prior_utils import verify
 from step_skip import InputError, comfyui
-from step_skip.prior import load_latents, noise_pred_file, noise_pred_nega_file, step_file
+from step_skip.prior.files import load_latents
+from step_skip.prior.prior import noise_pred_file, noise_pred_nega_file, step_file
 
 pytest.importorskip("diffusers")
 sys.path.insert(0, str(ROOT / "integrations" / "diffusers"))

@@ -10,14 +10,15 @@ import torch
 from helpers import ROOT
 from safetensors.torch import load_file
 
-from step_skip.cheaper import Branch
-from step_skip.lora import Lora, check_loras
+from step_skip.method.skip_cache import Branch
+from step_skip.models.lora import check_loras
+from step_skip.models.lora_file import Lora
 
 sys.path.append(str(ROOT / "data" / "tiny_wan_i2v"))
 
 import distil
 
-from step_skip.tiny import load_tiny_modules
+from step_skip.models.embedded import load_tiny_modules
 
 FEW = ("--identities", "2", "--clips", "2", "--threads", "1")
 

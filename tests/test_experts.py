@@ -13,9 +13,10 @@ from helpers import OTHER_PROMPT, PROMPT, read_json
 from safetensors.torch import save_file
 
 import step_skip
-from step_skip import loading
-from step_skip.families import MODELS
-from step_skip.files import InputError, sha256_tensor
+from step_skip.errors import InputError
+from step_skip.files.tensors import sha256_tensor
+from step_skip.models import loading
+from step_skip.models.families import MODELS
 
 FAMILIES = ("I2V-A14B", "T2V-A14B")
 FIRST_LOW = {"I2V-A14B": 4, "T2V-A14B": 5}  # of 10 steps at shift 5

@@ -11,9 +11,10 @@ from families import SIZES, image_flags
 from helpers import OTHER_PROMPT, PROMPT, edit_metadata, read_json
 
 import step_skip
-from step_skip.families import FAMILIES, MODELS
-from step_skip.files import InputError, sha256_tensor
-from step_skip.loading import family_of_pipe
+from step_skip.errors import InputError
+from step_skip.files.tensors import sha256_tensor
+from step_skip.models.families import FAMILIES, MODELS
+from step_skip.models.loading import family_of_pipe
 
 # with every image it may have; TI2V without one, too
 CASES = [(name, family.image != "none") for name, family in FAMILIES.items()] + [("TI2V", False)]

@@ -23,12 +23,14 @@ import torch
 from helpers import OTHER_PROMPT, PROMPT, ROOT, edit_metadata, listing, read_json, record_checksum
 from PIL import Image
 
-import step_skip.jobs
-from step_skip.contexts import kept_context_path
-from step_skip.files import InputError, TakenError, locked, replacing, write_json
-from step_skip.metadata import read_prior, read_run
-from step_skip.prior import IMAGE_FILE, damaged_files
-from step_skip.tensor_file import load_tensor
+from step_skip.errors import InputError, TakenError
+from step_skip.files.tensors import load_tensor
+from step_skip.files.writing import locked, replacing, write_json
+from step_skip.prior.contexts import kept_context_path
+from step_skip.prior.files import damaged_files
+from step_skip.prior.metadata import read_prior, read_run
+from step_skip.prior.prior import IMAGE_FILE
+from step_skip.sweep import make_clips
 
 sys.path.append(str(ROOT / "benchmarks"))  # behind the root: it has a sweep.py, too
 SHAPE = (1, 16, 3, 4, 4)  # latents of 9 frames of 32 x 32 pixels
@@ -169,7 +171,9 @@ def test_code_in_a_tensor_file(prior_copy, infer, refused, tmp_path, kind, proto
 
 
 FORKED = multiprocessing.get_context("forkserver")  # its processes begin with these imports made
-FORKED.set_forkserver_preload(["torch", "step_skip.pipeline", "infer_from_prior", "step_skip.cli", __name__])
+FORKED.set_forkserver_preload(
+    ["torch", "step_skip.pipeline.run", "infer_from_prior", "step_skip.cli.flags", __name__]
+)
 
 
 def limited_run(argv, cwd, *, mebibytes):
@@ -184,7 +188,7 @@ def limited_run(argv, cwd, *, mebibytes):
 def run_limited(argv: list[str], cwd: Path, mebibytes: int) -> None:
     """What `limited_run` runs in a process of its own."""
     import infer_from_prior
-    from step_skip.cli import run_script
+    from step_skip.cli.terminal import run_script
 
     os.chdir(cwd)
     for descriptor, name in ((1, "out"), (2, "err")):
@@ -454,7 +458,7 @@ def test_a_link_in_place_of_a_sweeps_folder_has_no_page(prior_copy, infer, run, 
     infer(prior_copy, "--start_step", 9, "--output_dir", sweep).path.rename(tmp_path / "elsewhere")
     sweep.symlink_to(tmp_path / "elsewhere")
     before = listing(tmp_path)
-    outcome = run("step_skip.page", sweep)
+    outcome = run("step_skip.page.__main__", sweep)
     assert outcome.code == 2 and "sweep is a symbolic link" in outcome.error
     assert listing(tmp_path) == before
 
@@ -500,7 +504,7 @@ def forge_context(path: Path, header: dict, tensor) -> None:
     ids=["int8", "float64", "width", "empty", "scalar", "nan"],
 )
 def test_a_kept_context_that_cannot_be_is_encoded_again(prior, prior_copy, infer, tmp_path, tensor):
-    from step_skip.contexts import _context_header, kept_context_path
+    from step_skip.prior.contexts import _context_header, kept_context_path
 
     expected = infer(prior, "--prompt", OTHER_PROMPT, "--output", tmp_path / "a.mp4").report["latents_sha256"]
     recorded = read_prior(prior_copy)
@@ -513,7 +517,7 @@ def test_a_kept_context_that_cannot_be_is_encoded_again(prior, prior_copy, infer
 
 @pytest.mark.parametrize("kind", ["fifo", "sparse", "folder"])
 def test_a_kept_context_that_is_no_file_of_its_size(prior_copy, infer, tmp_path, kind):
-    from step_skip.contexts import kept_context_path
+    from step_skip.prior.contexts import kept_context_path
 
     path = kept_context_path(read_prior(prior_copy), OTHER_PROMPT)
     path.parent.mkdir()
@@ -530,7 +534,7 @@ def test_a_kept_context_that_is_no_file_of_its_size(prior_copy, infer, tmp_path,
 
 @pytest.mark.parametrize("kind", ["link", "other", "long"])
 def test_a_priors_film_that_is_not_its_own_is_not_shown(prior_copy, infer, run, tmp_path, kind):
-    from step_skip.media import write_video
+    from step_skip.media.videos import write_video
 
     own = prior_copy / "output_full.mp4"
     frames = [Image.new("RGB", (16, 16))] * (40 if kind == "long" else 9)
@@ -547,20 +551,20 @@ def test_a_priors_film_that_is_not_its_own_is_not_shown(prior_copy, infer, run, 
     words = {"link": "is a symbolic link", "other": "is damaged", "long": "over 9 frames, expected 9"}[kind]
     assert words in text
     assert 'output_full.mp4"' not in text  # nothing to play
-    assert run("step_skip.page", folder).code == 0
+    assert run("step_skip.page.__main__", folder).code == 0
 
 
 def test_three_thumbs_are_all_that_is_kept_of_a_film(tmp_path, monkeypatch):
-    from step_skip import media
+    from step_skip.media import videos
 
-    made, thumb = [], media.thumb
-    monkeypatch.setattr(media, "thumb", lambda frame: made.append(thumb(frame)) or made[-1])
+    made, thumb = [], videos.thumb
+    monkeypatch.setattr(videos, "thumb", lambda frame: made.append(thumb(frame)) or made[-1])
     for count in (1, 2, 8, 9):
         frames = [Image.new("RGB", (16, 16), (25 * i, 0, 0)) for i in range(count)]
-        media.write_video(frames, tmp_path / "film.mp4", fps=8)
+        videos.write_video(frames, tmp_path / "film.mp4", fps=8)
         for num_frames in (count, None):
             made.clear()
-            thumbs = media.read_thumbs(tmp_path / "film.mp4", num_frames=num_frames)
+            thumbs = videos.read_thumbs(tmp_path / "film.mp4", num_frames=num_frames)
             reds = [thumb.getpixel((4, 4))[0] for thumb in thumbs]
             assert reds == pytest.approx([0, 25 * ((count - 1) // 2), 25 * (count - 1)], abs=8)
             assert len(made) <= 3
@@ -588,7 +592,7 @@ def test_a_sweeps_folder_from_a_stranger(prior, infer, run, tmp_path):
                 path.unlink()
             lay(path)
     signal.alarm(100)
-    assert run("step_skip.page", folder).code == 0
+    assert run("step_skip.page.__main__", folder).code == 0
     outcome = infer(prior, *flags)
     signal.alarm(0)
     assert (outcome.code, "2 of 12 videos failed" in outcome.error) == (1, True), outcome.err
@@ -606,9 +610,9 @@ def test_a_sweeps_folder_from_a_stranger(prior, infer, run, tmp_path):
 @pytest.mark.parametrize("name", ["step_0006.pt", "y.pt"])
 def test_a_file_that_is_swapped_after_its_sum_was_taken(prior_copy, infer, refused, monkeypatch, name):
     """What is loaded is what the sum is of, so that the JSON never records another."""
-    from step_skip import files
+    from step_skip.files import reading
 
-    check, path = files.check_sha256, prior_copy / name
+    check, path = reading.check_sha256, prior_copy / name
     torch.save(torch.load(path, weights_only=True) * 2, prior_copy.parent / "other.pt")
 
     def swap_after(checked, *sums):
@@ -616,23 +620,23 @@ def test_a_file_that_is_swapped_after_its_sum_was_taken(prior_copy, infer, refus
         if checked == path and (prior_copy.parent / "other.pt").exists():
             (prior_copy.parent / "other.pt").rename(path)
 
-    monkeypatch.setattr("step_skip.prior.check_sha256", swap_after)
+    monkeypatch.setattr("step_skip.prior.files.check_sha256", swap_after)
     outcome = infer(prior_copy)
     assert outcome.code == 2 and f"{name} is damaged: its SHA-256" in outcome.error
 
 
 def test_an_older_priors_file_that_is_swapped(older_prior, infer, image, monkeypatch):
     """It records no sums: what was seen first has to be what is loaded."""
-    from step_skip import inputs
+    from step_skip.infer import inputs
 
     read, path = inputs.read_inputs, older_prior / "step_0006.pt"
 
-    def swap_after(group):
-        inputs = read(group)
+    def swap_after(*given):
+        inputs = read(*given)
         torch.save(torch.zeros(SHAPE), path)
         return inputs
 
-    monkeypatch.setattr("step_skip.inputs.read_inputs", swap_after)
+    monkeypatch.setattr("step_skip.infer.inputs.read_inputs", swap_after)
     outcome = infer(older_prior, "--model", "tiny", "--image", image, "--prompt", PROMPT)
     assert outcome.code == 2 and "step_0006.pt is damaged: its SHA-256" in outcome.error
 
@@ -645,7 +649,7 @@ def another_run(monkeypatch):
     """`another_run(path)`: another run writes this video while ours computes."""
 
     def begin(path):
-        make_clip = step_skip.jobs.make_clip
+        make_clip = make_clips.make_clip
 
         def overtaken(group, plan, *args, **options):
             clip = make_clip(group, plan, *args, **options)
@@ -654,7 +658,7 @@ def another_run(monkeypatch):
             taken.write_bytes(b"theirs")
             return clip
 
-        monkeypatch.setattr(step_skip.jobs, "make_clip", overtaken)
+        monkeypatch.setattr(make_clips, "make_clip", overtaken)
 
     return begin
 

@@ -28,12 +28,12 @@ from helpers import (
     read_json,
 )
 
-from step_skip.files import InputError, replacing, sha256_tensor
-from step_skip.media import is_whole_mp4, write_video
-from step_skip.metadata import PriorWriter
-from step_skip.prior import context_file
-from step_skip.run_dir import create_run_dir
-from step_skip.tensor_file import load_tensor
+from step_skip.errors import InputError
+from step_skip.files.tensors import load_tensor, sha256_tensor
+from step_skip.files.writing import replacing
+from step_skip.media.videos import is_whole_mp4, write_video
+from step_skip.prior.prior import context_file
+from step_skip.prior.writer import PriorWriter, create_run_dir
 
 OWN_KEYS = {
     "format_version",
@@ -400,8 +400,8 @@ def assert_unfinished(prior: Path, infer, *, steps: int) -> None:
 KILLED_RUN = """
 import os, signal, sys
 sys.path.insert(0, {root!r})
-import generate_prior, step_skip.generate
-save_step = step_skip.generate.save_step
+import generate_prior, step_skip.generate.run
+save_step = step_skip.generate.run.save_step
 def save_then_die(writer, step):
     if step.index == 3:
         def die(path):
@@ -409,7 +409,7 @@ def save_then_die(writer, step):
             os.kill(os.getpid(), signal.SIGKILL)
         writer.save("step_0003.pt", die)
     save_step(writer, step)
-step_skip.generate.save_step = save_then_die
+step_skip.generate.run.save_step = save_then_die
 generate_prior.main(sys.argv[1:])
 """
 

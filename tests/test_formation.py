@@ -11,24 +11,24 @@ import pytest
 import torch
 from helpers import FRAMES, OTHER_PROMPT, PROMPT, SIZE, edit_metadata, read_json
 
-import step_skip.generate
-from step_skip import steps
-from step_skip.files import InputError
-from step_skip.hooks import ForwardCounter
-from step_skip.loading import load_pipeline
-from step_skip.models import LoadOptions, weight_files
-from step_skip.pipeline import run_full
-from step_skip.prior import Prior, RunSettings, context_file
-from step_skip.steps import (
+from step_skip.errors import InputError
+from step_skip.generate import formation, run
+from step_skip.generate.formation import record_branch_distance
+from step_skip.infer.steps import choose_start_step
+from step_skip.method.formation import (
     DEFAULT_TEXT_SHARE,
-    choose_start_step,
     moving_part,
     part_distances,
-    record_branch_distance,
     still_part,
     text_left,
     text_moves,
 )
+from step_skip.models.loading import load_pipeline
+from step_skip.models.weights import LoadOptions, weight_files
+from step_skip.pipeline.hooks import ForwardCounter
+from step_skip.pipeline.run import run_full
+from step_skip.pipeline.settings import RunSettings
+from step_skip.prior.prior import Prior, context_file
 
 SIGMAS = (1.0, 0.75, 0.25)
 
@@ -183,7 +183,7 @@ def test_a_picture_that_fails_costs_no_prior(generate, infer, image, monkeypatch
     def fail(*_, **__):
         raise ImportError("No module named 'matplotlib'")
 
-    monkeypatch.setattr(steps, "draw_formation", fail)
+    monkeypatch.setattr(formation, "draw_formation", fail)
     outcome = generate("--image", image, "--num_inference_steps", 2, "--prompt", PROMPT)
     prior = outcome.path
     assert "warning: no formation.png (ImportError: No module named 'matplotlib')" in outcome.err
@@ -198,13 +198,13 @@ def test_a_picture_that_fails_costs_no_prior(generate, infer, image, monkeypatch
 
 def test_the_record_grows_with_the_steps(generate, image, monkeypatch):
     """So that a run that is killed and goes on has the numbers of all its steps."""
-    seen, save_step = [], step_skip.generate.save_step
+    seen, save_step = [], run.save_step
 
     def spy(writer, step):
         save_step(writer, step)
         seen.append(read_json(writer.directory / "run_metadata.json")["formation"]["branch_distances"])
 
-    monkeypatch.setattr(step_skip.generate, "save_step", spy)
+    monkeypatch.setattr(run, "save_step", spy)
     prior = generate("--image", image, "--num_inference_steps", 3, "--prompt", PROMPT).path
     record = read_json(prior / "run_metadata.json")["formation"]["branch_distances"]
     assert seen == [record[:1], record[:2], record]

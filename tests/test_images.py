@@ -11,10 +11,11 @@ import pytest
 from helpers import SIZE, read_json
 from PIL import Image
 
-from step_skip.families import FAMILIES, MODELS
-from step_skip.files import InputError, sha256_file
-from step_skip.images import choose_size, fit_box, fit_picture, open_image
-from step_skip.prior_plan import PriorChoices
+from step_skip.errors import InputError
+from step_skip.files.reading import sha256_file
+from step_skip.generate.choices import PriorChoices, choose_size
+from step_skip.media.images import fit_box, fit_picture, open_image
+from step_skip.models.families import FAMILIES, MODELS
 
 RAMP = np.linspace(0, 1, 20 * 20).reshape(20, 20)  # black to white, row by row
 

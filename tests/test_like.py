@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from helpers import OTHER_PROMPT, PROMPT, read_json
 
-from step_skip.like import read_comment
+from step_skip.infer.report import read_comment
 
 ODD_PROMPT = '--like "this"; she = speaks \\ #é\nlouder'
 

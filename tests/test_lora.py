@@ -11,13 +11,13 @@ import torch
 from helpers import OTHER_PROMPT, edit_metadata, read_json
 from safetensors.torch import load_file, save_file
 
-from step_skip.files import InputError
-from step_skip.loading import load_pipeline
-from step_skip.lora import check_loras, parse_lora, parse_strengths
-from step_skip.lora import describe_loras as describe
-from step_skip.lora import find_recorded_loras as recorded
-from step_skip.lora_file import Lora
-from step_skip.models import LoadOptions, weight_files
+from step_skip.errors import InputError
+from step_skip.models.loading import load_pipeline
+from step_skip.models.lora import check_loras, parse_lora, parse_strengths
+from step_skip.models.lora import describe_loras as describe
+from step_skip.models.lora import find_recorded_loras as recorded
+from step_skip.models.lora_file import Lora
+from step_skip.models.weights import LoadOptions, weight_files
 
 I2V_14B = "6bfcfb3b342cb286ce886889d519a77e"  # DiffSynth's hash of keys and shapes
 LAYERS = ("blocks.0.self_attn.q", "blocks.3.ffn.0")
@@ -187,7 +187,7 @@ def test_no_two_layers_of_the_real_model_share_a_name():
     from diffsynth.configs.model_configs import wan_series
     from diffsynth.models.wan_video_dit import WanModel
 
-    from step_skip.lora_file import LayerNames
+    from step_skip.models.lora_file import LayerNames
 
     [sizes] = [each["extra_kwargs"] for each in wan_series if each["model_hash"] == I2V_14B]
     with torch.device("meta"):
@@ -531,7 +531,7 @@ def test_a_sweep_of_strengths_makes_what_single_runs_make(
     ],
 )
 def test_a_distilled_lora_is_known_by_its_name_or_metadata(save, name, metadata, steps):
-    from step_skip.lora import distilled_steps
+    from step_skip.models.lora import distilled_steps
 
     assert distilled_steps(Lora(save({"a": torch.zeros(1)}, name, **metadata))) == steps
 
@@ -539,16 +539,15 @@ def test_a_distilled_lora_is_known_by_its_name_or_metadata(save, name, metadata,
 def test_what_a_distilled_lora_is_made_for_is_hinted_and_changes_nothing(
     generate, infer, image, model_dir, save, prior_copy
 ):
-    """The sigmas are those of LightX2V's steps 1000 750 500 250 at shift 5."""
     path = save(lora_weights(model_dir), "lightx2v_4step")
     outcome = generate("--image", image, "--lora", path)
-    hint = "is made for --cfg_scale 1 --num_inference_steps 4 --sigma_shift 5"
+    hint = "make its prior with --cfg_scale 1 --num_inference_steps 4 --sigma_shift 5"
     assert hint in outcome.err
     metadata = read_json(outcome.path / "run_metadata.json")
     assert (metadata["cfg_scale"], metadata["num_inference_steps"]) == (5.0, 10)
     assert "hint" not in generate("--image", image, "--lora", path, "--cfg_scale", 1).err
     outcome = infer(prior_copy, "--lora", path)
-    assert "is made for --cfg_scale 1 --sigmas 1 0.9375 0.8333 0.625" in outcome.err
+    assert hint in outcome.err
     assert outcome.report["cfg_scale"] == 5.0
     for flags in (("--lora", path, "--cfg_scale", 1), ()):
         assert "hint" not in infer(prior_copy, *flags).err

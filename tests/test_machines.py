@@ -15,11 +15,11 @@ from helpers import OTHER_PROMPT, PROMPT, edit_metadata, read_json
 from safetensors.torch import load_file, save_file
 from small_real import ONE, TWO, file_of, make_known, write_checkpoints
 
-from step_skip import memory
-from step_skip.files import InputError
-from step_skip.loading import loaded_first
-from step_skip.memory import GIB, HOMES, Memory, expected_memory
-from step_skip.models import ENCODERS, LoadOptions
+from step_skip.errors import InputError
+from step_skip.models import memory
+from step_skip.models.loading import loaded_first
+from step_skip.models.memory import GIB, HOMES, Memory, expected_memory
+from step_skip.models.weights import ENCODERS, LoadOptions
 
 FULL = ("dit", "vae", "text_encoder", "image_encoder")
 CLIP = ("dit", "vae")
@@ -125,8 +125,8 @@ def test_a_sweep_reads_the_dit_from_the_disk_once(real, reads, mode, once):
 
 
 def test_nothing_of_a_model_is_held_that_its_mode_leaves_on_the_disk(small_dir, monkeypatch):
-    from step_skip.loading import load_pipeline
-    from step_skip.models import weight_files
+    from step_skip.models.loading import load_pipeline
+    from step_skip.models.weights import weight_files
 
     make_known(monkeypatch, small_dir)
     for mode, (encoders, networks) in HOMES.items():
@@ -169,7 +169,7 @@ def test_a_prior_that_records_no_mode_is_warned_of_with_a_lora(real, small_dir, 
     assert told not in real.clip(prior).err
     metadata = read_json(prior / "run_metadata.json")
     del metadata["vram"]
-    from step_skip.metadata import sealed
+    from step_skip.prior.metadata import sealed
 
     (prior / "run_metadata.json").write_text(json.dumps(sealed(metadata)))
     assert told in real.clip(prior, "--prompt", OTHER_PROMPT).err
@@ -388,7 +388,7 @@ def test_a_quantised_dit_resumes_exactly(generate, infer, image):
 
 def test_only_blocks_are_quantised(model_dir):
     pytest.importorskip("torchao")
-    from step_skip.loading import load
+    from step_skip.models.loading import load
 
     dit = load("tiny", dtype="bfloat16", model_dir=model_dir, quantize="fp8").pipe.dit
     kinds = {name: type(module).__name__ for name, module in dit.named_modules()}

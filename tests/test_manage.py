@@ -7,8 +7,8 @@ import shutil
 import pytest
 from helpers import PROMPT, edit_metadata
 
-from step_skip.images import id_from_name
-from step_skip.run_dir import create_run_dir
+from step_skip.files.names import id_from_name
+from step_skip.prior.writer import create_run_dir
 
 
 @pytest.mark.parametrize(
@@ -95,7 +95,7 @@ def test_rm_takes_priors_only(run, kept, tmp_path):
 
 
 def test_rm_leaves_a_prior_alone_that_is_written(run, kept):
-    from step_skip.files import locked
+    from step_skip.files.writing import locked
 
     with locked(kept):
         outcome = run("prior_utils", "rm", kept, "--yes")

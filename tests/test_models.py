@@ -12,17 +12,12 @@ import safetensors.torch
 import torch
 from helpers import PROMPT, listing, run_as_user
 
-from step_skip import loading
-from step_skip.files import InputError, RunError
-from step_skip.loading import load_pipeline, pick_device
-from step_skip.memory import HOMES
-from step_skip.models import (
-    ROOT,
-    LoadOptions,
-    fingerprint_files,
-    model_defaults,
-    weight_files,
-)
+from step_skip.errors import InputError, RunError
+from step_skip.models import loading
+from step_skip.models.loading import load_pipeline
+from step_skip.models.machine import pick_device
+from step_skip.models.memory import HOMES
+from step_skip.models.weights import ROOT, LoadOptions, fingerprint_files, model_defaults, weight_files
 
 # as in the examples of DiffSynth-Studio, after its redirection of the .pth files to converted ones
 CONVERTED = "DiffSynth-Studio/Wan-Series-Converted-Safetensors"
@@ -408,7 +403,7 @@ def test_the_fingerprint_of_28_gb_reads_little(tmp_path):
 def test_importing_the_modules_is_cheap(tmp_path):
     code = (
         f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
-        "import generate_prior, infer_from_prior, prior_utils, step_skip.cli\n"
+        "import generate_prior, infer_from_prior, prior_utils, step_skip.cli.flags\n"
         "print([m for m in ('torch', 'diffsynth', 'modelscope', 'numpy', 'PIL') if m in sys.modules])"
     )
     assert run_as_user("-c", code, cwd=tmp_path).stdout == "[]\n"

@@ -8,15 +8,15 @@ import pytest
 from helpers import OTHER_PROMPT, PROMPT, read_json
 
 import infer_from_prior
-from step_skip.cli import read_choices
-from step_skip.contexts import ContextStore
-from step_skip.files import sha256_tensor
-from step_skip.infer import make_clip
-from step_skip.inputs import know_contexts, load_inputs
-from step_skip.loading import load_components
-from step_skip.metadata import read_prior
-from step_skip.models import LoadOptions
-from step_skip.sweep import Group, Job, make_plans
+from step_skip.cli.prompts import read_choices
+from step_skip.files.tensors import sha256_tensor
+from step_skip.infer.clip import make_clip
+from step_skip.infer.inputs import know_contexts, load_inputs
+from step_skip.models.loading import load_components
+from step_skip.models.weights import LoadOptions
+from step_skip.prior.contexts import ContextStore
+from step_skip.prior.metadata import read_prior
+from step_skip.sweep.clips import Group, Job, make_plans
 
 
 def plan_of(prior, *flags):
@@ -49,9 +49,9 @@ def test_one_loaded_pipeline_makes_several_videos(prior, model_dir, tmp_path):
     expected = read_json(prior / "run_metadata.json")["latents_sha256"]
     for flags in (("--start_step", 8), ("--steps", 3), ("--start_step", 9)):
         plan, path = plan_of(prior, *flags), tmp_path / f"{flags[-1]}.mp4"
-        group = Group(recorded, [Job(recorded, plan)])
-        load_inputs(group)
-        assert not know_contexts(group, ContextStore())
+        group = Group(prior=recorded, jobs=[Job(recorded, plan)])
+        load_inputs(group, group.plans)
+        assert not know_contexts(group, group.texts, ContextStore())
         clip = make_clip(group, plan, model)
         clip.save(path)
         assert sha256_tensor(clip.latents) == expected

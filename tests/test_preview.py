@@ -8,9 +8,9 @@ from helpers import OTHER_PROMPT
 from PIL import Image, ImageSequence
 
 import step_skip
-from step_skip.loading import load
-from step_skip.metadata import read_prior
-from step_skip.preview import draw, fit_colours
+from step_skip.models.loading import load
+from step_skip.prior.metadata import read_prior
+from step_skip.prior.preview import draw, fit_colours
 
 
 def test_a_linear_map_is_found_and_drawn():

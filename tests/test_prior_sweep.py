@@ -11,9 +11,9 @@ from helpers import OTHER_PROMPT, PROMPT, edit_metadata, listing, read_json
 from PIL import Image
 from test_format import fail_at_step
 
-from step_skip.files import locked
-from step_skip.images import size_of
-from step_skip.prior_sweep import bases_of
+from step_skip.files.writing import locked
+from step_skip.media.images import image_size
+from step_skip.sweep.priors import bases_of
 
 METADATA = "run_metadata.json"
 
@@ -215,8 +215,8 @@ def test_a_photo_that_lies_on_its_side_has_the_size_it_is_seen_in(tmp_path):
     exif[0x0112] = 6
     Image.new("RGB", (40, 20)).save(tmp_path / "turned.jpg", exif=exif)
     Image.new("RGB", (40, 20)).save(tmp_path / "plain.png")
-    assert size_of(tmp_path / "turned.jpg") == (20, 40)
-    assert size_of(tmp_path / "plain.png") == (40, 20)
+    assert image_size(tmp_path / "turned.jpg") == (20, 40)
+    assert image_size(tmp_path / "plain.png") == (40, 20)
 
 
 def test_the_names_that_a_numbered_one_may_stand_for():

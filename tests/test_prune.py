@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from helpers import OTHER_PROMPT, PROMPT, Outcome, listing, read_json
 
-from step_skip.metadata import PriorWriter, read_prior
+from step_skip.prior.metadata import read_prior
+from step_skip.prior.writer import PriorWriter
 
 
 @pytest.fixture

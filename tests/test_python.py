@@ -11,9 +11,10 @@ from helpers import OTHER_PROMPT, PROMPT, ROOT, SIZE, read_json, run_as_user
 from PIL import Image
 
 import step_skip
-from step_skip.files import InputError, RunError, sha256_tensor
-from step_skip.loading import fingerprint_parameters
-from step_skip.tiny import load_tiny_modules, load_tiny_tokenizer
+from step_skip.errors import InputError, RunError
+from step_skip.files.tensors import sha256_tensor
+from step_skip.models.embedded import load_tiny_modules, load_tiny_tokenizer
+from step_skip.models.loading import fingerprint_parameters
 
 SMALL = {"height": SIZE, "width": SIZE, "num_frames": 9, "cfg_scale": 5.0, "negative_prompt": "Still."}
 
@@ -22,7 +23,7 @@ SCRIPT = f"""
 import sys, torch
 sys.path.insert(0, {str(ROOT)!r})
 from diffsynth.pipelines.wan_video import WanVideoPipeline
-from step_skip.tiny import load_tiny_modules, load_tiny_tokenizer
+from step_skip.models.embedded import load_tiny_modules, load_tiny_tokenizer
 pipe = WanVideoPipeline(device="cpu", torch_dtype=torch.float32)
 for name, module in load_tiny_modules().items():
     setattr(pipe, name, module)

@@ -12,7 +12,7 @@ sys.path.append(str(ROOT / "benchmarks"))
 
 from sparse import published_shapes  # noqa: E402
 
-from step_skip.families import MODELS  # noqa: E402
+from step_skip.models.families import MODELS  # noqa: E402
 
 WEIGHTS = {each.model_hash: each for model in MODELS.values() for each in model.weights.values()}
 

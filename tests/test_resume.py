@@ -10,10 +10,11 @@ import pytest
 from conftest import build_model, save_image
 from helpers import OTHER_PROMPT, PROMPT, edit_metadata, listing, read_json
 
-import step_skip.generate
-from step_skip.files import RunError, _take, locked
-from step_skip.metadata import PriorWriter
-from step_skip.prior import step_files
+from step_skip.errors import RunError
+from step_skip.files.writing import _take, locked
+from step_skip.generate import run as prior_run
+from step_skip.prior.prior import step_files
+from step_skip.prior.writer import PriorWriter
 
 TIMES = {
     "created",
@@ -127,7 +128,7 @@ def test_decoded_videos_that_were_left_are_made(make_prior, interrupted, resume)
 
 def test_the_command_that_is_printed_goes_on(prior, generate, run, image, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(step_skip.generate, "save_step", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(prior_run, "save_step", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         outcome = generate("--image", image, "--prompt", PROMPT, "--run_id", "words")
     line = next(line for line in outcome.err.splitlines() if "every whole step is kept" in line)
     script, *words = line.split("go on with: python ")[1].split()
@@ -452,7 +453,7 @@ def test_one_bad_image_among_several(generate, refused, image, tmp_path):
 
 
 def test_one_image_that_fails_does_not_stop_the_rest(generate, image, tmp_path, monkeypatch):
-    save_step, bad = step_skip.generate.save_step, []
+    save_step, bad = prior_run.save_step, []
 
     def fail_once(writer, step):
         if not bad:
@@ -460,7 +461,7 @@ def test_one_image_that_fails_does_not_stop_the_rest(generate, image, tmp_path, 
             raise RunError("latents became NaN")
         save_step(writer, step)
 
-    monkeypatch.setattr(step_skip.generate, "save_step", fail_once)
+    monkeypatch.setattr(prior_run, "save_step", fail_once)
     outcome = generate("--image", image, image, "--run_id", "bad", "good")
     assert outcome.code == 1
     assert "1 of 2 priors failed" in outcome.error and f"{image} failed: latents became NaN" in outcome.err

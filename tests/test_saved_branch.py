@@ -6,7 +6,7 @@ import pytest
 import torch
 from helpers import OTHER_PROMPT, edit_metadata, read_json
 
-from step_skip.pipeline import ForwardCounter
+from step_skip.pipeline.hooks import ForwardCounter
 
 STEPS_3 = ("--num_steps", 3)
 

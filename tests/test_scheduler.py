@@ -6,17 +6,24 @@ import pytest
 import torch
 from helpers import read_json
 
-from step_skip.files import InputError
-from step_skip.metadata import check_distinct, check_schedule
-from step_skip.prior import Prior, latents_shape, round_sizes
-from step_skip.schedule import ResumableScheduler, SigmasScheduler, Step, compute_schedule
-from step_skip.steps import (
+from step_skip.errors import InputError
+from step_skip.method.steps import (
     place_on_path,
     recommended_num_steps,
     recommended_start_step,
     spread_steps,
     tail_sigmas,
 )
+from step_skip.models.families import latents_shape, round_sizes
+from step_skip.pipeline.schedulers import (
+    ResumableScheduler,
+    SigmasScheduler,
+    Step,
+    compute_schedule,
+)
+from step_skip.pipeline.settings import check_distinct
+from step_skip.prior.checks import check_schedule
+from step_skip.prior.prior import Prior
 
 # sigma = 5 s / (1 + 4 s) for s = 1, .9, ... .1
 SIGMAS = (1.0, 0.978, 0.952, 0.921, 0.882, 0.833, 0.769, 0.682, 0.556, 0.357)

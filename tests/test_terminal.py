@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from helpers import ROOT, edit_metadata
 
-from step_skip.terminal import one_line, plain
+from step_skip.cli.terminal import one_line, plain
 
 EVIL = "a\x1b[2J\x9b1A\r\nrun_b: 28 of 28 files are whole\u202e\u2066"
 STEERING = "\x1b\x9b\u202e\u2066\u2028"
@@ -101,13 +101,13 @@ def test_a_file_of_the_prior_whose_name_steers(prior_copy, infer, run):
 
 DOOR = f"""
 import sys; sys.path.insert(0, {str(ROOT)!r})
-import logging, os, signal, time, step_skip.cli
+import logging, os, signal, time, step_skip.cli.terminal
 def main():
     for number in range(3):
         logging.getLogger("step_skip").info("line %d", number)
     {{body}}
     return {{result!r}}
-step_skip.cli.run_script(main)
+step_skip.cli.terminal.run_script(main)
 """
 
 

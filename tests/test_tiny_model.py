@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from step_skip.models import TINY_DIR, read_tiny_config
-from step_skip.tiny import build_tiny, load_tiny_modules, load_tiny_tokenizer
+from step_skip.models.embedded import build_tiny, load_tiny_modules, load_tiny_tokenizer
+from step_skip.models.weights import TINY_DIR, read_tiny_config
 
 SMALL = {
     "dit": {

@@ -10,8 +10,8 @@ import sys
 import pytest
 from helpers import OTHER_PROMPT, ROOT, SIZE, read_json
 
-from step_skip.models import TINY_DIR, LoadOptions
-from step_skip.words import doubts_of_words, warn_of_embedded
+from step_skip.models.embedded import doubts_of_words, warn_of_embedded
+from step_skip.models.weights import TINY_DIR, LoadOptions
 
 TINY = LoadOptions("tiny", "cpu", "float32")
 SIZES = {"width": 96, "height": 96, "num_frames": 17}

@@ -33,10 +33,10 @@ from torch import Tensor
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))
 
-from step_skip.loading import load_pipeline
-from step_skip.models import LoadOptions, model_defaults, weight_files
-from step_skip.pipeline import encode_image, encode_prompt
-from step_skip.schedule import compute_schedule
+from step_skip.models.loading import load_pipeline
+from step_skip.models.weights import LoadOptions, model_defaults, weight_files
+from step_skip.pipeline.run import encode_image, encode_prompt
+from step_skip.pipeline.schedulers import compute_schedule
 
 FIRST_IDENTITY = 3_000_000  # a stream of identities of its own
 LORA_FILE, BRANCH_FILE = "distilled_lora.safetensors", "skip_branch.safetensors"

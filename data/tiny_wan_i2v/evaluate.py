@@ -20,8 +20,8 @@ import numpy as np
 import world
 from figures import MEASURES, NUMBERS, STEPS
 
-from step_skip.models import read_tiny_config
-from step_skip.tiny import load_tiny_modules, load_tiny_tokenizer
+from step_skip.models.embedded import load_tiny_modules, load_tiny_tokenizer
+from step_skip.models.weights import read_tiny_config
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))
@@ -222,8 +222,8 @@ def speed(folder: Path) -> dict[str, float]:
     import torch
     from PIL import Image
 
-    from step_skip.pipeline import run_from, run_full
-    from step_skip.prior import RunSettings
+    from step_skip.pipeline.run import run_from, run_full
+    from step_skip.pipeline.settings import RunSettings
 
     torch.set_num_threads(2)
     began = time.perf_counter()

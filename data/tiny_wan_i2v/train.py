@@ -18,8 +18,8 @@ from pathlib import Path
 import numpy as np
 import world
 
-from step_skip.models import read_tiny_config
-from step_skip.tiny import build_tiny, load_tiny_tokenizer, set_latent_statistics
+from step_skip.models.embedded import build_tiny, load_tiny_tokenizer, set_latent_statistics
+from step_skip.models.weights import read_tiny_config
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))

@@ -31,7 +31,7 @@ from transformers import (
     UMT5EncoderModel,
 )
 
-from step_skip.models import TINY_DIR
+from step_skip.models.weights import TINY_DIR
 
 Weights = dict[str, torch.Tensor]
 

@@ -23,7 +23,7 @@ from embedded import embedded_pipeline
 import step_skip
 from step_skip import Prior, load
 from step_skip.diffusers import generate_prior, infer_from_prior
-from step_skip.models import TINY_DIR
+from step_skip.models.weights import TINY_DIR
 
 OF_EMBEDDED = {"height": 96, "width": 96, "num_frames": 17, "fps": 8, "cfg_scale": 2.0, "negative_prompt": ""}
 

@@ -1,0 +1,138 @@
+"""Priors as a person keeps them: which there are, what one holds, and taking one away."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from step_skip.cli.terminal import one_line
+from step_skip.errors import InputError
+from step_skip.files.writing import locked
+from step_skip.media.images import crop_preview_file
+from step_skip.prior.metadata import read_run
+from step_skip.prior.prior import IMAGE_FILE, OUTPUT_FILE, Prior
+from step_skip.prior.schema import METADATA_FILE
+
+log = logging.getLogger(__name__)
+
+PROMPT_WIDTH = 40  # characters of a prompt in a list
+
+
+def find_priors(places: Iterable[Path]) -> list[Path]:
+    """The priors among folders, and in those that are none themselves; by name.
+
+    Raises:
+        InputError: a folder that is not there.
+    """
+    found = []
+    for place in places:
+        if not place.is_dir():
+            raise InputError(f"{place} is not a folder; name a prior, or a folder of priors")
+        inside = sorted(path.parent for path in place.glob(f"*/{METADATA_FILE}"))
+        found += [place] if (place / METADATA_FILE).is_file() else inside
+    return found
+
+
+def list_priors(places: Iterable[Path]) -> str:
+    """A line for each prior: its name, prompt, steps, size and clips; what can't be read is told."""
+    rows = [("name", "prompt", "steps", "size", "clips")]
+    for directory in find_priors(places):
+        try:
+            prior = read_run(directory)
+        except InputError as error:
+            log.warning(f"{directory} cannot be read: {error}")
+            continue
+        prompt = one_line(prior.metadata.get("prompt", ""))
+        short = prompt if len(prompt) <= PROMPT_WIDTH else f"{prompt[: PROMPT_WIDTH - 3]}..."
+        rows.append(
+            (directory.name, short, steps_of(prior), folder_size(directory), str(len(clips_of(directory))))
+        )
+    return table(rows) if len(rows) > 1 else "no prior there"
+
+
+def show_prior(directory: Path) -> str:
+    """What a prior holds, a line each.
+
+    Raises:
+        InputError: it can't be read.
+    """
+    prior, clips = read_run(directory), clips_of(directory)
+    m = prior.metadata
+    shape = f"{m['width']} x {m['height']} pixels, {m['num_frames']} frames"
+    rows = [
+        ("prior", str(directory)),
+        ("prompt", m.get("prompt", "not recorded")),
+        ("image", prior.image_name or "not recorded"),
+        ("model", m.get("model", "not recorded")),
+        ("made", m.get("created", "not recorded")),
+        ("steps", steps_of(prior)),
+        ("video", shape),
+        ("seed", str(m.get("seed", "not recorded"))),
+        ("size", folder_size(directory)),
+    ]
+    for name, file in (
+        ("thumbnail", IMAGE_FILE),
+        ("cropped", crop_preview_file(IMAGE_FILE)),
+        ("clip", OUTPUT_FILE),
+    ):
+        if (directory / file).is_file():
+            rows.append((name, str(directory / file)))
+    rows.append(("made from it", f"clips: {len(clips)}"))
+    rows += [("", str(path)) for path in clips]
+    return table([(name, one_line(value)) for name, value in rows])
+
+
+def remove_priors(directories: Sequence[Path], *, sure: bool) -> str:
+    """Take priors away, with their clips; unless the user is sure only tell what would go.
+
+    Raises:
+        InputError: one is no prior, or is being written.
+    """
+    for directory in directories:
+        if directory.is_symlink() or not (directory / METADATA_FILE).is_file():
+            raise InputError(
+                f"{directory} is no prior's folder: it holds no {METADATA_FILE}; nothing was removed"
+            )
+    for directory in directories:
+        clips = len(clips_of(directory))
+        what = f"{directory}: {folder_size(directory)}, and the clips made from it: {clips}"
+        if not sure:
+            log.info(f"would remove {what}")
+            continue
+        with locked(directory):  # nobody is at it
+            shutil.rmtree(directory)
+        log.info(f"removed {what}")
+    if not sure:
+        log.info("nothing was removed; add --yes to remove it")
+    return "\n".join(map(str, directories))
+
+
+# --- what is told of one ------------------------------------------------------------------------------------
+
+
+def steps_of(prior: Prior) -> str:
+    """How many steps it has, and of how many where it hasn't all."""
+    total = prior.num_inference_steps
+    if prior.kept_steps is not None:
+        return f"{len(prior.kept_steps)} of {total}"
+    return str(total) if prior.is_complete else f"{prior.whole_steps} of {total}"
+
+
+def clips_of(directory: Path) -> list[Path]:
+    """The videos made from a prior that lie in its outputs."""
+    return sorted((directory / "outputs").glob("**/*.mp4"))
+
+
+def folder_size(directory: Path) -> str:
+    """What a folder takes on disk, in MB; links are not followed."""
+    files = (path for path in directory.rglob("*") if path.is_file() and not path.is_symlink())
+    return f"{sum(path.stat().st_size for path in files) / 1e6:.1f} MB"
+
+
+def table(rows: Sequence[Sequence[str]]) -> str:
+    """Rows in columns, two spaces apart."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    padded = ([cell.ljust(width) for cell, width in zip(row, widths, strict=True)] for row in rows)
+    return "\n".join("  ".join(row).rstrip() for row in padded)

@@ -1,0 +1,93 @@
+"""Read files that may come from an untrusted person: regular ones, within bounds, with their SHA-256."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import functools
+import hashlib
+import os
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+from step_skip.errors import InputError
+
+# --- reading ------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def opened(path: Path, *, most: int | None = None, follow: bool = False) -> Iterator[BinaryIO]:
+    """Open a file that anybody may have put there: a regular one, of at most so many bytes.
+
+    What is looked at is what is read. No pipe or device is waited for, and no link followed unless told to.
+
+    Raises:
+        InputError: there is something else, or it can't be read.
+    """
+    flags = os.O_RDONLY | os.O_NONBLOCK | (0 if follow else os.O_NOFOLLOW)
+    try:
+        descriptor = os.open(path, flags)
+    except OSError as error:
+        if error.errno == errno.ELOOP and path.is_symlink():
+            raise InputError(
+                f"{path} is a symbolic link; a prior holds its own files: copy the file there"
+            ) from error
+        if error.errno in (errno.ENOENT, errno.ENXIO):  # nothing, or a socket
+            raise InputError(f"{path} is missing; copy the prior again or make it again") from error
+        raise InputError(f"cannot read {path}: {error.strerror}") from error
+    try:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            raise InputError(f"{path} is missing, what is there is no file; copy the prior again")
+        if most is not None and status.st_size > most:
+            raise InputError(
+                f"{path} is too large: {status.st_size} bytes, expected at most {most}; make the prior again"
+            )
+        with os.fdopen(descriptor, "rb", closefd=False) as file:
+            yield file
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from error
+    finally:
+        os.close(descriptor)
+
+
+def read_file(path: Path, *, most: int) -> bytes:
+    """The bytes of a file that anybody may have put there; see `opened`."""
+    with opened(path, most=most) as file:
+        return file.read(most)
+
+
+def sha256_file(path: Path, *, most: int | None = None, follow: bool = True) -> str:
+    """SHA-256 of a file's bytes, in hex; see `opened`."""
+    digest = hashlib.sha256()
+    with opened(path, most=most, follow=follow) as file:
+        while piece := file.read(2**20):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def remembered_sha256(path: Path, *, most: int | None = None) -> str:
+    """Return a file's SHA-256 in hex, computed once as long as its size and date stay; see `opened`."""
+    status = path.stat()
+    return _sha256_of_version(path, status.st_size, status.st_mtime_ns, most)
+
+
+@functools.lru_cache(maxsize=64)
+def _sha256_of_version(path: Path, size: int, mtime_ns: int, most: int | None) -> str:
+    """Return the SHA-256 of a file of that size and date."""
+    return sha256_file(path, most=most)
+
+
+def check_sha256(path: Path, found: str, expected: str) -> None:
+    """Refuse a file that is not what was written.
+
+    Raises:
+        InputError: with both sums.
+    """
+    if found != expected:
+        raise InputError(
+            f"{path} is damaged: its SHA-256 is {found[:12]}..., expected {expected[:12]}...; "
+            "copy the prior again or make it again"
+        )

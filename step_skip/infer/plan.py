@@ -1,0 +1,281 @@
+"""One video to make from a prior, as data: every choice, and what has to be read for it.
+
+Choices and a prior's metadata go in, a `Plan` comes out. Nothing is loaded and nothing shared: any machine
+that has the prior can run it. Which steps it runs is chosen in plan_steps.py.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Set
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from step_skip.errors import InputError
+from step_skip.infer.choices import Choices, check_choices
+from step_skip.infer.steps import choose_steps
+from step_skip.method.formation import AutoStep
+from step_skip.method.steps import place_on_path
+from step_skip.models.compute import inherited
+from step_skip.models.families import Defaults
+from step_skip.models.lora import check_lora_experts, describe_loras, parse_recorded_loras
+from step_skip.models.memory import in_tiles
+from step_skip.models.weights import cache_components, model_defaults
+from step_skip.pipeline.settings import RunSettings, check_tea_cache_experts, choose_cheaper
+from step_skip.prior.prior import (
+    Prior,
+    choose_guidance,
+    context_file,
+    experts_of,
+    identity_file,
+    latents_before_file,
+    noise_pred_file,
+    noise_pred_nega_file,
+    step_file,
+    step_ranges,
+)
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Plan:
+    """One video to make from a prior: every choice, nothing loaded."""
+
+    method: str  # "resume": all steps after start_step; "differential": a few chosen; "sigmas": its own
+    start_step: int | None  # None for a differential resume; with sigmas the one before they begin, or -1
+    steps_to_run: list[int]
+    sigmas: tuple[float, ...] | None  # of "sigmas", whose steps are places in these
+    prompt: str
+    negative_prompt: str
+    cfg_scale: float | tuple[float, ...]  # for all steps, or one for each
+    skip_cache: int | None
+    tea_cache_l1_thresh: float | None
+    tea_cache_model_id: str
+    lora: list[dict[str, Any]]  # as describe_loras
+    fps: float
+    image: Path | Image | None  # an older prior needs it, others only compare it with their own
+    model: str
+    dtype: str | None  # None: the one an older prior's latents are in
+    quantize: str | None = None
+    compile: str | None = None
+    tiled: bool | None = None  # None: as the prior's own video
+    auto: AutoStep | None = None  # where start_step comes from, if it was left to the prior
+    knows_nega: bool = False  # the first step's negative branch is the prior's own, and read
+    closeness: float | None = None  # in dB: the first step chooses the shortest path expected to reach it
+    paths: tuple[tuple[int, ...], ...] | None = None  # likewise: to choose among; steps_to_run is the longest
+    nearest_of: tuple[str, ...] | None = None  # run ids of the priors of which the first step chooses one
+    choices: Choices | None = None  # what it was made from
+
+    @property
+    def steps_to_read(self) -> list[int]:
+        """The steps of the prior that a differential resume may follow."""
+        paths = self.paths or [self.steps_to_run]
+        return sorted(set(itertools.chain(*paths))) if self.method == "differential" else []
+
+    @property
+    def texts(self) -> list[str]:
+        """The prompts that have to be encoded; without guidance the negative one is not used."""
+        if not self.steps_to_run:
+            return []
+        return [self.prompt] if self.cfg_scale == 1 else [self.prompt, self.negative_prompt]
+
+    @property
+    def first_cfg_scale(self) -> float:
+        """Of the first step that runs."""
+        return self.cfg_scale[0] if isinstance(self.cfg_scale, tuple) else self.cfg_scale
+
+    @property
+    def forwards(self) -> int:
+        """Network evaluations; the most, where the first one decides how many."""
+        steps = len(self.steps_to_run)
+        scales = self.cfg_scale if isinstance(self.cfg_scale, tuple) else (self.cfg_scale,) * steps
+        return sum(1 if scale == 1 else 2 for scale in scales) - self.knows_nega
+
+
+_PLAN: Final = tuple(field.name for field in dataclasses.fields(Plan))
+_SETTINGS: Final = tuple(field.name for field in dataclasses.fields(RunSettings))
+
+
+def make_plan(
+    choices: Choices, prior: Prior, *, defaults_of: Callable[[str, Path | None], Defaults] = model_defaults
+) -> Plan:
+    """Take from the prior what the command line left open, and refuse what contradicts it.
+
+    Args:
+        choices: of one video.
+        defaults_of: the defaults of a model; for many videos they are looked up once.
+
+    Raises:
+        InputError: with the flag, the prior's value and what to do.
+    """
+    check_choices(choices, prior)
+    model = choices.model or prior.metadata.get("model", "I2V-480P")
+    defaults = defaults_of(model, choices.model_dir)
+
+    def chosen(name: str) -> Any:
+        given = getattr(choices, name)
+        return prior.metadata.get(name, getattr(defaults, name, None)) if given is None else given
+
+    steps = choose_steps(choices, prior)
+    experts = experts_of(steps["steps_to_run"], steps["sigmas"], prior)
+    check_tea_cache_experts(choices.tea_cache_l1_thresh, experts)
+    recorded = prior.metadata.get("lora", [])  # its files are opened only when a model is to be loaded
+    given_loras = parse_recorded_loras(recorded) if choices.lora is None else choices.lora
+    check_lora_experts(given_loras, experts=len(prior.family.experts))
+    entries: dict[str, Any] = dict(
+        **steps,
+        **choose_cheaper(
+            model,
+            skip_cache=choices.skip_cache,
+            tea_cache_l1_thresh=choices.tea_cache_l1_thresh,
+            tea_cache_model_id=choices.tea_cache_model_id,
+        ),
+        lora=recorded if choices.lora is None else describe_loras(choices.lora),
+        quantize=inherited(choices.quantize, prior.metadata.get("quantize")),
+        compile=inherited(choices.compile, prior.metadata.get("compile")),
+        tiled=choose_tiling(choices, prior, model),
+        prompt=chosen("prompt"),
+        negative_prompt=chosen("negative_prompt"),
+        cfg_scale=choose_guidance(
+            prior,
+            cfg_scale=choices.cfg_scale,
+            cfg_scale_2=choices.cfg_scale_2,
+            default=defaults.cfg_scale,
+            experts=experts,
+        ),
+        fps=chosen("fps"),
+        image=choices.image,
+        model=model,
+        dtype=choices.dtype or prior.metadata.get("dtype"),
+        choices=choices,
+    )
+    plan = Plan(**entries)
+    if knows_first_nega(plan, prior):
+        plan = Plan(**entries, knows_nega=True)
+    check_kept(plan, prior)
+    return plan
+
+
+def check_kept(plan: Plan, prior: Prior) -> None:
+    """Refuse steps that were taken out of a pruned prior.
+
+    Raises:
+        InputError: with those that are left.
+    """
+    if prior.kept_steps is not None and not all(map(prior.has, input_files(plan, prior))):
+        raise InputError(
+            f"{prior.directory} keeps only steps {step_ranges(prior.kept_steps)}, and this needs others; "
+            "choose among them with --steps, or make the prior again"
+        )
+
+
+def knows_first_nega(plan: Plan, prior: Prior) -> bool:
+    """Whether the first step's negative branch is one the prior evaluated: same latents, text and network."""
+    return (
+        prior.keeps_nega
+        and plan.method in ("differential", "resume")
+        and bool(plan.steps_to_run)
+        and plan.first_cfg_scale != 1
+        and plan.negative_prompt == prior.metadata["negative_prompt"]
+        and plan.lora == prior.metadata.get("lora", [])
+        and (plan.quantize, plan.compile) == (prior.metadata.get("quantize"), prior.metadata.get("compile"))
+        and plan.skip_cache is plan.tea_cache_l1_thresh is None
+        and prior.has(noise_pred_nega_file(plan.steps_to_run[0]))
+    )
+
+
+def choose_tiling(choices: Choices, prior: Prior, model: str) -> bool | None:
+    """Whether the video is decoded in tiles; None: as the prior's own."""
+    if choices.tiled is None:
+        return None
+    tiled = in_tiles(choices.tiled, model, prior.metadata, model_dir=choices.model_dir)
+    return None if tiled == prior.metadata.get("tiled", True) else tiled
+
+
+def settings_of(plan: Plan, prior: Prior) -> RunSettings:
+    """The prior's settings, and of the plan what it decides itself."""
+    recorded = {name: prior.metadata[name] for name in _SETTINGS if name in prior.metadata}
+    own = {name: getattr(plan, name) for name in _SETTINGS if name in _PLAN}
+    if plan.tiled is None:
+        del own["tiled"]
+    return RunSettings(**{**recorded, **own})
+
+
+def describe_choices(plan: Plan) -> dict[str, Any]:
+    """A plan's entries that decide the video, as they stand in a result's JSON; the image has a checksum."""
+    entries = {name: getattr(plan, name) for name in _PLAN}
+    for name in ("image", "auto", "knows_nega", "choices"):  # none of them changes the latents
+        del entries[name]
+    steps = entries.pop("steps_to_run")
+    if plan.paths is None:  # else the run decides
+        entries["steps_run"] = steps
+    return {name: value for name, value in entries.items() if value is not None or name == "start_step"}
+
+
+# --- what a plan needs --------------------------------------------------------------------------------------
+
+
+def latents_files(plan: Plan, prior: Prior) -> list[str]:
+    """The latents a plan starts from; for a differential resume those before each step, and the clean.
+
+    Two where it starts between them, on the straight line the prior took.
+    """
+    if plan.start_step is None:  # a differential resume
+        last = step_file(prior.num_inference_steps - 1)
+        return list(dict.fromkeys([*map(latents_before_file, plan.steps_to_read), last]))
+    begin = latents_before_file(plan.start_step + 1)
+    return [begin, step_file(plan.start_step + 1)] if part_of_step(plan, prior) else [begin]
+
+
+def part_of_step(plan: Plan, prior: Prior) -> float:
+    """How far into the step after start_step a resume on its own sigmas begins, 0 ... 1."""
+    if plan.sigmas is None:
+        return 0.0
+    return place_on_path(plan.sigmas[0], prior.metadata["scheduler_sigmas"])[1]
+
+
+def velocity_files(plan: Plan) -> list[str]:
+    """The prior's velocities a plan needs: those of the steps of a differential resume."""
+    return list(map(noise_pred_file, plan.steps_to_read))
+
+
+def nega_files(plan: Plan, prior: Prior) -> list[str]:
+    """The prior's velocities of the negative branch that a plan needs."""
+    if plan.method == "differential" and prior.keeps_nega and plan.cfg_scale != 1:
+        return list(map(noise_pred_nega_file, plan.steps_to_read))
+    return [noise_pred_nega_file(plan.steps_to_run[0])] if plan.knows_nega else []
+
+
+def conditioning_files(plan: Plan, prior: Prior) -> list[str]:
+    """The prior's conditioning a plan needs; contexts of other prompts are not there."""
+    if prior.is_legacy or not plan.steps_to_run:
+        return []
+    names = dict.fromkeys(map(context_file, plan.texts))
+    return [*map(identity_file, prior.identity_names), *filter(prior.has, names)]
+
+
+def input_files(plan: Plan, prior: Prior) -> list[str]:
+    """The prior's files a plan needs."""
+    tensors = [*latents_files(plan, prior), *velocity_files(plan), *nega_files(plan, prior)]
+    return [*tensors, *conditioning_files(plan, prior)]
+
+
+def needed_components(plan: Plan, prior: Prior, *, known: Set[str]) -> list[str]:
+    """The parts of the model a plan needs: encoders only for what is not encoded already.
+
+    Args:
+        known: the prompts whose contexts are there.
+    """
+    if not plan.steps_to_run:
+        return ["vae"]
+    experts = dict.fromkeys(experts_of(plan.steps_to_run, plan.sigmas, prior))
+    components = [*experts, "vae", *cache_components(plan.skip_cache)]
+    if not known >= set(plan.texts):
+        components.append("text_encoder")
+    if prior.is_legacy:
+        components.append("image_encoder")
+    return components

@@ -1,0 +1,297 @@
+"""The JSON beside a clip: written, read, and turned back into a command line."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import re
+import shlex
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from step_skip.errors import InputError
+from step_skip.files.bounds import MAX_EMBEDDED_BYTES, MAX_METADATA_BYTES, is_number
+from step_skip.files.reading import read_file, remembered_sha256
+from step_skip.files.tensors import sha256_tensor
+from step_skip.infer.inputs import Source
+from step_skip.infer.plan import Plan, describe_choices, input_files, settings_of
+from step_skip.models.compute import OFF
+from step_skip.models.loading import Model
+from step_skip.models.lora import lora_text, parse_recorded_loras
+from step_skip.models.machine import describe_machine, installed_versions
+from step_skip.models.memory import peak_memory
+from step_skip.models.weights import COMPONENTS, model_defaults
+from step_skip.pipeline.results import RunResult
+from step_skip.prior.files import recorded_sha256
+from step_skip.prior.prior import Prior, choose_guidance, experts_of, number_of_steps
+from step_skip.prior.schema import METADATA_FILE
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+
+def describe_clip(source: Source, plan: Plan, model: Model, result: RunResult) -> dict[str, Any]:
+    """Everything needed to make the video again, and what it cost."""
+    look, options = result.first_look, model.options
+    prior = source.members[look.nearest if look else 0].prior
+    report = {
+        "prior_dir": str(prior.directory.absolute()),
+        "prior_prompt": prior.metadata.get("prompt"),
+        "prior_image": prior.image_name,
+        **describe_settings(source, plan),
+        "prior_run_id": prior.metadata["run_id"],
+        **(look.describe() if look else {}),
+        "auto": None if plan.auto is None else dataclasses.asdict(plan.auto),
+        "image": str(plan.image.absolute()) if isinstance(plan.image, Path) else None,
+        "model_dir": None if options.model_dir is None else str(options.model_dir.absolute()),
+        "model_fingerprint": dict(model.fingerprint),
+        "prior_lora": prior.metadata.get("lora", []),
+        "dtype": options.dtype,
+        "vram": options.vram,
+        "peak_memory": peak_memory(options.device),
+        **describe_machine(options.device),
+        "components_loaded": [name for name in COMPONENTS if name in model.fingerprint],
+        "prior_steps": min(number_of_steps(member.prior) for member in source.members),
+        "steps_run": result.steps,
+        "steps_skipped": prior.num_inference_steps - len(result.steps),
+        "forwards": result.forwards,
+        "block_evaluations": result.block_evaluations,
+        "seconds_per_step": result.seconds_per_step,
+        "latents_sha256": sha256_tensor(result.latents),
+        "versions": installed_versions(),
+    }
+    return report | {"command": command_of(report, prior)}
+
+
+def describe_settings(source: Source, plan: Plan) -> dict[str, Any]:
+    """The entries of a result's JSON that decide the video."""
+    settings = dict(vars(settings_of(plan, source.prior)))
+    if settings["switch_DiT_boundary"] is None:  # one network: as it was before there were two
+        del settings["switch_DiT_boundary"]
+    own = {} if source.others else {"prior_run_id": source.prior.metadata["run_id"]}
+    return {
+        **own,
+        "prior_files": describe_files(source, plan),
+        "image_sha256": None if plan.image is None else sha256_image(plan.image),
+        **settings,
+        **describe_choices(plan),
+    }
+
+
+def describe_files(source: Source, plan: Plan) -> dict[str, str | None]:
+    """The SHA-256 of every file of the prior that a plan needs; of a bank's by run id and name."""
+    return {
+        f"{member.prior.metadata['run_id']}/{name}" if source.others else name: recorded_sha256(
+            member.prior, name
+        )
+        or member.inputs.prior_files.get(name)
+        for member in source.members
+        for name in input_files(plan, member.prior)
+    }
+
+
+def sha256_image(image: Path | Image) -> str:
+    """SHA-256 of an image's file, or of its pixels where it has none, in hex."""
+    if not isinstance(image, Path):
+        return hashlib.sha256(image.tobytes()).hexdigest()
+    return remembered_sha256(image)
+
+
+# the flag that chooses the steps of each method
+STEP_FLAGS: Final = {"resume": "start_step", "differential": "steps", "sigmas": "sigmas"}
+# what stands in a video's own metadata: all that decides it, nothing of the machine or the time it took
+EMBEDDED = (
+    "prompt",
+    "negative_prompt",
+    "seed",
+    "model",
+    "prior_run_id",
+    "prior_prompt",
+    "prior_image",
+    "num_inference_steps",
+    "method",
+    "start_step",
+    "steps_run",
+    "sigmas",
+    "forwards",
+    "cfg_scale",
+    "sigma_shift",
+    "height",
+    "width",
+    "num_frames",
+    "fps",
+    "lora",
+    "skip_cache",
+    "tea_cache_l1_thresh",
+    "tea_cache_model_id",
+    "command",
+)
+
+
+def flags_of(report: Mapping[str, Any], prior: Prior) -> dict[str, Any]:
+    """What a clip was asked for beyond what its prior gives by itself, by flag; its steps as they ran.
+
+    Raises:
+        KeyError, TypeError: the report is no clip's.
+    """
+    m, defaults = prior.metadata, model_defaults(report["model"])
+    steps, sigmas = report["steps_run"], report.get("sigmas")
+    method = STEP_FLAGS[report["method"]]
+    flags = {"prompt": report["prompt"], method: report["steps_run" if method == "steps" else method]}
+    experts = experts_of(steps, sigmas, prior)
+    usual = choose_guidance(
+        prior, cfg_scale=None, cfg_scale_2=None, default=defaults.cfg_scale, experts=experts
+    )
+    for name, default in (
+        ("negative_prompt", m.get("negative_prompt")),
+        ("cfg_scale", list(usual) if isinstance(usual, tuple) else usual),
+        ("fps", m.get("fps", defaults.fps)),
+        ("skip_cache", None),
+        ("tea_cache_l1_thresh", None),
+        ("tea_cache_model_id", ""),
+        ("model_dir", None),
+    ):
+        given = report.get(name)
+        given = list(given) if isinstance(given, tuple) else given
+        if given not in (None, default):
+            flags[name] = given
+    if (tiled := report.get("tiled", True)) != m.get("tiled", True):
+        flags["vae_tiling"] = "on" if tiled else "off"
+    for name in ("quantize", "compile"):
+        if (given := report.get(name)) != m.get(name):
+            flags[name] = given or OFF
+    if prior.is_legacy:
+        flags |= {name: report[name] for name in ("image", "model")}
+    if (loras := report.get("lora", [])) != m.get("lora", []):
+        flags["lora"] = [lora_text(lora) for lora in parse_recorded_loras(loras)]
+    return flags
+
+
+def command_of(report: Mapping[str, Any], prior: Prior) -> str:
+    """The command line that makes a clip again, for a shell."""
+    words = ["python", "infer_from_prior.py", "--prior_dir", str(prior.directory)]
+    for name, value in flags_of(report, prior).items():
+        values = [str(each) for each in value] if isinstance(value, list) else [str(value)]
+        if len(values) == 1 and values[0].startswith("-"):
+            words.append(f"--{name}={values[0]}")
+        else:
+            words += [f"--{name}", *values]
+    return shlex.join(words)
+
+
+def video_tags(report: Mapping[str, Any]) -> dict[str, str]:
+    """A video's own metadata, by MP4's names, but for what is too long; the prior is named, not its place."""
+    told = {name: report[name] for name in EMBEDDED if report.get(name) is not None}
+    words = shlex.split(report["command"])
+    place = words.index("--prior_dir") + 1
+    told["command"] = shlex.join([*words[:place], Path(words[place]).name, *words[place + 1 :]])
+    tags = {
+        "title": report["prompt"][:200],
+        "description": told["command"],
+        "comment": json.dumps(told, ensure_ascii=False),
+    }
+    plain = {name: text.replace("\0", "").encode(errors="replace") for name, text in tags.items()}
+    return {name: text.decode() for name, text in plain.items() if len(text) <= MAX_EMBEDDED_BYTES}
+
+
+REPORT_KEYS: Mapping[str, Any] = {  # what the page needs of a result's JSON
+    "prior_dir": str,
+    "prior_run_id": str,
+    "method": str,
+    "start_step": (int, type(None)),
+    "steps_run": list,
+    "prompt": str,
+    "num_inference_steps": int,
+    "num_frames": int,
+    "fps": (int, float),
+    "forwards": int,
+    "seconds": dict,
+}
+
+
+def read_report(path: Path) -> dict[str, Any]:
+    """A result's JSON.
+
+    Raises:
+        InputError: it is missing, no JSON, or lacks what the page needs.
+    """
+    if not path.is_file():
+        raise InputError(f"{path.name} is missing")
+    try:
+        report = json.loads(read_file(path, most=MAX_METADATA_BYTES))
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path.name} cannot be read ({error})") from error
+    if not isinstance(report, dict):
+        raise InputError(f"{path.name} is not a result's JSON")
+    for key, kind in REPORT_KEYS.items():
+        if not isinstance(report.get(key, ...), kind):
+            raise InputError(f"{path.name} is not a result's JSON: {key} is missing or of another type")
+    if not (all(map(is_number, [report["fps"], *report["steps_run"]])) and report["fps"] > 0):
+        raise InputError(f"{path.name} was edited: fps or steps_run are no numbers")
+    sigmas = report.get("sigmas") or []
+    if not (isinstance(sigmas, list) and all(map(is_number, sigmas))):
+        raise InputError(f"{path.name} was edited: sigmas are no numbers")
+    if report["method"] != "differential" and report["start_step"] is None:
+        raise InputError(f"{path.name} was edited: a resume without a start_step")
+    return report
+
+
+def read_clip(path: Path) -> dict[str, Any]:
+    """What is written beside a clip, or, of an .mp4 without a .json, in it.
+
+    Raises:
+        InputError: neither is.
+    """
+    beside = path.with_suffix(".json")
+    if path.suffix == ".mp4" and not beside.is_file():
+        text = read_comment(path)
+    else:
+        if not beside.is_file():
+            raise InputError(f"--like {path} is not a file; name a clip's .json or .mp4")
+        text = read_file(beside, most=MAX_METADATA_BYTES).decode(errors="replace")
+    try:
+        report = json.loads(text)
+    except (ValueError, RecursionError):
+        report = None
+    if not isinstance(report, dict):
+        raise InputError(f"--like {path} says nothing of how it was made; name a clip's .json or .mp4")
+    return report
+
+
+def read_comment(path: Path) -> str:
+    """The comment in a video's own metadata; "" where there is none.
+
+    Raises:
+        InputError: no such file.
+    """
+    import imageio_ffmpeg
+
+    if not path.is_file():
+        raise InputError(f"--like {path} is not a file; name a clip's .json or .mp4")
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-f", "mp4", "-i", path.absolute()]
+    found = subprocess.run(  # noqa: S603  imageio's own ffmpeg, and no shell
+        [*command, "-f", "ffmetadata", "-"], capture_output=True, stdin=subprocess.DEVNULL
+    )
+    comment = re.search(rb"^comment=((?:[^\\\n]|\\.)*)", found.stdout, flags=re.MULTILINE | re.DOTALL)
+    return (
+        ""
+        if comment is None
+        else re.sub(rb"\\(.)", rb"\1", comment[1], flags=re.DOTALL).decode("utf-8", "replace")
+    )
+
+
+def find_prior(report: Mapping[str, Any], path: Path) -> Path:
+    """The prior that a clip was made from: where it was, or where the clip lies in its outputs.
+
+    Raises:
+        InputError: it is in neither place.
+    """
+    recorded = report.get("prior_dir")
+    places = [Path(recorded)] if isinstance(recorded, str) else []
+    for place in (*places, *path.absolute().parents[1:3]):
+        if (place / METADATA_FILE).is_file():
+            return place
+    raise InputError(f"--like {path}: its prior is not at {recorded or 'hand'}; name it with --prior_dir")

@@ -1,0 +1,228 @@
+"""LoRAs as a command line names them, as a run records them, and what a distilled one wants.
+
+    PATH[:ALPHA]      a LoRA; ALPHA is its strength, 1 unless given; of a sweep several, 0.5,1
+    high=PATH[:ALPHA], low=PATH[:ALPHA]   of two experts for one; without a word for both
+
+lora_file.py reads the files.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import math
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from step_skip.errors import InputError
+from step_skip.files.bounds import MAX_LORA_BYTES
+from step_skip.files.reading import remembered_sha256
+from step_skip.files.tensors import read_header
+from step_skip.models.lora_file import DIFFERENCES, Lora, kind_of, peft_config, read_lora
+
+EXPERT_WORDS = {"high": "dit", "low": "dit2"}
+DISTILLED = re.compile(r"lightx2v|lightning|distil", re.IGNORECASE)
+STEPS = re.compile(r"(?<!\d)([1-9]|1\d)[ _-]?steps?", re.IGNORECASE)
+DISTILLED_SHIFT = 5.0
+# where tools put a name: kohya's trainer, the Stability AI model metadata standard, others
+TITLES = ("ss_output_name", "modelspec.title", "modelspec.description", "name", "description")
+
+
+def parse_lora(text: str) -> Lora:
+    """PATH or PATH:ALPHA, with high= or low= before it for one of two experts.
+
+    Raises:
+        ValueError: ALPHA is no strength, or several.
+    """
+    lora, *more = parse_strengths(text)
+    if more:
+        raise ValueError(f"{text} has several strengths, which only infer_from_prior.py tries; give one")
+    return lora
+
+
+def parse_strengths(text: str) -> list[Lora]:
+    """The same, or PATH:ALPHA,ALPHA: a LoRA at several strengths, to be tried in turn.
+
+    Raises:
+        ValueError: ALPHA is no strength.
+    """
+    word, equals, rest = text.partition("=")
+    expert = EXPERT_WORDS.get(word) if equals else None
+    text = text if expert is None else rest
+    path, colon, tail = text.rpartition(":")
+    alphas: list[float] = []
+    with contextlib.suppress(ValueError):
+        alphas = [float(each) for each in tail.split(",")]
+    if not colon or not alphas:
+        return [Lora(Path(text), expert=expert)]
+    for alpha in alphas:
+        if not math.isfinite(alpha) or alpha == 0:
+            raise ValueError(f"alpha {alpha:g} is not a number other than 0")
+    return [Lora(Path(path), alpha, expert) for alpha in alphas]
+
+
+def check_lora_experts(loras: Iterable[Lora], *, experts: int) -> None:
+    """Refuse a LoRA for one of two experts where there is one network.
+
+    Raises:
+        InputError: naming it.
+    """
+    for lora in loras:
+        if lora.expert is not None and experts == 1:
+            raise InputError(
+                f"--lora {_word(lora)}{lora.path}: this model has one network; name the file alone"
+            )
+
+
+def _word(lora: Lora) -> str:
+    """What stands before a LoRA's path."""
+    return "".join(f"{word}=" for word, expert in EXPERT_WORDS.items() if expert == lora.expert)
+
+
+def lora_text(lora: Lora) -> str:
+    """A LoRA as `parse_lora` reads it."""
+    return f"{_word(lora)}{lora.path}:{lora.alpha:g}"
+
+
+def check_loras(loras: Iterable[Lora], weights: Iterable[Path]) -> list[str]:
+    """Compare LoRAs with the parameters they are for, and look at their values.
+
+    Args:
+        weights: the DiT's .safetensors files, of which only the headers are read.
+
+    Returns:
+        A line on each LoRA about which something is doubtful.
+
+    Raises:
+        InputError: a file that can't be read, or of which something can't be applied.
+    """
+    loras = list(loras)
+    parameters: dict[str, Sequence[int]] = {}
+    for path in weights if loras else ():
+        parameters |= read_header(path, what="the DiT's").shapes
+    files = [read_lora(lora, parameters) for lora in loras]
+    for file in files:
+        file.check_values()
+    return [file.note for file in files if file.note is not None]
+
+
+# --- what a distilled one wants -----------------------------------------------------------------------------
+
+
+def distilled_steps(lora: Lora) -> int | None:
+    """The steps that a LoRA was distilled for, by its name or its metadata; None: neither says that it was.
+
+    LightX2V's are made for 4 steps without guidance (its configs/distill/wan21).
+
+    Raises:
+        InputError: the file isn't there, or can't be read.
+    """
+    metadata = read_header(lora.path, what="--lora").metadata
+    told = " ".join([lora.path.name, *(metadata.get(name, "")[:200] for name in TITLES)])
+    if DISTILLED.search(told) is None:
+        return None
+    steps = STEPS.search(told)
+    return 4 if steps is None else int(steps[1])
+
+
+def distilled_hint(loras: Iterable[Lora]) -> str | None:
+    """Return the flags of generate_prior.py that a distilled LoRA is made for; None if none looks distilled.
+
+    Raises:
+        InputError: see `distilled_steps`.
+    """
+    for lora in loras:
+        if steps := distilled_steps(lora):
+            flags = f"--cfg_scale 1 --num_inference_steps {steps} --sigma_shift {DISTILLED_SHIFT:g}"
+            return (
+                f"hint: {lora.path.name} says that it is distilled for {steps} steps without guidance; "
+                f"make its prior with {flags}"
+            )
+    return None
+
+
+# --- what a run records -------------------------------------------------------------------------------------
+
+
+def describe_loras(loras: Iterable[Lora]) -> list[dict[str, Any]]:
+    """What a run's metadata says of its LoRAs; `differences`: how many tensors are no part of a pair.
+
+    Raises:
+        InputError: a file isn't there, or can't be read.
+    """
+    described = []
+    for lora in loras:
+        entry = {"path": str(lora.path.absolute()), "alpha": lora.alpha, "sha256": _lora_sha256(lora.path)}
+        entry |= {} if lora.expert is None else {"expert": lora.expert}
+        keys = read_header(lora.path, what="--lora").shapes
+        differences = sum(kind_of(key)[0] in DIFFERENCES for key in keys)
+        described.append(entry | ({"differences": differences} if differences else {}))
+    return described
+
+
+def parse_recorded_loras(described: object) -> tuple[Lora, ...]:
+    """The LoRAs of what `describe_loras` made, as metadata has it.
+
+    Raises:
+        InputError: the metadata says something else.
+    """
+    return tuple(lora for lora, _, _ in _recorded_loras(described))
+
+
+def _recorded_loras(described: object) -> list[tuple[Lora, str, bool]]:
+    """Each with the SHA-256 of its file and whether its differences are in; see `parse_recorded_loras`."""
+    loras = []
+    for each in described if isinstance(described, list) else [described]:
+        match each:
+            case {"path": str(path), "alpha": int() | float() as alpha, "sha256": str(sha256), **more}:
+                expert = str(more["expert"]) if "expert" in more else None
+                loras.append((Lora(Path(path), alpha, expert), sha256, "differences" in more))
+            case _:
+                raise InputError(
+                    f"run_metadata.json has {str(each)[:60]!r} as a LoRA, expected path, alpha and sha256; "
+                    "make the prior again"
+                )
+    return loras
+
+
+def summarize_loras(described: object) -> str:
+    """What a person is told of the LoRAs that `describe_loras` described: the same for the same ones."""
+    told = []
+    for lora, sha256, differences in _recorded_loras(described):
+        more = " with its differences" if differences else ""
+        told.append(f"{_word(lora)}{lora.path.name}:{lora.alpha:g} ({sha256[:12]}){more}")
+    return ", ".join(told) or "no LoRA"
+
+
+def find_recorded_loras(described: object) -> tuple[Lora, ...]:
+    """The LoRAs that a prior's metadata describes; their files must still be there, and the same.
+
+    A prior may be a stranger's, and name any path. So this is asked for only when a model is to be loaded,
+    and opens nothing but regular .safetensors files of a LoRA's size.
+
+    Raises:
+        InputError: they are not, or the metadata says something else.
+    """
+    loras = _recorded_loras(described)
+    hint = "name it with --lora, or give --lora without a file to run without"
+    for lora, sha256, _ in loras:
+        if not (lora.path.is_absolute() and lora.path.suffix == ".safetensors"):
+            raise InputError(
+                f"the prior records {lora.path} as a LoRA, which is no .safetensors file; {hint}"
+            )
+        if not lora.path.is_file():
+            raise InputError(f"the prior was made with the LoRA {lora.path}, which is not there; {hint}")
+        if _lora_sha256(lora.path) != sha256:
+            raise InputError(f"the prior was made with another {lora.path} than is there now; {hint}")
+    return tuple(lora for lora, _, _ in loras)
+
+
+def _lora_sha256(path: Path) -> str:
+    """Of the file; where PEFT keeps its alpha in another one beside it, of both."""
+    if not path.is_file():
+        raise InputError(f"--lora {path} is not a file; name a .safetensors file")
+    config = peft_config(path)
+    digests = [remembered_sha256(each, most=MAX_LORA_BYTES) for each in (path, config) if each is not None]
+    return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()

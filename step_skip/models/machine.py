@@ -1,0 +1,88 @@
+"""The device a model runs on, and what of machine and versions a run's last bits depend on."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from step_skip.errors import InputError
+from step_skip.models.compute import attention_backend
+from step_skip.models.families import MODELS
+
+if TYPE_CHECKING:
+    pass
+
+log = logging.getLogger(__name__)
+
+
+# --- the machine --------------------------------------------------------------------------------------------
+
+
+def pick_device(model: str, device: str | None) -> str:
+    """The device to run on: CUDA where there is one, else the CPU, for all but `tiny` only where named.
+
+    Raises:
+        InputError: the device isn't there, or is a CPU that wasn't asked for and the model is large.
+    """
+    import torch
+
+    found = "cuda" if torch.cuda.is_available() else "cpu"
+    is_named, device = device is not None, device or found
+    try:
+        kind, index = torch.device(device).type, torch.device(device).index or 0
+    except RuntimeError:
+        kind = None
+    if kind not in ("cpu", "cuda"):
+        raise InputError(f"--device {device} is no device this runs on; use cpu, cuda or cuda:1")
+    if model in MODELS and kind == "cpu" and not is_named:
+        raise InputError(
+            f"{model} needs a CUDA GPU, and the device here is the CPU; use --model tiny to run the same "
+            "code on a CPU, or say --device cpu if you have hours for a clip"
+        )
+    if model in MODELS and kind == "cpu":
+        log.warning(f"{model} on a CPU, as asked for: a clip of its usual size takes hours")
+    if kind == "cuda" and found != "cuda":
+        raise InputError(
+            f"--device {device}: torch {torch.__version__} sees no CUDA GPU here; use --device cpu"
+        )
+    if kind == "cuda" and index >= torch.cuda.device_count():
+        last = torch.cuda.device_count() - 1
+        raise InputError(f"--device {device}: the GPUs here are cuda:0 to cuda:{last}; use one of those")
+    return device
+
+
+def describe_machine(device: str) -> dict[str, Any]:
+    """What a run's last bits depend on besides versions: the device and its attention, the CPU's threads."""
+    import platform
+
+    import torch
+
+    if torch.device(device).type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    else:
+        name = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
+    threads, attention = torch.get_num_threads(), attention_backend()
+    return {"device": device, "device_name": name, "num_threads": threads, "attention": attention}
+
+
+def installed_versions() -> dict[str, Any]:
+    """Versions of what decides a run's numbers."""
+    import platform
+    from importlib.metadata import version
+
+    import torch
+
+    packages = {name: version(name) for name in ("diffsynth", "numpy", "pillow")}
+    return {"python": platform.python_version(), "torch": torch.__version__, **packages}
+
+
+def differences_since(
+    metadata: Mapping[str, Any], device: str, names: Iterable[str]
+) -> Iterator[tuple[str, Any, Any]]:
+    """What of the machine and the versions is not as when a prior was made: name, now, then."""
+    then, now = metadata["versions"] | metadata, installed_versions() | describe_machine(device)
+    for name in names:
+        is_known = name in then or name != "attention"  # older priors record none
+        if is_known and now[name] != then.get(name):
+            yield name, now[name], then.get(name)

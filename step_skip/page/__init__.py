@@ -1,0 +1,6 @@
+"""The page of a sweep: its clips side by side, as HTML and as a contact sheet.
+
+    python -m step_skip.page FOLDER
+
+Imports `cli` and what lies below it.
+"""

@@ -1,0 +1,265 @@
+"""Many videos at once, as data: every prior x prompt x start step is a job of its own.
+
+A job knows its prior, its plan and where its video goes, and shares nothing that changes with the others.
+Names are made from the choices, so the same command means the same files: what is there and whole is not made
+again (made.py). Nothing but metadata is read here, and a million jobs fit into memory.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import itertools
+import json
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from step_skip.errors import InputError
+from step_skip.files.names import slug
+from step_skip.files.writing import folder_inside
+from step_skip.infer.bank import describe_beginning, gather_banks, narrowed, plan_for_bank
+from step_skip.infer.choices import AUTO, Choices
+from step_skip.infer.inputs import Source, texts_of
+from step_skip.infer.plan import Plan, make_plan
+from step_skip.models.families import MODEL_NAMES
+from step_skip.models.weights import model_defaults
+from step_skip.prior.files import check_way
+from step_skip.prior.metadata import SEAL, read_prior
+from step_skip.prior.prior import Prior
+from step_skip.prior.schema import FORMATION_KEY, METADATA_FILE
+from step_skip.sweep.outputs import check_output, video_name
+
+# entries of a prior that no plan depends on; its files only by their names
+NEVER_PLANNED: Final = frozenset(
+    ("run_id", "created", "seconds", "seconds_per_step", "forwards_per_step", "images", "latents_sha256")
+) | {"peak_memory", "files", FORMATION_KEY, SEAL}
+
+
+@dataclass(slots=True)
+class Job:
+    """One video of a sweep; a single video is a sweep of one."""
+
+    prior: Prior
+    plan: Plan
+    folder: Path = Path()
+    name: str = ""  # of the video, without .mp4; of a single one the next that is free where another has it
+    overwrite: bool = True  # what has the name by then
+    preview: bool = False  # a .webp beside it shows what each step points at
+    save_prior: bool = False  # it becomes a prior, too (clip_prior.py)
+    made: bool = False  # it is there already (made.py)
+
+    @property
+    def path(self) -> Path:
+        """The .mp4."""
+        return self.folder / f"{self.name}.mp4"
+
+    @path.setter
+    def path(self, path: Path) -> None:
+        self.folder, self.name = path.parent, path.stem
+
+    @property
+    def report_path(self) -> Path:
+        """The JSON file beside the video."""
+        return self.folder / f"{self.name}.json"
+
+
+@dataclass(kw_only=True)
+class Group(Source):
+    """A source with the clips to make from it on the same weights."""
+
+    jobs: list[Job]
+
+    @property
+    def plans(self) -> list[Plan]:
+        return [job.plan for job in self.jobs]
+
+    @property
+    def texts(self) -> list[str]:
+        """The prompts of all plans, each once."""
+        return texts_of(self.plans)
+
+
+def all_jobs(groups: Iterable[Group]) -> list[Job]:
+    """The jobs of all priors, in order."""
+    return [job for group in groups for job in group.jobs]
+
+
+def by_weights(groups: Iterable[Group]) -> list[list[Group]]:
+    """The groups whose videos one loaded model makes, together."""
+    alike: dict[str, list[Group]] = {}
+    for group in groups:
+        plan = group.jobs[0].plan
+        weights = (plan.model, plan.dtype, plan.lora, plan.quantize, plan.compile)
+        alike.setdefault(json.dumps(weights), []).append(group)
+    return list(alike.values())
+
+
+# --- from choices to jobs -----------------------------------------------------------------------------------
+
+
+def make_groups(
+    directories: Iterable[Path],
+    choices: Collection[Choices],
+    *,
+    output: Path | None = None,
+    output_dir: Path | None = None,
+    overwrite: bool = False,
+    is_sweep: bool = False,
+    nearest: bool = False,
+) -> tuple[list[Group], dict[Path, Exception]]:
+    """Every prior with the videos that were chosen, each with its place; the same video once.
+
+    Args:
+        directories: the priors'.
+        output: of a single video; None: a name in the prior's outputs folder.
+        output_dir: of a sweep; None: one in the first prior's outputs folder.
+        is_sweep: put them into a folder of their own even where there is only one.
+        nearest: let each video follow the nearest of the priors that begin alike.
+
+    Returns:
+        The groups, and by folder what is wrong with the priors that are left out.
+
+    Raises:
+        InputError: no prior can be used: the first one's, see `read_prior` and `make_plan`; or an output that
+            doesn't fit what is asked for.
+    """
+    banks, left_out = read_banks(directories, nearest=nearest)
+    known: dict[str, dict[str, Plan]] = {}
+    planned: list[tuple[list[Prior], dict[str, Plan]]] = []
+    for bank in banks:
+        try:
+            planned.append((bank, plan_bank(bank, choices, known)))
+        except InputError as error:
+            left_out |= {prior.directory: error for prior in bank}
+    if not planned:
+        raise next(iter(left_out.values()))
+    number = sum(len(plans) for _, plans in planned)
+    if number > 1 or is_sweep or left_out:
+        if output is not None:
+            raise InputError(f"--output names one video, and this makes {number}; use --output_dir")
+        return sweep_groups(planned, output_dir), left_out
+    [([prior, *others], plans)] = planned
+    [(name, plan)] = plans.items()
+    if output is not None:
+        check_output(output, prior)
+    path = output or folder_inside(prior.directory, "outputs") / f"{name}.mp4"
+    return [make_group([prior, *others], [Job(prior, plan, path.parent, path.stem, overwrite)])], left_out
+
+
+def read_banks(
+    directories: Iterable[Path], *, nearest: bool
+) -> tuple[list[list[Prior]], dict[Path, Exception]]:
+    """The priors, those that begin alike together where asked for; and what is wrong with the others."""
+    priors: list[Prior] = []
+    left_out: dict[Path, Exception] = {}
+    for directory in dict.fromkeys(directories):
+        try:
+            prior = read_prior(directory)
+            if nearest:
+                describe_beginning(prior)
+            priors.append(prior)
+        except InputError as error:
+            if nearest:  # which one that is depends on all of them
+                raise
+            left_out[directory] = error
+    return gather_banks(priors) if nearest else [[prior] for prior in priors], left_out
+
+
+def plan_bank(
+    bank: Sequence[Prior], choices: Collection[Choices], known: dict[str, dict[str, Plan]]
+) -> dict[str, Plan]:
+    """The plans of a prior or a bank, by name.
+
+    Args:
+        known: plans so far, by what of a prior decides them: equal ones are made once.
+
+    Raises:
+        InputError: see `make_plan`; or a model this version doesn't know.
+    """
+    prior = narrowed(bank)
+    key = what_decides_plans(prior, choices)
+    if key not in known:
+        known[key] = make_plans(prior, choices)
+    plans = known[key]
+    model = next(iter(plans.values())).model
+    if model not in MODEL_NAMES:
+        raise InputError(
+            f"the prior was made with the model {model!r}, which this version doesn't know; a "
+            "prior of a pipeline of your own is used from Python (docs/python.md)"
+        )
+    if len(bank) == 1:
+        return plans
+    return {video_name(each): each for each in (plan_for_bank(plan, bank) for plan in plans.values())}
+
+
+def what_decides_plans(prior: Prior, choices: Iterable[Choices]) -> str:
+    """All of a prior that its plans depend on."""
+    entries: dict[str, Any] = {k: v for k, v in prior.metadata.items() if k not in NEVER_PLANNED}
+    entries["files"] = sorted(prior.metadata.get("files", {}))
+    if any(each.start_step == AUTO for each in choices):
+        entries[FORMATION_KEY] = prior.metadata.get(FORMATION_KEY)
+    return json.dumps(entries, sort_keys=True)
+
+
+def make_plans(prior: Prior, choices: Iterable[Choices]) -> dict[str, Plan]:
+    """The plans of one prior by name, each once: the same step may be named and chosen by `auto`."""
+    plans: dict[str, Plan] = {}
+    defaults_of = functools.cache(model_defaults)
+    for each in choices:
+        plan = make_plan(each, prior, defaults_of=defaults_of)
+        name = video_name(plan)
+        if plan.auto or name not in plans:
+            plans[name] = plan
+    return plans
+
+
+def make_group(bank: Sequence[Prior], jobs: list[Job]) -> Group:
+    """Return a prior, or a bank of them, with the clips to make from it."""
+    source = Source.of(bank)
+    return Group(prior=source.prior, others=source.others, jobs=jobs)
+
+
+def sweep_groups(planned: Sequence[tuple[list[Prior], dict[str, Plan]]], folder: Path | None) -> list[Group]:
+    """The jobs of a sweep; without a folder they go into one named after all choices.
+
+    Raises:
+        InputError: a folder that is a prior, or priors of one name.
+    """
+    named: dict[str, list[tuple[Prior, dict[str, Plan]]]] = {}
+    prefixes = [slug(bank[0].metadata["run_id"]) for bank, _ in planned]
+    for prefix, ([prior, *_], plans) in zip(prefixes, planned, strict=True):
+        for other, its_plans in named.setdefault(prefix, []):
+            if plans.keys() & its_plans.keys():
+                same = f"{other.directory} and {prior.directory}"
+                raise InputError(f"{same} have the same run_id; sweep them apart")
+        named[prefix].append((prior, plans))
+    pairs = list(zip(prefixes, planned, strict=True))
+    if folder is None:
+        digest = digest_of_lines(f"{prefix}_{name}.mp4" for prefix, (_, plans) in pairs for name in plans)
+        folder = folder_inside(planned[0][0][0].directory, "outputs", f"sweep_{digest[:8]}")
+    if (folder / METADATA_FILE).exists():
+        raise InputError(f"--output_dir {folder} is a prior; name another folder")
+    check_way(folder)
+    return [
+        group
+        for prefix, (bank, plans) in pairs
+        for group in groups_by_lora(
+            bank, (Job(bank[0], plan, folder, f"{prefix}_{name}") for name, plan in plans.items())
+        )
+    ]
+
+
+def groups_by_lora(bank: Sequence[Prior], jobs: Iterable[Job]) -> Iterator[Group]:
+    """A prior or a bank with its jobs, a group for each strength of its LoRAs: each is other weights."""
+    for _, alike in itertools.groupby(jobs, key=lambda job: job.plan.lora):
+        yield make_group(bank, list(alike))
+
+
+def digest_of_lines(lines: Iterable[str]) -> str:
+    """SHA-256 of a text, in hex, line by line: a million need no room."""
+    digest = hashlib.sha256()
+    for number, line in enumerate(lines):
+        digest.update(f"\n{line}".encode() if number else line.encode())
+    return digest.hexdigest()

@@ -1,0 +1,70 @@
+"""What videos will cost: forwards, seconds, the parts of the model; nothing is read for it but names."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Collection, Iterable
+from pathlib import Path
+
+from step_skip.infer.plan import describe_choices, needed_components
+from step_skip.models.weights import COMPONENTS
+from step_skip.prior.contexts import is_context_known
+from step_skip.sweep.clips import Group, Job
+
+
+def expected_seconds(job: Job) -> float | None:
+    """Denoising and decoding, from what the prior's own run took; None: it recorded nothing to go by."""
+    recorded = job.prior.metadata
+    if not recorded.get("seconds_per_step"):
+        return None
+    per_step = statistics.median(recorded["seconds_per_step"])
+    per_forward = per_step / (1 if recorded["cfg_scale"] == 1 else 2)
+    return per_forward * job.plan.forwards + recorded.get("seconds", {}).get("decode", 0.0)
+
+
+def expected_seconds_of_each(jobs: Collection[Job]) -> list[float] | None:
+    """What each job will take; None: of some nothing is known."""
+    known = [seconds for job in jobs if (seconds := expected_seconds(job)) is not None]
+    return known if len(known) == len(jobs) else None
+
+
+def components_to_load(groups: Iterable[Group], folder: Path | None) -> list[str]:
+    """The parts of the model that jobs will load, as far as names tell: nothing is read.
+
+    Args:
+        folder: that keeps contexts, a sweep's; None: each prior its own.
+    """
+    needed: set[str] = set()
+    seen: set[int] = set()  # priors share plans, and what they know is asked until something isn't known
+    for group in groups:
+        texts = group.texts
+        if "text_encoder" in needed or all(is_context_known(group.prior, text, folder) for text in texts):
+            known = set(texts)
+        else:
+            known = set()
+        for plan in group.plans:
+            if id(plan) not in seen or not known:
+                needed |= set(needed_components(plan, group.prior, known=known))
+            seen.add(id(plan))
+    return [name for name in COMPONENTS if name in needed]
+
+
+def describe_clip_job(job: Job) -> str:
+    """A job as one line of JSON: its choices, what they cost, and whether the video is there already."""
+    data = {
+        "video": str(job.path),
+        "prior_dir": str(job.prior.directory),
+        **describe_choices(job.plan),
+        "forwards": job.plan.forwards,
+        "expected_seconds": expected_seconds(job),
+        "made": job.made,
+    }
+    return json.dumps(data, ensure_ascii=False)
+
+
+def summarize_jobs(jobs: Collection[Job]) -> str:
+    """What jobs cost together, for people: videos, forwards, seconds."""
+    forwards, seconds = sum(job.plan.forwards for job in jobs), expected_seconds_of_each(jobs)
+    time = "time unknown" if seconds is None else f"about {sum(seconds):.0f} s after loading and encoding"
+    return f"{len(jobs)} videos, {forwards} forwards, {time}"

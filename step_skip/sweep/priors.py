@@ -1,0 +1,392 @@
+"""Many priors to make, as data: every image x seed x prompt is a job of its own.
+
+No image is decoded and no weight loaded. A job holds paths and choices, so that a folder of any size fits in
+memory. What is there already is looked up by name and then compared by what decides a prior: the bytes of the
+image's file, prompt, seed, settings and weights.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import json
+import logging
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Final, TypeVar
+
+from step_skip.errors import InputError
+from step_skip.files.names import id_from_name
+from step_skip.files.reading import sha256_file
+from step_skip.generate.choices import PriorChoices, choose_size
+from step_skip.generate.plan import plan_prior
+from step_skip.media.images import Picture, files_of, hex_colour, image_size
+from step_skip.media.videos import video_bytes
+from step_skip.models.families import FAMILIES
+from step_skip.models.weights import (
+    LoadOptions,
+    cache_components,
+    fingerprint_files,
+    model_defaults,
+    weight_files,
+)
+from step_skip.prior.metadata import read_run
+from step_skip.prior.prior import END_IMAGE_FILE, IMAGE_FILE, LABELS, Prior, bytes_of_prior
+from step_skip.prior.schema import METADATA_FILE
+from step_skip.prior.writer import check_run_id
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+BEGUN, PRUNED, WHOLE = range(3)  # how much there is of a prior, as far as its files' names tell
+Found = tuple[Path, int]  # a prior's folder, and which of these it is
+
+# entries that are known before a run and that another machine, or another moment, may have otherwise
+OF_THE_MACHINE: Final = frozenset(("device", "device_name", "num_threads", "attention", "versions", "vram"))
+TIME_NAME = re.compile(r"\d{8}_\d{6}")  # of a prior whose image's name has no letters
+
+
+@dataclass(slots=True, eq=False)
+class PriorJob:
+    """One prior to make."""
+
+    images: dict[str, Path]  # by the prior's file names
+    prompt: str
+    choices: PriorChoices
+    run_id: str | None = None  # that was asked for; None: after the image, without one the prompt
+    planned: Prior | None = None  # what is known of it beforehand
+    directory: Path | None = None  # where it is, once it has begun
+    made: bool = False
+    error: Exception | None = None  # why it can't be made
+    pictures: dict[str, Picture] | None = None  # decoded already, of the first one
+
+    @property
+    def name(self) -> str:
+        """The image's file, without one the prompt."""
+        return str(self.images.get(IMAGE_FILE, self.prompt))
+
+    @property
+    def base(self) -> str:
+        """The run id that it has if no other prior does."""
+        image = self.images.get(IMAGE_FILE)
+        return id_from_name(self.prompt if image is None else image.stem)
+
+    @property
+    def prior(self) -> Prior:
+        """What is known of it, of a job that was planned."""
+        if self.planned is None:
+            raise ValueError("the job was not planned")
+        return self.planned
+
+
+def make_jobs(
+    images: Sequence[Path],
+    prompts: Sequence[str],
+    choices: PriorChoices,
+    *,
+    end_images: Sequence[Path] = (),
+    seeds: Sequence[int] = (0,),
+    run_ids: Sequence[str] = (),
+) -> list[PriorJob]:
+    """A job for each image, seed and prompt, in this order.
+
+    Args:
+        images: files and folders of them; none: for a model that takes none.
+        prompts: all for each image; as many as there are files, and no folder: one for each.
+        end_images: one for all images, or one for each.
+        run_ids: one for each job, or none.
+
+    Raises:
+        InputError: a file that isn't there, an id given twice, or as many of something as fit no reading.
+    """
+    files: list[Path | None] = [file for path in images for file in files_of(path)]
+    paired = 1 < len(prompts) == len(files) and not any(path.is_dir() for path in images)
+    if paired:
+        log.info("as many prompts as files: one for each; to give each image all of them, name their folder")
+    of_each = [[prompt] for prompt in prompts] if paired else [prompts] * max(len(files), 1)
+    ends = for_each("--end_image", end_images, max(len(files), 1), "image")
+    jobs = [
+        PriorJob(
+            {name: path for name, path in ((IMAGE_FILE, file), (END_IMAGE_FILE, end)) if path is not None},
+            prompt,
+            replace(choices, seed=seed),
+        )
+        for file, end, texts in zip(files or [None], ends, of_each, strict=True)
+        for seed in dict.fromkeys(seeds)
+        for prompt in dict.fromkeys(texts)
+    ]
+    what = "image" if len(jobs) == len(files) > 1 else "prompt" if len(jobs) == len(prompts) else "prior"
+    for job, run_id in zip(jobs, for_each("--run_id", run_ids, len(jobs), what, all_one=False), strict=True):
+        job.run_id = run_id
+    for run_id in run_ids:
+        if run_ids.count(run_id) > 1:
+            raise InputError(f"--run_id {run_id}: given twice; every prior needs its own")
+    return jobs
+
+
+def for_each(
+    flag: str, values: Sequence[T], number: int, what: str, *, all_one: bool = True
+) -> Sequence[T | None]:
+    """One value for each, where none, one for all or as many were given.
+
+    Raises:
+        InputError: another number of them.
+    """
+    if not values:
+        return [None] * number
+    if len(values) == 1 and all_one:
+        return [values[0]] * number
+    if len(values) != number:
+        raise InputError(f"{flag}: {len(values)} for {number} {what}s; give one for each {what}")
+    return values
+
+
+# --- what is known before -----------------------------------------------------------------------------------
+
+
+def plan_jobs(
+    jobs: Sequence[PriorJob],
+    options: LoadOptions,
+    family: str,
+    output_dir: Path,
+    *,
+    parameters: Mapping[str, str] | None = None,
+) -> list[PriorJob]:
+    """Note of each job which prior it is, where that is there or has begun, and what it will be.
+
+    An image of which nothing can be made is noted as the job's error.
+
+    Args:
+        parameters: the fingerprints of the values of a pipeline of the user's own, which has no files.
+
+    Returns:
+        The jobs, each prior once.
+
+    Raises:
+        InputError: see `plan_prior`; or a run id that another prior has.
+    """
+    plan = functools.cache(lambda choices: plan_prior(options, choices, family=family))
+    defaults = model_defaults(options.model, options.model_dir)
+    choices = jobs[0].choices
+    expected = what_all_record(plan(choices), choices, any_size=defaults.any_size)
+    if parameters is not None:
+        expected["parameter_fingerprint"] = parameters
+    known = Known(output_dir, choices, expected, functools.partial(local_weights, options, family, choices))
+    jobs = known.find(jobs)
+    size = functools.cache(image_size)
+    for job in jobs:
+        try:
+            sized = choices
+            for file, path in job.images.items() if not job.made else ():
+                found = size(path, label=LABELS[file])
+                sized = choose_size(sized, found, defaults=defaults, family=FAMILIES[family])
+        except InputError as error:
+            job.error = error
+            continue
+        planned = plan(sized) | {"seed": job.choices.seed}
+        job.planned = Prior(Path(job.name), planned)
+        given = {name: planned[name] for name in ("height", "width", "num_frames") if getattr(choices, name)}
+        job.choices = replace(job.choices, **given)  # rounded as the model needs
+    return jobs
+
+
+def what_all_record(planned: Mapping[str, Any], choices: PriorChoices, *, any_size: bool) -> dict[str, Any]:
+    """What every prior of a run has in its metadata, besides image, prompt and seed, as JSON gives it.
+
+    Args:
+        planned: of one of them.
+        any_size: whether the size may follow the image.
+    """
+    left_out = {*OF_THE_MACHINE, "seed"}
+    if any_size and (choices.width, choices.height) == (None, None):
+        left_out |= {"width", "height"}
+    if choices.tiled == "auto":  # goes by the size
+        left_out |= {"tiled"}
+    kept = {name: value for name, value in planned.items() if name not in left_out}
+    return json.loads(json.dumps(kept)) | {"expected_closeness": None}  # which one made of a clip has
+
+
+def local_weights(options: LoadOptions, family: str, choices: PriorChoices) -> Mapping[str, str]:
+    """The fingerprints of weights that lie in a folder of the user's; of others, that are fetched, none.
+
+    Raises:
+        InputError: some are missing.
+    """
+    if options.model != "tiny" and options.model_dir is None:
+        return {}
+    components = [*FAMILIES[family].components, *cache_components(choices.skip_cache)]
+    return fingerprint_files(weight_files(options, components))
+
+
+class Known:
+    """The priors that a folder holds, as far as they are those of a run; each is read once.
+
+    Args:
+        choices: of the run.
+        expected: what all its priors have in their metadata.
+        weights: the fingerprints of its weights; asked for once a prior has all that.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        choices: PriorChoices,
+        expected: Mapping[str, Any],
+        weights: Callable[[], Mapping[str, str]],
+    ):
+        self.folder, self.choices, self.expected = folder, choices, expected
+        self.weights = functools.cache(weights)
+        self.names: dict[str, list[str]] = {}  # of the folder, by the id they may be numbered copies of
+        self.found: dict[str, dict[object, Found]] = {}  # by that id, then by what decides a prior
+        self.sha256 = functools.cache(sha256_file)
+        for name in sorted(os.listdir(folder)) if folder.is_dir() else ():  # noqa: PTH208  half the time
+            if name.startswith("run_"):
+                for base in dict.fromkeys(bases_of(name.removeprefix("run_"))):
+                    self.names.setdefault(base, []).append(name)
+
+    def find(self, jobs: Iterable[PriorJob]) -> list[PriorJob]:
+        """Note of each job where its prior is; the same one, asked for twice, is left out.
+
+        Raises:
+            InputError: a run id that another prior has.
+        """
+        taken, kept, pruned = set(), [], []
+        for job in jobs:
+            key = None if self.choices.denoising_strength < 1 else self.key_of_job(job)
+            if key is not None and (found := self.look_up(job, key)) is not None:
+                job.directory, state = found
+                job.made = state != BEGUN
+                pruned += [job.directory] if state == PRUNED else []
+            elif job.run_id is not None:
+                check_run_id(self.folder, job.run_id)
+            if job.run_id is None and key is not None:
+                if (job.base, key) in taken:
+                    continue
+                taken.add((job.base, key))
+            kept.append(job)
+        if pruned:
+            log.info(
+                f"{len(pruned)} of those that are there were pruned, {pruned[0]} say: "
+                "another --run_id makes a whole one"
+            )
+        return kept
+
+    def look_up(self, job: PriorJob, key: object) -> Found | None:
+        """The prior of a job: where its id was asked for there alone, else under any number."""
+        if job.run_id is not None:
+            return self.read([f"run_{job.run_id}"]).get(key)
+        if job.base not in self.found:
+            self.found[job.base] = self.read(self.names.get(job.base, ()))
+        return self.found[job.base].get(key)
+
+    def read(self, names: Iterable[str]) -> dict[object, Found]:
+        """The priors of the run's settings among these folders, by what decides each; of several the best."""
+        found: dict[object, Found] = {}
+        for name in names:
+            with contextlib.suppress(InputError):  # damaged, or no prior
+                if (self.folder / name / METADATA_FILE).exists():
+                    prior = read_run(self.folder / name)
+                    if self.is_alike(prior):
+                        key, state = key_of_prior(prior), state_of(prior)
+                        if key not in found or found[key][1] < state:
+                            found[key] = prior.directory, state
+        return found
+
+    def is_alike(self, prior: Prior) -> bool:
+        """Whether a prior has the run's settings and, as far as they are known, its weights."""
+        m = prior.metadata
+        return all(m.get(name) == value for name, value in self.expected.items()) and all(
+            m["model_fingerprint"].get(name) == digest for name, digest in self.weights().items()
+        )
+
+    def key_of_job(self, job: PriorJob) -> object:
+        """What decides its prior besides the settings; None: an image that can't be read."""
+        colour = hex_colour(self.choices.background)
+        try:
+            images = [
+                (file, self.sha256(path), self.choices.fit, colour) for file, path in job.images.items()
+            ]
+        except InputError:
+            return None
+        return job.prompt, job.choices.seed, tuple(images)
+
+
+def state_of(prior: Prior) -> int:
+    """How much there is of a prior that records its files; one that lacks any is to be finished.
+
+    Raises:
+        InputError: it lacks some and can't be finished as what it is; the user is told.
+    """
+    m = prior.metadata
+    lacking = sorted(m["files"].keys() - set(os.listdir(prior.directory)))  # noqa: PTH208  half the time
+    is_pruned = prior.kept_steps is not None
+    if lacking and (is_pruned or m["status"] == "stopped"):
+        what = "was pruned" if is_pruned else "is a draft"
+        remedy = "prior_utils.py rm removes it" if is_pruned else "generate_prior.py --resume finishes it"
+        problem = f"{prior.directory} {what} and lacks {lacking[0]}, so it doesn't count as made; {remedy}"
+        log.warning(problem)
+        raise InputError(problem)
+    if lacking or m["status"] == "running":
+        return BEGUN
+    return PRUNED if is_pruned else WHOLE
+
+
+def bases_of(run_id: str) -> Iterator[str]:
+    """The ids that this one may be a numbered copy of, itself included; "": that of a time."""
+    yield run_id
+    first, _, number = run_id.rpartition("_")
+    if number.isdecimal():
+        yield first
+    for each in (run_id, first):
+        if TIME_NAME.fullmatch(each):
+            yield ""
+
+
+def key_of_prior(prior: Prior) -> object:
+    """What decides a prior besides the settings; see `Known.key_of_job`."""
+    images = prior.metadata.get("images", {}).items()
+    sources = [(file, each.get("sha256"), each["fit"], each["background"]) for file, each in images]
+    return prior.metadata.get("prompt"), prior.metadata.get("seed"), tuple(sources)
+
+
+# --- what it costs ------------------------------------------------------------------------------------------
+
+
+def bytes_needed(prior: Prior, *, videos: int) -> int:
+    """A safe upper bound of what a prior takes on disk."""
+    return bytes_of_prior(prior) + videos * video_bytes(prior.settings.size)
+
+
+def bytes_of(job: PriorJob) -> int:
+    """The most that the prior of a job takes on disk."""
+    prior = job.prior
+    estimates = prior.num_inference_steps if prior.metadata["save_decoded_videos"] else 0
+    return bytes_needed(prior, videos=1 + estimates)
+
+
+def forwards_of(prior: Prior, *, whole: bool = False) -> int:
+    """The evaluations of the network of a run to be made, or of one that isn't stopped early."""
+    last_step = None if whole else prior.metadata["stop_after"]
+    guidance = prior.guidance[: None if last_step is None else last_step + 1]
+    return sum(1 if scale == 1 else 2 for scale in guidance)
+
+
+def describe_prior_job(job: PriorJob) -> str:
+    """A job as one line of JSON: its settings, what they cost, and the prior that is there already."""
+    data: dict[str, Any] = {"name": job.name, "prompt": job.prompt}
+    if job.error is None:
+        prior = job.prior
+        data |= {
+            **dataclasses.asdict(prior.settings),
+            "model": prior.metadata["model"],
+            "forwards": forwards_of(prior),
+            "bytes_at_most": bytes_of(job),
+            "prior_dir": None if job.directory is None else str(job.directory),
+            "made": job.made,
+        }
+    else:
+        data["error"] = str(job.error)
+    return json.dumps(data, ensure_ascii=False)

@@ -1,0 +1,136 @@
+"""What a user is told: what is doubtful, what is loaded, what will run, what it took, what failed."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+from tqdm import tqdm
+
+from step_skip.errors import RunError
+from step_skip.prior.prior import Prior
+from step_skip.sweep.clips import Group, all_jobs
+from step_skip.sweep.cost import summarize_jobs
+
+log = logging.getLogger(__name__)
+
+
+def say_what_auto_means(groups: Sequence[Group]) -> None:
+    """Tell the step that each prior chose."""
+    for group in groups:
+        chosen = [plan.auto for plan in group.plans if plan.auto is not None]
+        if chosen:
+            log.info(f"{f'{group.prior.directory}: ' if len(groups) > 1 else ''}auto: {chosen[0]}")
+
+
+def say_what_runs(groups: Sequence[Group], *, there: int | None) -> None:
+    """Tell what will run: a single video's steps, or a sweep's sums."""
+    jobs = all_jobs(groups)
+    if there is not None:
+        log.info(f"{summarize_jobs(jobs)}; {there} are there already")
+        return
+    [job] = jobs
+    total, running = job.prior.num_inference_steps, len(job.plan.steps_to_run)
+    if job.plan.sigmas is not None:
+        log.info(f"runs {running} steps from sigma {job.plan.sigmas[0]:.3f}; the prior's run took {total}")
+        return
+    log.info(
+        f"runs {running} of {total} steps, skips {total - running}"
+        if running
+        else f"step {job.plan.start_step} is the last: nothing left to run, decodes only"
+    )
+
+
+class Progress:
+    """A bar over many jobs: how many are done, how many a minute, the time left."""
+
+    def __init__(self, what: str, number: int, *, cost: float):
+        layout = "{desc}{percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}"
+        self.what, self.number, self.done = what, number, 0
+        self.bar = tqdm(total=cost, smoothing=0, bar_format=layout, disable=number == 1)
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.close()
+
+    def add(self, cost: float) -> None:
+        """One more job is done."""
+        self.done += 1
+        minutes = max(self.bar.format_dict["elapsed"], 1e-9) / 60
+        self.bar.set_description(f"{self.what} {self.done} of {self.number}", refresh=False)
+        self.bar.set_postfix_str(f"{self.done / minutes:.1f} a minute", refresh=False)
+        self.bar.update(cost)
+
+
+@contextlib.contextmanager
+def each_warning_once() -> Iterator[None]:
+    """While many jobs run, tell what is the same for all of them once."""
+    told: set[str] = set()
+
+    def is_new(record: logging.LogRecord) -> bool:
+        message = record.getMessage()
+        is_new = record.levelno < logging.WARNING or message not in told
+        told.add(message)
+        return is_new
+
+    handlers = logging.getLogger("step_skip").handlers
+    for handler in handlers:
+        handler.addFilter(is_new)
+    try:
+        yield
+    finally:
+        for handler in handlers:
+            handler.removeFilter(is_new)
+
+
+def describe_seconds(seconds: Mapping[str, float], *, prior: Prior | None = None) -> str:
+    """Where a run's time went.
+
+    Args:
+        prior: of a video made from it: its own run's seconds of network stand beside the video's.
+    """
+    beside = ""
+    if prior is not None and (recorded := prior.metadata.get("seconds_per_step")):
+        beside = f" (the prior's run: {sum(recorded):.1f} s)"
+    parts = [f"network {seconds.get('denoise', 0.0):.1f} s{beside}"]
+    parts += [f"{name} {seconds[name]:.1f} s" for name in ("encode", "decode", "load") if name in seconds]
+    return f"{sum(seconds.values()):.1f} s: {', '.join(parts)}"
+
+
+def say_what_is_left_out(left_out: Mapping[Path, Exception]) -> None:
+    """Tell of the priors from which nothing is made."""
+    for directory, error in left_out.items():
+        log.warning(f"left out: {_one_line(error, naming=directory)}")
+
+
+def report_failed_clips(
+    failed: Mapping[Path, Exception], total: int, *, folder: Path, left_out: Mapping[Path, Exception]
+) -> None:
+    """Tell what a sweep could not make; what is wrong with a prior once for all its videos.
+
+    Raises:
+        RunError: there is such a video or prior.
+    """
+    videos: dict[int, list[Path]] = {}  # by what is wrong
+    for path, error in failed.items():
+        videos.setdefault(id(error), []).append(path)
+    for path, *others in videos.values():
+        more = f" and {len(others)} others" if others else ""
+        log.warning(f"{path.name}{more} failed: {_one_line(failed[path])}")
+    parts = [f"{len(failed)} of {total} videos failed"] if failed else []
+    parts += [f"{len(left_out)} priors were left out"] if left_out else []
+    if parts:
+        raise RunError(
+            f"{' and '.join(parts)}, see above; the others are in {folder}; the same command tries only "
+            "these again"
+        )
+
+
+def _one_line(error: Exception, *, naming: Path | None = None) -> str:
+    """What an error says, with the folder it is about."""
+    text = " ".join(str(error).split())[:200] or type(error).__name__
+    return text if naming is None or str(naming) in text else f"{naming}: {text}"
