@@ -8,7 +8,7 @@
 `pipe` is any WanVideoPipeline, or what `load` gives. docs/python.md has the rest. Importing this is cheap.
 """
 
-from step_skip.api import generate_priors
+from step_skip.api import generate_priors, infer_from_priors
 from step_skip.errors import DiskError, InputError, RunError
 from step_skip.generate.generate import generate_prior
 from step_skip.infer.clip import Clip
@@ -30,6 +30,7 @@ __all__ = [
     "generate_prior",
     "generate_priors",
     "infer_from_prior",
+    "infer_from_priors",
     "load",
     "preview_to",
     "read_prior",

@@ -1,30 +1,41 @@
-"""Priors of a folder of images from Python, on one pipeline or on a Ray cluster."""
+"""Many priors, and many clips, from Python: on one pipeline, or on a Ray cluster.
+
+Each function is the sequence that its script runs: plan, check, make, report.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from step_skip.cluster.driver import connected
-from step_skip.cluster.priors import make_on_cluster
+from step_skip.cluster.clips import ClipCluster
+from step_skip.cluster.driver import Cluster, connected
+from step_skip.cluster.priors import PriorCluster
 from step_skip.errors import InputError
-from step_skip.files.writing import check_folder
 from step_skip.generate.choices import PriorChoices, check_images, check_prior_choices
+from step_skip.infer.choices import choices_on
 from step_skip.models.families import FAMILIES
-from step_skip.models.loading import OWN_PIPELINE, Model, load_components, model_of
+from step_skip.models.loading import OWN_PIPELINE, Model, model_of
 from step_skip.models.weights import LoadOptions, family_name
+from step_skip.page.page import running_page
 from step_skip.prior.metadata import read_prior
 from step_skip.prior.prior import Prior
-from step_skip.sweep.make_priors import check_first, make_all, report_failed_priors, usable, what_to_load
-from step_skip.sweep.priors import bytes_of, make_jobs, plan_jobs
+from step_skip.sweep.make_clips import ThisProcess, make_sweep, plan_sweep
+from step_skip.sweep.make_priors import (
+    PriorProcess,
+    check_batch,
+    make_batch,
+    plan_batch,
+    report_failed_priors,
+)
 
 if TYPE_CHECKING:
     from diffsynth.pipelines.wan_video import WanVideoPipeline
-T = TypeVar("T", bound="str | int | Path")
+T = TypeVar("T", bound="str | int | Path | Prior | Mapping[str, Any] | None")
 
 
 def generate_priors(
@@ -40,7 +51,7 @@ def generate_priors(
     on_made: Callable[[Prior], object] | None = None,
     **choices: Any,
 ) -> list[Prior]:
-    """Make a prior of each image, seed and prompt; what is there of the same choices is not made again.
+    """Make a prior of each image, seed and prompt; what exists of the same choices is not made again.
 
     Args:
         pipe: any WanVideoPipeline, or what `load` gives; or LoadOptions, with which a model is loaded only if
@@ -58,48 +69,162 @@ def generate_priors(
         InputError: a choice that can't be used, or no image can.
         RunError: some priors could not be made; the others are, and the same call tries only these again.
     """
-    model = None if isinstance(pipe, LoadOptions) else model_of(pipe)
-    options = pipe if isinstance(pipe, LoadOptions) else model_of(pipe).options
+    model, options = model_and_options(pipe, ray)
     family = family_name(options.model, options.model_dir) if model is None else model.family
     own = model.parameters if model is not None and options.model == OWN_PIPELINE else None
-    if ray is not None and own is not None:
-        raise InputError(
-            "ray: workers load a model by its name; give what step_skip.load gives, or LoadOptions"
-        )
     texts, numbers = as_list(prompts), as_list(seeds)
     if not texts or not numbers:
         raise InputError("prompts and seeds: give at least one of each")
-    folder, wanted = Path(output_dir), PriorChoices(seed=numbers[0], **choices)
+    wanted = PriorChoices(seed=numbers[0], **choices)
     paths, ends = [Path(each) for each in as_list(images)], [Path(each) for each in as_list(end_images)]
     check_prior_choices(wanted)
     check_images(options.model, FAMILIES[family], image=bool(paths), end_image=bool(ends))
     if wanted.denoising_strength < 1:
         raise InputError("denoising_strength below 1 starts from a video: use generate_prior")
-    with contextlib.redirect_stdout(sys.stderr):
-        jobs = make_jobs(paths, texts, wanted, end_images=ends, seeds=numbers)
-        here = options if ray is None else dataclasses.replace(options, device="cpu")  # workers have theirs
-        jobs = plan_jobs(jobs, here, family, folder, parameters=own)
-        to_do = usable(jobs, [job for job in jobs if not job.made])
-        if to_do:
-            check_folder(folder, sum(map(bytes_of, to_do)))
-            check_first(to_do, here, family, on_cluster=ray is not None)
-            to_do = usable(jobs, to_do)
-        how: dict[str, Any] = {"output_dir": folder}
+
+    def report_made(prior: Prior, steps_run: int) -> None:
         if on_made is not None:
-            how["on_made"] = lambda prior, _: on_made(prior)
-        if to_do and ray is None:
-            sized, components = what_to_load(to_do, options)
-            model = model or load_components(sized, components, by_expert=True)
-            make_all(to_do, model, single=len(jobs) == 1, **how)
-        elif to_do:
-            with connected(str(ray), workers=workers) as cluster:
-                device = cluster.device(options.model, options.device)
-                sized, components = what_to_load(to_do, dataclasses.replace(options, device=device))
-                make_on_cluster(to_do, cluster, options=sized, family=family, components=components, **how)
-        report_failed_priors(jobs, folder=folder)
-    return [read_prior(job.directory) for job in jobs if job.directory is not None]
+            on_made(prior)
+
+    # on a cluster each worker has a device of its own
+    planned = options if ray is None else dataclasses.replace(options, device="cpu")
+    with contextlib.redirect_stdout(sys.stderr):
+        batch = plan_batch(
+            paths,
+            texts,
+            wanted,
+            options=planned,
+            family=family,
+            output_dir=Path(output_dir),
+            end_images=ends,
+            seeds=numbers,
+            parameters=own,
+        )
+        check_batch(batch, is_here=ray is None)
+        with cluster_of(ray if batch.missing else None, workers) as cluster:
+            machine = (
+                PriorProcess(options.device, model)
+                if cluster is None
+                else PriorCluster(cluster, options.device)
+            )
+            make_batch(batch, machine, on_made=report_made)
+        report_failed_priors(batch.jobs, folder=batch.output_dir)
+    return [read_prior(job.directory) for job in batch.jobs if job.directory is not None]
+
+
+def infer_from_priors(
+    pipe: WanVideoPipeline | Model | LoadOptions,
+    priors: Prior | str | Path | Iterable[Prior | str | Path],
+    prompts: str | None | Mapping[str, Any] | Iterable[str | None | Mapping[str, Any]] = None,
+    *,
+    output_dir: str | Path | None = None,
+    nearest: bool = False,
+    preview: bool = False,
+    ray: str | None = None,
+    workers: int | None = None,
+    on_made: Callable[[Path], object] | None = None,
+    **choices: Any,
+) -> list[Path]:
+    """Make a clip of each prior with each prompt, in a folder with a page; clips that exist stay as they are.
+
+    Names, warnings and the page are those of infer_from_prior.py, which goes on where this stopped, and the
+    other way round.
+
+    Args:
+        pipe: any WanVideoPipeline, or what `load` gives; or LoadOptions, with which a model is loaded only if
+            a clip is missing, on a cluster by the workers alone.
+        priors: what `generate_prior` returned, or folders; of these, as of prompts, one alone or several.
+        prompts: texts; or mappings with what holds for one clip alone, as a line of --prompts_file:
+            {"prompt": "she speaks", "num_steps": 4}. None: each prior's own prompt.
+        output_dir: the folder of the clips; None: one in the first prior's outputs, named after all choices.
+        nearest: let each clip follow the nearest of the priors that begin alike.
+        preview: write a moving preview beside each clip while it is made.
+        ray, workers: see `generate_priors`.
+        on_made: called with the path of each clip once it is written.
+        choices: what holds for all clips, as `infer_from_prior` takes it: steps, num_steps, start_step,
+            cfg_scale, negative_prompt, fps ...
+
+    Returns:
+        The .mp4 of each prior and prompt, in this order; beside each lies its .json.
+
+    Raises:
+        InputError: a choice that can't be used, or no prior can.
+        RunError: some clips could not be made; the others are, and the same call tries only these again.
+    """
+    model, options = model_and_options(pipe, ray)
+    wanted = [
+        choices_on(options, **{**choices, **(each if isinstance(each, Mapping) else {"prompt": each})})
+        for each in as_list(prompts)
+    ]
+    if not wanted:
+        raise InputError("prompts: give at least one")
+    directories = [each.directory if isinstance(each, Prior) else Path(each) for each in as_list(priors)]
+    if not directories:
+        raise InputError("priors: give at least one")
+
+    @contextlib.contextmanager
+    def page(folder: Path, names: Iterable[str]) -> Iterator[Callable[[Path, Any], None]]:
+        with running_page(folder, list(names)) as add:
+
+            def add_and_report(path: Path, frames: Any) -> None:
+                add(path, frames)
+                if on_made is not None:
+                    on_made(path)
+
+            yield add_and_report
+
+    with contextlib.redirect_stdout(sys.stderr):
+        sweep = plan_sweep(
+            directories,
+            wanted,
+            output_dir=None if output_dir is None else Path(output_dir),
+            is_sweep=True,
+            nearest=nearest,
+            preview=preview,
+            any_model=options.model == OWN_PIPELINE,
+        )
+        with cluster_of(ray if sweep.missing else None, workers) as cluster:
+            machine = (
+                ThisProcess(options.device, model)
+                if cluster is None
+                else ClipCluster(cluster, options.device)
+            )
+            make_sweep(sweep, machine, vram=options.vram, model_dir=options.model_dir, page=page)
+    return [job.path for job in sweep.jobs]
+
+
+def model_and_options(
+    pipe: WanVideoPipeline | Model | LoadOptions, ray: str | None
+) -> tuple[Model | None, LoadOptions]:
+    """Return the model that is loaded, if one is, and the options that it was or will be loaded with.
+
+    Raises:
+        InputError: a pipeline that the workers of a cluster can't load.
+    """
+    if isinstance(pipe, LoadOptions):
+        return None, pipe
+    model = model_of(pipe)
+    if ray is None:
+        return model, model.options
+    if model.options.model == OWN_PIPELINE:
+        raise InputError(
+            "ray: workers load a model by its name; give what step_skip.load gives, or LoadOptions"
+        )
+    return None, model.options
+
+
+@contextlib.contextmanager
+def cluster_of(ray: str | None, workers: int | None) -> Iterator[Cluster | None]:
+    """Yield the Ray cluster of an address; None without one."""
+    if ray is None:
+        yield None
+        return
+    with connected(ray, workers=workers) as cluster:
+        yield cluster
 
 
 def as_list(given: T | Iterable[T]) -> list[T]:
-    """One alone, or several, as a list."""
-    return [given] if isinstance(given, str | int | Path) else list(given)
+    """Return one value alone, or several, as a list."""
+    if given is None or isinstance(given, str | int | Path | Prior | Mapping):
+        return [given]  # type: ignore[list-item]
+    return list(given)

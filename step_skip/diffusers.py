@@ -55,7 +55,6 @@ from step_skip.pipeline.schedulers import (
     StepCallback,
 )
 from step_skip.pipeline.settings import SCHEDULE_FLAGS
-from step_skip.prior.checks import check_installed_schedule
 from step_skip.prior.contexts import ContextStore
 from step_skip.prior.metadata import read_prior
 from step_skip.prior.pictures import read_own_image
@@ -184,7 +183,6 @@ def infer_from_prior(
         raise InputError('num_steps="auto" is not to be had on a pipeline of diffusers; give a number')
     own_scale = one_guidance(plan.cfg_scale)
     source = Source(prior)
-    check_installed_schedule(prior)
     check_transformer(pipe, prior)
     load_inputs(source, [plan])
     know_contexts(source, plan.texts, ContextStore())

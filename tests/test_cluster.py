@@ -30,7 +30,7 @@ POISON = "The portrait takes its worker along."
 DECIDING = ("latents_sha256", "video_sha256", "steps_run", "prompt", "prior_files", "forwards", "identity")
 
 
-class Slow(cluster_clips.VideoWorker):
+class Slow(cluster_clips.ClipWorker):
     """A worker that gives others time to kill it."""
 
     def make(self, *given):
@@ -47,7 +47,7 @@ class DeadlyPrior(cluster_priors.PriorWorker):
         return super().make(pictures, prompt, *given)
 
 
-class Deadly(cluster_clips.VideoWorker):
+class Deadly(cluster_clips.ClipWorker):
     """A worker that one prompt kills."""
 
     def make(self, group, inputs, texts, *contexts):
@@ -120,7 +120,7 @@ def test_a_cluster_makes_what_one_process_makes(sweep, tmp_path):
 def test_a_lost_worker_costs_nothing_and_a_job_that_kills_three_is_given_up(
     prior, infer, address, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(cluster_clips, "VideoWorker", Deadly)
+    monkeypatch.setattr(cluster_clips, "ClipWorker", Deadly)
     threading.Thread(target=kill_one_worker, daemon=True).start()
     prompts = ("--prompt", OTHER_PROMPT, POISON, THIRD_PROMPT)
     outcome = infer(prior, *prompts, "--output_dir", tmp_path / "sweep", "--ray", address)
@@ -147,7 +147,7 @@ def kill_one_worker() -> None:
 def test_a_lost_node_and_a_killed_command_cost_nothing(
     sweep, prior, second, model_dir, nodes, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(cluster_clips, "VideoWorker", Slow)
+    monkeypatch.setattr(cluster_clips, "ClipWorker", Slow)
     prompts = [f"The portrait moves {number}." for number in range(6)]
     folder = tmp_path / "cluster"
 

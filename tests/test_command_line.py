@@ -120,14 +120,15 @@ def test_prompts_of_one_word_may_each_have_a_flag(prior, infer):
 
 def test_the_command_printed_is_short_where_nothing_else_was_given(monkeypatch, tmp_path):
     import generate_prior
+    from step_skip.cli.prior_report import command_line
 
     args = generate_prior.parse_args(["--model", "tiny", "--image", "me.png"])
     words = ("infer_from_prior.py", "--prior_dir", Path("prior_output/run_my cat"))
     line = "infer_from_prior.py --prior_dir 'prior_output/run_my cat'"
     monkeypatch.chdir(ROOT)
-    assert generate_prior.command_line(args, *words) == f"python {line}"
+    assert command_line(args, *words) == f"python {line}"
     monkeypatch.chdir(ROOT / "data")
-    assert generate_prior.command_line(args, *words) == f"python {shlex.quote(str(ROOT))}/{line}"
+    assert command_line(args, *words) == f"python {shlex.quote(str(ROOT))}/{line}"
 
 
 def test_the_defaults_in_the_help_are_those_that_hold(tmp_path):

@@ -293,15 +293,15 @@ def test_priors_that_need_other_weights_run_one_after_the_other(prior, bfloat16,
 
 
 def test_one_prior_is_in_memory_at_a_time(prior, second, infer, monkeypatch, tmp_path):
-    held, groups, run_job = [], [], make_clips.run_job
+    held, groups, make = [], [], make_clips.ClipRun.make
 
-    def spy(group, job, **how):
+    def spy(run, group, *how):
         if group not in groups:
             groups.append(group)
         held.append(sum(bool(each.inputs.tensors) for each in groups))
-        run_job(group, job, **how)
+        make(run, group, *how)
 
-    monkeypatch.setattr(make_clips, "run_job", spy)
+    monkeypatch.setattr(make_clips.ClipRun, "make", spy)
     infer(prior, "--prior_dir", second, "--prompt", PROMPT, OTHER_PROMPT, "--output_dir", tmp_path / "s")
     assert held == [1, 1, 1, 1] and len(groups) == 2
     assert not any(group.inputs.tensors or group.inputs.contexts for group in groups)
@@ -317,7 +317,7 @@ def test_a_sweep_makes_what_separate_calls_make(prior, second, infer, loads, enc
     assert outcome.path == tmp_path / "sweep"
     assert loads == [["dit", "text_encoder", "vae"]]
     assert encoded == [*prompts]  # once each, for both priors
-    assert "video 8 of 8" in outcome.err
+    assert "clip 8 of 8" in outcome.err
     swept = results(tmp_path / "sweep")
     assert len(swept) == 8
     for number, (each, prompt, step) in enumerate(itertools.product((prior, second), prompts, steps)):

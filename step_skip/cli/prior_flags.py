@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from step_skip.cli import flags
-from step_skip.generate.choices import PriorChoices
+from step_skip.errors import InputError
+from step_skip.generate.choices import PriorChoices, check_images, check_prior_choices
 from step_skip.media.images import FITS
+from step_skip.media.videos import read_video
+from step_skip.models.families import FAMILIES
+from step_skip.models.weights import family_name
+from step_skip.pipeline.settings import RunSettings
 from step_skip.prior.prior import PREVIEW_FILE
+from step_skip.prior.writer import check_run_id
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 
 def add_identity_arguments(parser: argparse.ArgumentParser) -> None:
@@ -192,3 +203,41 @@ def add_prior_output_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--save_decoded_videos", action="store_true", help="also a video of each step's denoised estimate"
     )
+
+
+# --- what the flags ask for ---------------------------------------------------------------------------------
+
+
+def read_prior_choices(args: argparse.Namespace) -> PriorChoices:
+    """What the flags ask of the run, refused before anything heavy is imported if no run could use it.
+
+    Raises:
+        InputError: with the flag that is wrong.
+    """
+    given = {field.name: getattr(args, field.name) for field in dataclasses.fields(PriorChoices)}
+    choices = PriorChoices(**given | {"seed": args.seed[0]})
+    check_prior_choices(choices)
+    family = FAMILIES[family_name(args.model, args.model_dir)]
+    has_image = args.image is not None or args.download_example
+    check_images(args.model, family, image=has_image, end_image=args.end_image is not None)
+    if args.preview and not has_image:
+        raise InputError("--preview takes its colours from an image, and there is none: leave it out")
+    if args.denoising_strength < 1 and args.input_video is None:
+        raise InputError(
+            f"--denoising_strength {args.denoising_strength} starts from a video: give --input_video"
+        )
+    if args.input_video is not None and args.denoising_strength == 1:
+        raise InputError(
+            "--input_video is not used at --denoising_strength 1: give a strength below 1, 0.7 say"
+        )
+    for run_id in args.run_id or ():
+        check_run_id(args.output_dir, run_id, but_priors=True)
+    return choices
+
+
+def read_input_video(args: argparse.Namespace, settings: RunSettings) -> list[Image] | None:
+    """The frames of the input video, for --denoising_strength below 1."""
+    if args.input_video is None:
+        return None
+    sizes = {"width": settings.width, "height": settings.height, "num_frames": settings.num_frames}
+    return read_video(args.input_video, **sizes)

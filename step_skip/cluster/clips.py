@@ -14,16 +14,25 @@ from step_skip.cluster.driver import Cluster, Driver, Turn, Worker, plain_error
 from step_skip.errors import JOB_ERRORS, InputError
 from step_skip.files.writing import replacing, write_json
 from step_skip.infer.clip import make_clip
-from step_skip.infer.inputs import Inputs, Source, own_contexts, release_inputs, unheld_texts, unknown_texts
+from step_skip.infer.inputs import (
+    Inputs,
+    Source,
+    load_inputs,
+    own_contexts,
+    release_inputs,
+    unheld_texts,
+    unknown_texts,
+)
 from step_skip.infer.plan import Plan
 from step_skip.infer.warnings import doubts_of
-from step_skip.models.loading import load_components
+from step_skip.models.loading import Model, load_components
 from step_skip.models.weights import LoadOptions
+from step_skip.prior.checks import check_fingerprint
 from step_skip.prior.contexts import ContextStore, kept_context_path
 from step_skip.prior.prior import Prior
 from step_skip.sweep.clips import Group, Job, all_jobs
 from step_skip.sweep.cost import expected_seconds_of_each
-from step_skip.sweep.make_clips import check_weights, components_of, read_group, save_clip
+from step_skip.sweep.make_clips import check_weights, components_of, save_clip
 
 if TYPE_CHECKING:
     import torch
@@ -56,7 +65,7 @@ class MadeClip:
         write_json(path.with_suffix(".json"), self.report | {"seconds": self.seconds}, overwrite=overwrite)
 
 
-class VideoWorker(Worker):
+class ClipWorker(Worker):
     """Makes videos."""
 
     def make(
@@ -121,27 +130,46 @@ class Given:
             self.inputs = None
 
 
-def run_on_cluster(
-    groups: Sequence[Group],
-    cluster: Cluster,
-    *,
-    options: LoadOptions,
-    contexts: Path | None = None,
-    on_made: OnMade | None = None,
-) -> dict[Path, Exception]:
-    """Make every video on the workers of a cluster; see `jobs.run_jobs`, which does the same in one process.
+@dataclass
+class ClipCluster:
+    """The workers of a cluster as a machine that makes clips; see `sweep.make_clips.Machine`.
 
-    Raises:
-        InputError: weights that are missing, or are those that no prior was made with.
-        RunError: weights that could not be fetched, or workers that are lost again and again.
+    Args:
+        device: of each worker; None: CUDA where the cluster has GPUs.
     """
-    store = ContextStore(contexts)
-    components = [name for name in components_of(groups, store) if name != "text_encoder"]
-    encode_first(groups, cluster, options, store)
-    videos = Videos(groups, store, on_made)
-    driver = Driver(cluster, VideoWorker, options, components, videos.turns(), on_model=videos.check_weights)
-    driver.run("video", len(videos.costs), cost=sum(videos.costs.values()))
-    return videos.failed
+
+    cluster: Cluster
+    device: str | None = None
+    model: Model | None = None
+    is_here: bool = False
+
+    def device_of(self, model: str) -> str:
+        """Return the device of each worker."""
+        return self.cluster.device(model, self.device)
+
+    def make(
+        self,
+        groups: Sequence[Group],
+        options: LoadOptions,
+        *,
+        contexts: Path | None = None,
+        on_made: OnMade | None = None,
+    ) -> dict[Path, Exception]:
+        """Make every clip on the workers.
+
+        Raises:
+            InputError: weights that are missing, or that no prior was made with.
+            RunError: weights that could not be fetched, or workers that are lost again and again.
+        """
+        store = ContextStore(contexts)
+        components = [name for name in components_of(groups, store) if name != "text_encoder"]
+        encode_first(groups, self.cluster, options, store)
+        clips = Clips(groups, store, on_made)
+        driver = Driver(
+            self.cluster, ClipWorker, options, components, clips.turns(), on_model=clips.check_weights
+        )
+        driver.run("clip", len(clips.costs), cost=sum(clips.costs.values()))
+        return clips.failed
 
 
 def encode_first(
@@ -163,8 +191,8 @@ def encode_first(
             store.encode(group.prior, text, found.__getitem__)
 
 
-class Videos:
-    """The videos to make, as turns on a cluster."""
+class Clips:
+    """The clips to make, as turns on a cluster."""
 
     def __init__(self, groups: Sequence[Group], store: ContextStore, on_made: OnMade | None):
         jobs = all_jobs(groups)
@@ -176,7 +204,7 @@ class Videos:
 
     def check_weights(self, found: Mapping[str, str]) -> None:
         """Compare the weights with those of the priors."""
-        self.failed |= check_weights(self.groups, found)
+        self.failed |= check_weights(self.groups, lambda prior: check_fingerprint(prior, found))
 
     def turns(self) -> Iterator[Turn]:
         """Every job, with the tensors of its prior, which are read when its first one's turn comes."""
@@ -189,7 +217,7 @@ class Videos:
             try:
                 if group.prior.is_legacy:
                     raise InputError(f"{group.prior.directory} is of an older format: make it without --ray")
-                read_group(group)
+                load_inputs(group, group.plans)
             except JOB_ERRORS as error:
                 self.failed |= {job.path: error for job in jobs}
                 continue

@@ -10,7 +10,7 @@ import logging
 import secrets
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,18 +21,16 @@ from step_skip.files.writing import LEFTOVER, TEMPORARY_PREFIX, locked, replacin
 from step_skip.generate.choices import PriorChoices
 from step_skip.generate.generate import generate_prior
 from step_skip.media.images import Picture
-from step_skip.models.weights import LoadOptions
 from step_skip.prior.metadata import read_prior, sealed
 from step_skip.prior.prior import END_IMAGE_FILE, IMAGE_FILE, Prior
 from step_skip.prior.schema import METADATA_FILE
 from step_skip.prior.writer import create_run_dir, free_run_id
-from step_skip.sweep.make_priors import cost_of, describe_failure, take_images
+from step_skip.sweep.make_priors import PriorRun, cost_of, describe_failure, take_images
 from step_skip.sweep.priors import PriorJob
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from step_skip.sweep.make_priors import OnPrior, ReadVideo
 
 log = logging.getLogger(__name__)
 
@@ -108,58 +106,72 @@ def kept_warnings() -> Iterator[list[str]]:
 # --- the driver ---------------------------------------------------------------------------------------------
 
 
-def make_on_cluster(
-    jobs: Sequence[PriorJob],
-    cluster: Cluster,
-    *,
-    options: LoadOptions,
-    family: str,
-    components: Sequence[str],
-    output_dir: Path,
-    read_video: ReadVideo = lambda settings: None,
-    on_made: OnPrior | None = None,
-) -> None:
-    """Make the prior of every job on the workers of a cluster; see `prior_jobs.make_all`.
+@dataclass
+class PriorCluster:
+    """The workers of a cluster as a machine that makes priors; see `sweep.make_priors.PriorMachine`.
 
-    Raises:
-        InputError: weights that are missing; or another run on a cluster writes to the folder.
-        RunError: weights that could not be fetched, or workers that are lost again and again.
+    Args:
+        device: of each worker; None: CUDA where the cluster has GPUs.
     """
 
-    names: dict[PriorJob, str] = {}  # in the order of the jobs, in whichever they are done
+    cluster: Cluster
+    device: str | None = None
 
-    def take(job: PriorJob, made: MadePrior) -> None:
-        prior = made.save(output_dir, job.run_id, name=names[job])
+    def device_of(self, model: str) -> str:
+        """Return the device of each worker."""
+        return self.cluster.device(model, self.device)
+
+    def make(self, run: PriorRun) -> None:
+        """Make the prior of every job on the workers.
+
+        Raises:
+            InputError: weights that are missing; or another run on a cluster writes to the folder.
+            RunError: weights that could not be fetched, or workers that are lost again and again.
+        """
+        run.output_dir.mkdir(parents=True, exist_ok=True)
+        with locked(run.output_dir):
+            for leftover in run.output_dir.iterdir():
+                if LEFTOVER.fullmatch(leftover.name) and not leftover.is_symlink():
+                    shutil.rmtree(leftover)
+            turns = Priors(run).turns()
+            driver = Driver(self.cluster, PriorWorker, run.options, run.components, turns)
+            driver.run("prior", len(run.jobs), cost=sum(map(cost_of, run.jobs)))
+
+
+class Priors:
+    """The priors to make, as turns on a cluster."""
+
+    def __init__(self, run: PriorRun):
+        self.run = run
+        self.names: dict[PriorJob, str] = {}  # in the order of the jobs, in whichever they are done
+
+    def turns(self) -> Iterator[Turn]:
+        """Yield every job, with its images, which are decoded when its turn comes."""
+        for job in self.run.jobs:
+            cost = cost_of(job)
+            try:
+                choices, pictures = take_images(job, self.run.options, self.run.family)
+                video = self.run.input_video(job)
+            except JOB_ERRORS as error:
+                self.fail(job, error)
+                continue
+            self.names[job] = free_run_id(self.run.output_dir, job.base, taken=self.names.values())
+            send = sender(pictures, job.prompt, choices, video)
+            yield Turn(cost, send, functools.partial(self.take, job), functools.partial(self.fail, job))
+
+    def take(self, job: PriorJob, made: MadePrior) -> None:
+        """Write a prior."""
+        prior = made.save(self.run.output_dir, job.run_id, name=self.names[job])
         job.directory = prior.directory
-        if on_made is not None:
-            on_made(prior, len(prior.metadata["seconds_per_step"]))
+        if self.run.on_made is not None:
+            self.run.on_made(prior, len(prior.metadata["seconds_per_step"]))
 
-    def fail(job: PriorJob, error: Exception) -> None:
+    def fail(self, job: PriorJob, error: Exception) -> None:
+        """Note why a prior can't be made."""
         job.error = error
         log.warning(describe_failure(job))
 
-    def turns() -> Iterator[Turn]:
-        for job in jobs:
-            cost = cost_of(job)
-            try:
-                choices, pictures = take_images(job, options, family)
-                video = read_video(job.prior.settings)
-            except JOB_ERRORS as error:
-                fail(job, error)
-                continue
-            names[job] = free_run_id(output_dir, job.base, taken=names.values())
-            send = sender(pictures, job.prompt, choices, video)
-            yield Turn(cost, send, functools.partial(take, job), functools.partial(fail, job))
-
-    output_dir.mkdir(parents=True, exist_ok=True)
-    with locked(output_dir):
-        for leftover in output_dir.iterdir():
-            if LEFTOVER.fullmatch(leftover.name) and not leftover.is_symlink():
-                shutil.rmtree(leftover)
-        driver = Driver(cluster, PriorWorker, options, components, turns())
-        driver.run("prior", len(jobs), cost=sum(map(cost_of, jobs)))
-
 
 def sender(*arguments: Any) -> Callable[[Any], Any]:
-    """What lets a worker make a prior."""
+    """Return what lets a worker make a prior."""
     return lambda worker: worker.make.remote(*arguments)

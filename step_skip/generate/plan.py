@@ -12,6 +12,7 @@ from typing import Any
 
 from step_skip.errors import InputError
 from step_skip.generate.choices import PriorChoices, check_prior_choices
+from step_skip.media.videos import video_bytes
 from step_skip.method.steps import recommended_start_step
 from step_skip.models.families import FAMILIES, expert_of, round_sizes
 from step_skip.models.lora import check_lora_experts, describe_loras
@@ -25,6 +26,7 @@ from step_skip.pipeline.settings import (
     check_tea_cache_experts,
     choose_cheaper,
 )
+from step_skip.prior.prior import Prior, bytes_of_prior
 
 log = logging.getLogger(__name__)
 DIFFSYNTH_BOUNDARY = 0.875  # WanVideoPipeline's own switch_DiT_boundary, for a pipeline of somebody's own
@@ -104,3 +106,8 @@ def choose_experts(choices: PriorChoices, chosen: Mapping[str, Any], family: str
     follows = choices.cfg_scale is not None and choices.cfg_scale_2 is None
     boundary = chosen["switch_DiT_boundary"] or DIFFSYNTH_BOUNDARY
     return {"switch_DiT_boundary": boundary, "cfg_scale_2": None if follows else chosen["cfg_scale_2"]}
+
+
+def bytes_needed(prior: Prior, *, videos: int) -> int:
+    """Return a safe upper bound of what a prior takes on disk, in bytes."""
+    return bytes_of_prior(prior) + videos * video_bytes(prior.settings.size)

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 from step_skip.errors import InputError
+from step_skip.models.compute import OFF
 from step_skip.models.lora_file import Lora
+from step_skip.models.weights import LoadOptions
 from step_skip.pipeline.settings import SCHEDULE_FLAGS
 from step_skip.prior.prior import Prior
 
@@ -53,6 +55,19 @@ class Choices:
     num_frames: int | None = None
     height: int | None = None
     width: int | None = None
+
+
+def choices_on(options: LoadOptions, **choices: Any) -> Choices:
+    """Return the choices of a clip on a model that was loaded, or will be, with these options."""
+    if isinstance(choices.get("image"), str):
+        choices["image"] = Path(choices["image"])
+    return Choices(
+        **choices,
+        lora=options.loras,
+        quantize=options.quantize or OFF,
+        compile=options.compile or OFF,
+        dtype=options.dtype,
+    )
 
 
 def check_choices(choices: Choices, prior: Prior) -> None:

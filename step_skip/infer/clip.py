@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -156,20 +155,41 @@ def run_plan(
     settings = settings_of(plan, prior)
     latents = [tensors[name] for name in latents_files(plan, prior)]
     on_step = reporting_to(callback, plan.steps_to_run)
-    conditioning = conditioning_of(plan, source) if plan.steps_to_run else None
     negas = [tensors[name] for name in nega_files(plan, prior)]
     known_nega = negas[0] if plan.knows_nega else None
-    run: Callable[..., RunResult]
     if plan.sigmas is not None:
-        begin = between(latents[0], latents[-1], part_of_step(plan, prior))
-        run = functools.partial(run_on_sigmas, sigmas=plan.sigmas, latents=begin)
-    elif plan.start_step is not None:
-        run = functools.partial(
-            run_from, start_step=plan.start_step, latents=latents[0], known_nega=known_nega
+        return run_on_sigmas(
+            pipe,
+            settings,
+            sigmas=plan.sigmas,
+            latents=between(latents[0], latents[-1], part_of_step(plan, prior)),
+            conditioning=conditioning_of(plan, source),
+            on_step=on_step,
+            progress=progress,
+            pause=pause,
         )
-    else:
-        run = functools.partial(run_differential, paths=first_look(source, plan), known_nega=known_nega)
-    return run(pipe, settings, conditioning=conditioning, on_step=on_step, progress=progress, pause=pause)
+    if plan.start_step is not None:
+        return run_from(
+            pipe,
+            settings,
+            start_step=plan.start_step,
+            latents=latents[0],
+            conditioning=conditioning_of(plan, source) if plan.steps_to_run else None,
+            known_nega=known_nega,
+            on_step=on_step,
+            progress=progress,
+            pause=pause,
+        )
+    return run_differential(
+        pipe,
+        settings,
+        paths=first_look(source, plan),
+        conditioning=conditioning_of(plan, source),
+        known_nega=known_nega,
+        on_step=on_step,
+        progress=progress,
+        pause=pause,
+    )
 
 
 def first_look(source: Source, plan: Plan) -> FirstLook:

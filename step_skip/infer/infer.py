@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import sys
 import time
 from collections.abc import Sequence
@@ -11,11 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from step_skip.infer.bank import check_one_bank, plan_clip
-from step_skip.infer.choices import Choices
+from step_skip.infer.choices import choices_on
 from step_skip.infer.clip import Clip, make_clip
 from step_skip.infer.inputs import Source, encode_new, load_inputs
-from step_skip.infer.warnings import warn_of_words, what_differs
-from step_skip.models.compute import OFF
+from step_skip.infer.warnings import warn_before_run
 from step_skip.models.loading import Model, model_of
 from step_skip.prior.checks import check_model
 from step_skip.prior.contexts import ContextStore
@@ -27,8 +25,6 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from step_skip.pipeline.schedulers import ProgressCallback
-
-log = logging.getLogger(__name__)
 
 
 def infer_from_prior(
@@ -78,13 +74,12 @@ def infer_from_prior(
         InputError: a prior that is damaged or doesn't fit, or choices that contradict it.
         RunError: latents became NaN or infinite.
     """
-    from step_skip.prior.checks import check_installed_schedule
-
     model = model_of(pipe)
     given = [prior] if isinstance(prior, Prior | str | Path) else prior
     bank = [each if isinstance(each, Prior) else read_prior(Path(each)) for each in given]
     check_one_bank(bank)
-    choices = Choices(
+    choices = choices_on(
+        model.options,
         prompt=prompt,
         negative_prompt=negative_prompt,
         cfg_scale=cfg_scale,
@@ -100,22 +95,15 @@ def infer_from_prior(
         tea_cache_l1_thresh=tea_cache_l1_thresh,
         tea_cache_model_id=tea_cache_model_id,
         fps=fps,
-        image=Path(image) if isinstance(image, str) else image,
-        lora=model.options.loras,
-        quantize=model.options.quantize or OFF,
-        compile=model.options.compile or OFF,
+        image=image,
         tiled=tiled,
-        dtype=model.options.dtype,
     )
     plan = plan_clip(choices, bank)
     source = Source.of(bank)
     with contextlib.redirect_stdout(sys.stderr):
-        check_installed_schedule(source.prior)
         load_inputs(source, [plan])
         check_model(model, source.prior)
-        for difference in what_differs(plan, source.prior):
-            log.warning(difference)
-        warn_of_words(dict.fromkeys(plan.texts, source.prior), model.options)
+        warn_before_run([(plan, source.prior)], model.options)
         begin = time.perf_counter()
         encode_new(source, [plan], model, ContextStore())
         encoded = time.perf_counter() - begin

@@ -99,8 +99,12 @@ def load_inputs(source: Source, plans: Sequence[Plan]) -> str:
         The latents' dtype, "bfloat16" for example.
 
     Raises:
-        InputError: something is missing or damaged, holds something else, or isn't in --dtype.
+        InputError: the installed scheduler gives another schedule; or something is missing or damaged, holds
+            something else, or isn't in --dtype.
     """
+    from step_skip.prior.checks import check_installed_schedule
+
+    check_installed_schedule(source.prior)
     check_inputs(source, plans)
     for other in source.others:
         load_tensors(other, plans)

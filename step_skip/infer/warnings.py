@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 
 from step_skip.infer.plan import Plan
 from step_skip.method.steps import is_late
@@ -16,6 +17,34 @@ from step_skip.models.weights import LoadOptions
 from step_skip.prior.prior import Prior
 
 log = logging.getLogger(__name__)
+
+
+def warn_before_run(
+    clips: Iterable[tuple[Plan, Prior]], options: LoadOptions, *, is_here: bool = True
+) -> None:
+    """Warn, of each thing once, before the clips of these plans are made.
+
+    Args:
+        options: of the model they are made on.
+        is_here: they are made in this process; else each machine warns of what differs there.
+    """
+    firsts: dict[Path, tuple[Plan, Prior]] = {}  # what is the same for all clips of a prior
+    texts: dict[str, Prior] = {}
+    late: list[tuple[int, Prior]] = []
+    for plan, prior in clips:
+        firsts.setdefault(prior.directory, (plan, prior))
+        texts |= dict.fromkeys(plan.texts, prior)
+        if (step := late_start(plan, prior)) is not None:
+            late.append((step, prior))
+    doubts: list[str] = []
+    for plan, prior in firsts.values():
+        doubts += doubts_of(plan, prior, device=options.device) if is_here else ()
+        doubts += what_differs(plan, prior)
+    for doubt in dict.fromkeys(doubts):
+        log.warning(doubt)
+    if late:
+        warn_of_old_motion(*min(late, key=lambda each: each[0]))
+    warn_of_words(texts, options)
 
 
 def what_differs(plan: Plan, prior: Prior) -> Iterator[str]:
@@ -62,13 +91,8 @@ def warn_of_words(texts: Mapping[str, Prior], options: LoadOptions) -> None:
 OBEYED_AFTER_6 = {"prompted": "23% (20% if its prior holds still)", "neutral": "69%"}
 
 
-def warn_of_old_motion(clips: Iterable[tuple[Plan, Prior]]) -> None:
-    """Say so where a new prompt comes too late to be obeyed: motion is settled early."""
-    starts = ((late_start(plan, prior), prior) for plan, prior in clips)
-    late = [(step, prior) for step, prior in starts if step is not None]
-    if not late:
-        return
-    start_step, prior = min(late, key=lambda each: each[0])
+def warn_of_old_motion(start_step: int, prior: Prior) -> None:
+    """Warn that a new prompt comes in after this step, too late to be obeyed: motion is settled early."""
     kind = str(prior.metadata.get("prior_kind"))
     obeyed = OBEYED_AFTER_6.get(kind, OBEYED_AFTER_6["prompted"])
     advice = "make the prior again" if prior.is_legacy else "leave --start_step out"

@@ -200,21 +200,21 @@ def run_differential(
             on_step(step)
 
     trajectory = paths.first
-    run = functools.partial(
-        run_scheduler,
-        pipe,
-        settings,
-        scheduler=DifferentialScheduler(trajectory, settings.cfg_scale, choose=paths.choose),
-        latents=trajectory.latents[0],
-        conditioning=conditioning,
-        known_nega=known_nega,
-        on_step=keep,
-        progress=progress,
-    )
-    if paths.differ_in_length:
-        pause = Pause(1)
-        run(pause=pause)
-    result = run(pause=pause)
+    scheduler = DifferentialScheduler(trajectory, settings.cfg_scale, choose=paths.choose)
+    # Where the paths differ in length, the first call runs one step, by which the path is chosen.
+    calls = [Pause(1)] * 2 if paths.differ_in_length else [pause]
+    for each in calls:
+        result = run_scheduler(
+            pipe,
+            settings,
+            scheduler=scheduler,
+            latents=trajectory.latents[0],
+            conditioning=conditioning,
+            known_nega=known_nega,
+            on_step=keep,
+            progress=progress,
+            pause=each,
+        )
     result.first_look = result.first_look or paths
     result.path += path
     return result

@@ -108,6 +108,7 @@ def make_groups(
     overwrite: bool = False,
     is_sweep: bool = False,
     nearest: bool = False,
+    any_model: bool = False,
 ) -> tuple[list[Group], dict[Path, Exception]]:
     """Every prior with the videos that were chosen, each with its place; the same video once.
 
@@ -117,6 +118,7 @@ def make_groups(
         output_dir: of a sweep; None: one in the first prior's outputs folder.
         is_sweep: put them into a folder of their own even where there is only one.
         nearest: let each video follow the nearest of the priors that begin alike.
+        any_model: take priors of pipelines that no model's name stands for.
 
     Returns:
         The groups, and by folder what is wrong with the priors that are left out.
@@ -130,7 +132,7 @@ def make_groups(
     planned: list[tuple[list[Prior], dict[str, Plan]]] = []
     for bank in banks:
         try:
-            planned.append((bank, plan_bank(bank, choices, known)))
+            planned.append((bank, plan_bank(bank, choices, known, any_model=any_model)))
         except InputError as error:
             left_out |= {prior.directory: error for prior in bank}
     if not planned:
@@ -168,7 +170,11 @@ def read_banks(
 
 
 def plan_bank(
-    bank: Sequence[Prior], choices: Collection[Choices], known: dict[str, dict[str, Plan]]
+    bank: Sequence[Prior],
+    choices: Collection[Choices],
+    known: dict[str, dict[str, Plan]],
+    *,
+    any_model: bool,
 ) -> dict[str, Plan]:
     """The plans of a prior or a bank, by name.
 
@@ -184,7 +190,7 @@ def plan_bank(
         known[key] = make_plans(prior, choices)
     plans = known[key]
     model = next(iter(plans.values())).model
-    if model not in MODEL_NAMES:
+    if model not in MODEL_NAMES and not any_model:
         raise InputError(
             f"the prior was made with the model {model!r}, which this version doesn't know; a "
             "prior of a pipeline of your own is used from Python (docs/python.md)"

@@ -1,19 +1,31 @@
-"""Many videos on one loaded model: only the parts that they need, and of two experts one after the other."""
+"""Make the clips of a sweep; a single clip is a sweep of one.
+
+    plan_sweep   which clips there will be, what each is called, and which exist
+    make_sweep   the missing ones: for one set of weights after the other everything that can be checked is
+                 checked, the model is loaded, and a machine makes the clips: this process, or a cluster
+    ClipRun      the clips of one loaded model, one after the other
+
+A clip that fails doesn't stop the others. This module knows neither Ray nor the page: both are handed in.
+"""
 
 from __future__ import annotations
 
-import functools
+import contextlib
 import itertools
 import logging
 import math
 import traceback
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from tqdm import tqdm
 
-from step_skip.errors import JOB_ERRORS, InputError, TakenError
+from step_skip.errors import JOB_ERRORS, InputError, RunError, TakenError
+from step_skip.files.writing import check_folder
+from step_skip.infer.as_prior import check_clip_prior
+from step_skip.infer.choices import Choices
 from step_skip.infer.clip import Clip, make_clip, run_plan
 from step_skip.infer.inputs import (
     encode_identity,
@@ -25,39 +37,331 @@ from step_skip.infer.inputs import (
 )
 from step_skip.infer.measures import describe_measures
 from step_skip.infer.plan import needed_components, settings_of
-from step_skip.models.loading import Model, load_told
+from step_skip.infer.warnings import warn_before_run
+from step_skip.media.videos import video_bytes
+from step_skip.models.families import MODELS
+from step_skip.models.loading import Model, load_told, loaded_first
+from step_skip.models.lora import describe_loras, distilled_hint, find_recorded_loras, parse_recorded_loras
 from step_skip.models.lora_file import Lora
-from step_skip.models.memory import describe_peak, peak_memory
-from step_skip.models.weights import COMPONENTS, ENCODERS, EXPERTS, SKIP_BRANCH, LoadOptions
+from step_skip.models.machine import pick_device
+from step_skip.models.memory import check_download, describe_peak, peak_memory, say_what_each_mode_takes
+from step_skip.models.weights import (
+    COMPONENTS,
+    ENCODERS,
+    EXPERTS,
+    SKIP_BRANCH,
+    LoadOptions,
+    model_defaults,
+)
 from step_skip.pipeline.results import Clock
-from step_skip.prior.checks import check_fingerprint
+from step_skip.prior.checks import check_fingerprint, check_model
 from step_skip.prior.contexts import ContextStore
-from step_skip.prior.preview import preview_to
-from step_skip.prior.prior import experts_of
-from step_skip.sweep.clips import Group, Job, all_jobs
-from step_skip.sweep.cost import expected_seconds_of_each
-from step_skip.sweep.outputs import free_path
-from step_skip.sweep.progress import describe_seconds
+from step_skip.prior.preview import check_previewable, preview_to
+from step_skip.prior.prior import Prior, bytes_of_prior, experts_of
+from step_skip.sweep.clips import Group, Job, all_jobs, by_weights, make_groups
+from step_skip.sweep.cost import components_to_load, expected_seconds_of_each, summarize_jobs
+from step_skip.sweep.finished import find_made, settle_single
+from step_skip.sweep.outputs import free_path, sweep_folder
+from step_skip.sweep.progress import (
+    describe_seconds,
+    report_failed_clips,
+    say_what_auto_means,
+    say_what_is_left_out,
+    say_what_runs,
+)
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
     from step_skip.pipeline.run import Pause
 
-    OnMade = Callable[[Path, Sequence[Image]], None]
+    OnMade = Callable[[Path, Sequence[Image]], object]
+    Page = Callable[[Path, Sequence[str]], contextlib.AbstractContextManager[OnMade]]
 
 log = logging.getLogger(__name__)
 
 
-class Savable(Protocol):
-    """A video that was made here (`infer.Clip`), or on another machine (`cluster.MadeClip`)."""
+# --- which clips there will be ------------------------------------------------------------------------------
 
-    frames: list[Image]
-    forwards: int
-    seconds: dict[str, float]
-    report: dict[str, Any]
 
-    def save(self, path: Path, *, overwrite: bool = False) -> object: ...
+@dataclass(kw_only=True)
+class Sweep:
+    """The clips that were asked for, and what is known to be wrong."""
+
+    groups: list[Group]
+    left_out: dict[Path, Exception]  # by the folders of priors that can't be used
+    failed: dict[Path, Exception] = field(default_factory=dict)  # by clip
+    is_single: bool  # one clip, in no folder of its own: what goes wrong is raised as it is
+
+    @property
+    def jobs(self) -> list[Job]:
+        return all_jobs(self.groups)
+
+    @property
+    def folder(self) -> Path:
+        """The folder of all clips."""
+        return self.groups[0].jobs[0].folder
+
+    @property
+    def names(self) -> list[str]:
+        """The names of the clips, in the order in which they were asked for."""
+        return [f"{job.name}.mp4" for job in self.jobs]
+
+    @property
+    def existing(self) -> int:
+        """How many of the clips exist already."""
+        return sum(job.made for job in self.jobs)
+
+    @property
+    def contexts(self) -> Path | None:
+        """The folder that keeps encoded prompts for several priors; None: each prior keeps its own."""
+        several = len({id(group.prior) for group in self.groups}) > 1
+        return self.folder if several and not self.is_single else None
+
+    @property
+    def missing(self) -> list[Group]:
+        """The groups with the clips that are still to be made."""
+        failed = self.failed
+        left = [
+            [job for job in group.jobs if not (job.made or (failed and job.path in failed))]
+            for group in self.groups
+        ]
+        return [replace(group, jobs=jobs) for group, jobs in zip(self.groups, left, strict=True) if jobs]
+
+
+def plan_sweep(
+    directories: Iterable[Path],
+    choices: Collection[Choices],
+    *,
+    output: Path | None = None,
+    output_dir: Path | None = None,
+    overwrite: bool = False,
+    is_sweep: bool = False,
+    nearest: bool = False,
+    preview: bool = False,
+    save_prior: bool = False,
+    any_model: bool = False,
+) -> Sweep:
+    """Plan every prior with every choice, and find the clips that exist. No tensor is read.
+
+    Args:
+        directories: the folders of the priors.
+        choices: of one clip each.
+        output: the name of a single clip; None: one in the prior's outputs folder.
+        output_dir: the folder of a sweep; None: one in the first prior's outputs folder.
+        overwrite: make a clip even if it exists.
+        is_sweep: put the clips into a folder of their own, even a single one.
+        nearest: let each clip follow the nearest of the priors that begin alike.
+        preview: write a moving preview beside each clip while it is made.
+        save_prior: make the single clip a prior, too.
+        any_model: take priors of pipelines that no model's name stands for.
+
+    Raises:
+        InputError: no prior can be used, or an output that doesn't fit what is asked for.
+    """
+    groups, left_out = make_groups(
+        directories,
+        choices,
+        output=output,
+        output_dir=output_dir,
+        overwrite=overwrite,
+        is_sweep=is_sweep,
+        nearest=nearest,
+        any_model=any_model,
+    )
+    jobs = all_jobs(groups)
+    is_single = not is_sweep and len(jobs) == 1 and not left_out
+    sweep = Sweep(groups=groups, left_out=left_out, is_single=is_single)
+    say_what_is_left_out(left_out)
+    for job in jobs if preview else ():
+        check_previewable(job.prior)
+        job.preview = True
+    if save_prior:
+        if not is_single:
+            raise InputError("--save_prior is for one clip: a sweep's priors would be among those it sweeps")
+        check_clip_prior(jobs[0].plan, jobs[0].prior)
+        check_folder(jobs[0].prior.directory.parent, bytes_of_prior(jobs[0].prior))
+        jobs[0].save_prior = True
+    say_what_auto_means(groups)
+    if is_single:
+        settle_single(groups[0], output=output, overwrite=overwrite)
+    if not overwrite:
+        sweep.failed = find_made(groups)
+    return sweep
+
+
+# --- making the missing ones --------------------------------------------------------------------------------
+
+
+class Machine(Protocol):
+    """What makes clips: this process (`ThisProcess`), or a cluster (`cluster.clips.ClipCluster`)."""
+
+    model: Model | None  # loaded already; None: each set of weights is loaded when it is needed
+    is_here: bool  # whether the device can be asked from this process
+
+    def device_of(self, model: str) -> str:
+        """Return the device that a model will run on, "cuda" for example.
+
+        Raises:
+            InputError: there is no such device.
+        """
+
+    def make(
+        self,
+        groups: Sequence[Group],
+        options: LoadOptions,
+        *,
+        contexts: Path | None,
+        on_made: OnMade | None,
+    ) -> dict[Path, Exception]:
+        """Make the clips of groups that need the same weights; return by clip what went wrong.
+
+        Args:
+            contexts: the folder that keeps encoded prompts for all; None: each prior keeps its own.
+            on_made: called with each clip's path and frames once it is written.
+
+        Raises:
+            InputError: weights that are missing, or that no prior was made with.
+            RunError: weights that could not be fetched.
+        """
+
+
+def make_sweep(
+    sweep: Sweep,
+    machine: Machine,
+    *,
+    vram: str = "auto",
+    model_dir: Path | None = None,
+    recorded_loras: bool = False,
+    page: Page | None = None,
+) -> None:
+    """Make the clips that are missing, one set of weights after the other, and report what failed.
+
+    Args:
+        vram, model_dir: see `LoadOptions`; of a machine whose model is loaded they are known.
+        recorded_loras: find the LoRAs that the priors record, which may have moved, and check them.
+        page: keeps a page of the sweep's folder up to date; see `page.page.running_page`.
+
+    Raises:
+        InputError, RunError: what is wrong with a single clip; of a sweep, that nothing can be made, or at
+            the end that something failed.
+    """
+    missing = sweep.missing
+    batches = by_weights(missing) if machine.model is None else [missing] if missing else []
+    if sweep.is_single and sweep.existing:
+        log.info("made before, by the same choices, and whole: nothing to do")
+    is_announced = False
+    for batch in batches:
+        try:
+            options, unusable = prepare(batch, machine, vram, model_dir, recorded_loras=recorded_loras)
+            sweep.failed |= unusable
+            usable = [group for group in batch if group.jobs[0].path not in unusable]
+            if not is_announced:
+                check_folder(sweep.folder, bytes_of_clips(missing))
+                say_what_runs(missing, there=None if sweep.is_single else sweep.existing)
+                is_announced = True
+            with page_of(sweep, page) as on_made:
+                sweep.failed |= machine.make(usable, options, contexts=sweep.contexts, on_made=on_made)
+        except (InputError, RunError) as error:
+            if len(batches) == 1:
+                raise
+            sweep.failed |= {job.path: error for job in all_jobs(batch)}
+    if not missing and sweep.existing:
+        with page_of(sweep, page):
+            pass
+    if sweep.is_single and sweep.failed:
+        raise next(iter(sweep.failed.values()))
+    if not sweep.is_single:
+        report_failed_clips(sweep.failed, len(sweep.jobs), folder=sweep.folder, left_out=sweep.left_out)
+
+
+@contextlib.contextmanager
+def page_of(sweep: Sweep, page: Page | None) -> Iterator[OnMade | None]:
+    """Keep other writers out of a sweep's folder and its page up to date; a single clip has neither."""
+    if sweep.is_single:
+        yield None
+        return
+    with sweep_folder(sweep.folder):
+        if page is None:
+            yield None
+            return
+        with page(sweep.folder, sweep.names) as on_made:
+            yield on_made
+
+
+def bytes_of_clips(groups: Iterable[Group]) -> int:
+    """Return a safe upper bound of what the clips take on disk, in bytes."""
+    sizes = ((len(group.jobs), settings_of(group.jobs[0].plan, group.prior).size) for group in groups)
+    return sum(number * video_bytes(size) for number, size in sizes) + 2**20
+
+
+def prepare(
+    groups: Sequence[Group],
+    machine: Machine,
+    vram: str,
+    model_dir: Path | None,
+    *,
+    recorded_loras: bool,
+) -> tuple[LoadOptions, dict[Path, Exception]]:
+    """Check all that can be checked before weights are loaded, and warn of what may surprise.
+
+    Args:
+        groups: of priors that need the same weights.
+
+    Returns:
+        What to load; and by clip what is wrong with the first priors.
+
+    Raises:
+        InputError: the device, the LoRAs or all of the priors can't be used.
+    """
+    jobs = all_jobs(groups)
+    device = machine.device_of(jobs[0].plan.model)
+    loras = find_loras(groups) if recorded_loras else parse_recorded_loras(jobs[0].plan.lora)
+    dtype, failed = check_first(groups)
+    if machine.model is None:
+        options = load_options(
+            groups, device=device, dtype=dtype, vram=vram, model_dir=model_dir, loras=loras
+        )
+    else:
+        options = machine.model.options
+    warn_before_run(((job.plan, job.prior) for job in jobs), options, is_here=machine.is_here)
+    new_loras = not recorded_loras and any(job.plan.cfg_scale != 1 for job in jobs)
+    if new_loras and (hint := distilled_hint(loras)):
+        log.info(hint)
+    return options, failed
+
+
+def find_loras(groups: Sequence[Group]) -> tuple[Lora, ...]:
+    """Return the LoRAs that priors record; the plans then describe them as they are found now.
+
+    Raises:
+        InputError: see `find_recorded_loras`.
+    """
+    loras = find_recorded_loras(groups[0].jobs[0].plan.lora)
+    described = describe_loras(loras)
+    for job in all_jobs(groups):
+        if job.plan.lora != described:
+            job.plan = replace(job.plan, lora=described)
+    return loras
+
+
+def check_first(groups: Sequence[Group]) -> tuple[str, dict[Path, Exception]]:
+    """Check the schedule, files and tensors of the first prior, before any weights are loaded.
+
+    Returns:
+        The dtype of its latents; and by clip what is wrong with priors before it that can't be used.
+
+    Raises:
+        InputError: none can: the first one's.
+    """
+    failed: dict[Path, Exception] = {}
+    for group in groups:
+        try:
+            return load_inputs(group, group.plans), failed
+        except InputError as error:
+            failed |= {job.path: error for job in group.jobs}
+            release_inputs(group)
+    raise next(iter(failed.values()))
 
 
 def load_options(
@@ -69,7 +373,7 @@ def load_options(
     model_dir: Path | None,
     loras: tuple[Lora, ...],
 ) -> LoadOptions:
-    """What to load for these jobs; the size is that of the one that takes most memory."""
+    """Return what to load for these clips; the size is that of the one that takes most memory."""
     plan = groups[0].jobs[0].plan
     settings = [settings_of(group.jobs[0].plan, group.prior) for group in groups]
     return LoadOptions(
@@ -86,84 +390,92 @@ def load_options(
     )
 
 
-def check_first(groups: Sequence[Group]) -> tuple[str, dict[Path, Exception]]:
-    """Check the schedule, files and tensors of the first prior, before any weights are loaded.
-
-    Returns:
-        The dtype of its latents; and by video what is wrong with priors before it that can't be used.
-
-    Raises:
-        InputError: none can: the first one's.
-    """
-    failed: dict[Path, Exception] = {}
-    for group in groups:
-        try:
-            return read_group(group), failed
-        except InputError as error:
-            failed |= {job.path: error for job in group.jobs}
-            release_inputs(group)
-    raise next(iter(failed.values()))
-
-
-def read_group(group: Group) -> str:
-    """Read what a prior or a bank gives to its videos, checked, and return the dtype of its latents.
-
-    Raises:
-        InputError: its schedule differs, or see `load_inputs`.
-    """
-    from step_skip.prior.checks import check_installed_schedule
-
-    check_installed_schedule(group.prior)
-    return load_inputs(group, group.plans)
-
-
-def run_jobs(
-    groups: Sequence[Group],
-    *,
-    options: LoadOptions,
-    contexts: Path | None = None,
-    on_made: OnMade | None = None,
-) -> dict[Path, Exception]:
-    """Load a model and make every video; one that fails doesn't stop the others.
+def say_what_it_takes(sweep: Sweep, *, device: str | None, vram: str, model_dir: Path | None) -> None:
+    """Log what the missing clips would take: time, memory, what would be loaded and downloaded.
 
     Args:
-        groups: of priors that need the same weights, see `by_weights`.
-        contexts: the folder that keeps encoded prompts for all; None: each prior its own.
-        on_made: called with each video's path and frames once it is written.
-
-    Returns:
-        The errors of the videos that could not be made.
-
-    Raises:
-        InputError: weights that are missing, or are those that no prior was made with.
-        RunError: weights that could not be fetched.
+        device: None: CUDA for a real model, even where there is none.
     """
-    from step_skip.models.loading import release
+    batches = by_weights(sweep.missing)
+    needed = [components_to_load(batch, sweep.contexts) for batch in batches]
+    loaded = ", ".join(dict.fromkeys(itertools.chain(*needed))) or "nothing"
+    summary = summarize_jobs(all_jobs(sweep.missing))
+    log.info(f"{summary}; {sweep.existing} are there already; would load {loaded}")
+    for batch, components in zip(batches, needed, strict=True):
+        plan = batch[0].jobs[0].plan
+        usual = "cuda" if plan.model in MODELS else "cpu"
+        options = load_options(
+            batch,
+            device=usual if device is None else pick_device(plan.model, device),
+            dtype=plan.dtype or model_defaults(plan.model, model_dir).dtype,
+            vram=vram,
+            model_dir=model_dir,
+            loras=parse_recorded_loras(plan.lora),
+        )
+        check_download(options, components)
+        say_what_each_mode_takes(options, loaded_first(components))
 
-    clock, store = Clock(), ContextStore(contexts)
-    failed: dict[Path, Exception] = {}
 
-    def check(found: Mapping[str, str]) -> None:
-        failed.update(check_weights(groups, found))
+# --- in this process ----------------------------------------------------------------------------------------
 
-    model = load_told(options, components_of(groups, store), check=check, by_expert=True)
-    usable = [group for group in groups if group.jobs[0].path not in failed]
-    clock.add("load")
-    for group in usable:
-        for text in unknown_texts(group, group.texts, store):
-            encode_text(group.prior, text, model, store)
-        encode_identity(group, group.plans, model)
-    release(model.pipe, ENCODERS)
-    clock.add("encode")
-    number = len(all_jobs(usable))
-    shared = {phase: clock.seconds[phase] / number for phase in ("load", "encode")}
-    failed |= make_all(usable, model, store, shared, on_made)
-    log.info(describe_peak(peak_memory(options.device)))
-    return failed
+
+@dataclass
+class ThisProcess:
+    """A machine that makes clips one after the other, on a model that is loaded or given.
+
+    Args:
+        device: None: CUDA where there is one.
+        model: one that is loaded already, and stays as it is.
+    """
+
+    device: str | None = None
+    model: Model | None = None
+    is_here: bool = True
+
+    def device_of(self, model: str) -> str:
+        """Return the device that a model will run on; see `Machine`."""
+        return pick_device(model, self.device) if self.model is None else self.model.options.device
+
+    def make(
+        self,
+        groups: Sequence[Group],
+        options: LoadOptions,
+        *,
+        contexts: Path | None = None,
+        on_made: OnMade | None = None,
+    ) -> dict[Path, Exception]:
+        """Load the parts of the model that are needed, and make every clip; see `Machine`."""
+        from step_skip.models.loading import release
+
+        clock, store = Clock(), ContextStore(contexts)
+        failed: dict[Path, Exception] = {}
+        if self.model is None:
+
+            def check(found: Mapping[str, str]) -> None:
+                failed.update(check_weights(groups, lambda prior: check_fingerprint(prior, found)))
+
+            model = load_told(options, components_of(groups, store), check=check, by_expert=True)
+        else:
+            model = self.model
+            failed.update(check_weights(groups, lambda prior: check_model(model, prior)))
+        usable = [group for group in groups if group.jobs[0].path not in failed]
+        clock.add("load")
+        for group in usable:
+            for text in unknown_texts(group, group.texts, store):
+                encode_text(group.prior, text, model, store)
+            encode_identity(group, group.plans, model)
+        if self.model is None:
+            release(model.pipe, ENCODERS)
+        clock.add("encode")
+        number = len(all_jobs(usable))
+        share = {phase: clock.seconds[phase] / number for phase in ("load", "encode")}
+        ClipRun(model, store, share, failed, on_made).make_all(usable)
+        log.info(describe_peak(peak_memory(options.device)))
+        return failed
 
 
 def components_of(groups: Sequence[Group], store: ContextStore) -> list[str]:
-    """The parts of the model that jobs need."""
+    """Return the parts of the model that clips need."""
     needed: set[str] = set()
     for group in groups:
         known = set(group.texts).difference(unknown_texts(group, group.texts, store))
@@ -171,8 +483,11 @@ def components_of(groups: Sequence[Group], store: ContextStore) -> list[str]:
     return [name for name in (*COMPONENTS, SKIP_BRANCH) if name in needed]
 
 
-def check_weights(groups: Sequence[Group], found: Mapping[str, str]) -> dict[Path, Exception]:
-    """Compare weights with those of every prior; by video what is wrong with priors of others.
+def check_weights(groups: Sequence[Group], check: Callable[[Prior], object]) -> dict[Path, Exception]:
+    """Check the weights against every prior; return by clip what is wrong with priors of others.
+
+    Args:
+        check: raises InputError for a prior that was made with other weights.
 
     Raises:
         InputError: none was made with these.
@@ -180,7 +495,7 @@ def check_weights(groups: Sequence[Group], found: Mapping[str, str]) -> dict[Pat
     failed: dict[Path, Exception] = {}
     for group in groups:
         try:
-            check_fingerprint(group.prior, found)
+            check(group.prior)
         except InputError as error:
             failed |= {job.path: error for job in group.jobs}
     if failed.keys() >= {group.jobs[0].path for group in groups}:
@@ -188,113 +503,107 @@ def check_weights(groups: Sequence[Group], found: Mapping[str, str]) -> dict[Pat
     return failed
 
 
-def make_all(
-    groups: Sequence[Group],
-    model: Model,
-    store: ContextStore,
-    shared: Mapping[str, float],
-    on_made: OnMade | None = None,
-) -> dict[Path, Exception]:
-    """Make every video on a loaded model; of two experts the first takes its steps of all, then the second.
+@dataclass
+class ClipRun:
+    """The clips that are made on one loaded model, and what goes wrong with each."""
 
-    Args:
-        shared: each video's share of the seconds that loading and encoding took.
+    model: Model
+    store: ContextStore
+    share: dict[str, float]  # each clip's share of the seconds that loading and encoding took
+    failed: dict[Path, Exception]
+    on_made: OnMade | None = None
+    pauses: dict[Path, Pause] = field(default_factory=dict)  # of clips that wait for their second expert
 
-    Returns:
-        The errors of the videos that could not be made.
-    """
-    jobs = all_jobs(groups)
-    costs = expected_seconds_of_each(jobs) or [job.plan.forwards + 1 for job in jobs]
-    failed: dict[Path, Exception] = {}
-    pauses: dict[Path, Pause] = {}
-    bar_format = "{desc}{percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
-    with tqdm(total=sum(costs), smoothing=0, bar_format=bar_format, disable=len(jobs) == 1) as bar:
-        for expert in model.experts or [None]:
-            if expert is not None:
-                shared = {**shared, "load": shared["load"] + model.use_expert(expert) / len(jobs)}
-            numbered = zip(itertools.count(1), costs, strict=False)
-            for group in groups:
-                paths = [path for job in group.jobs if (path := job.path) not in failed]
-                attempt(functools.partial(get_ready, group, model, store), paths, failed, model)
-                for job, (number, cost) in zip(group.jobs, numbered, strict=False):
-                    bar.set_description(f"video {number} of {len(jobs)}", refresh=False)
-                    share = share_of_expert(group, job, expert)
-                    if share and job.path not in failed:
-                        run = functools.partial(run_job, group, job, model=model, shared=shared)
-                        run = functools.partial(run, expert=expert, pauses=pauses, on_made=on_made)
-                        attempt(run, [job.path], failed, model)
-                    bar.update(cost * share)
-                release_inputs(group)
-    return failed
+    def make_all(self, groups: Sequence[Group]) -> None:
+        """Make every clip; of two experts the first takes its steps of all, then the second."""
+        jobs = all_jobs(groups)
+        costs = expected_seconds_of_each(jobs) or [job.plan.forwards + 1 for job in jobs]
+        bar_format = "{desc}{percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
+        with tqdm(total=sum(costs), smoothing=0, bar_format=bar_format, disable=len(jobs) == 1) as bar:
+            for expert in self.model.experts or [None]:
+                if expert is not None:
+                    self.share["load"] += self.model.use_expert(expert) / len(jobs)
+                numbered = zip(itertools.count(1), costs, strict=False)
+                for group in groups:
+                    self.get_ready(group)
+                    for job, (number, cost) in zip(group.jobs, numbered, strict=False):
+                        bar.set_description(f"clip {number} of {len(jobs)}", refresh=False)
+                        part = share_of_expert(group, job, expert)
+                        if part and job.path not in self.failed:
+                            with self.noting_errors([job.path]):
+                                self.make(group, job, expert)
+                        bar.update(cost * part)
+                    release_inputs(group)
 
+    @contextlib.contextmanager
+    def noting_errors(self, paths: Collection[Path]) -> Iterator[None]:
+        """Note an error as the reason why these clips can't be made, and go on."""
+        from step_skip.models.loading import release
 
-def get_ready(group: Group, model: Model, store: ContextStore) -> None:
-    """Read and complete what a prior gives to its videos."""
-    read_group(group)
-    encode_new(group, group.plans, model, store)
+        try:
+            yield
+        except JOB_ERRORS as error:
+            traceback.clear_frames(error.__traceback__)  # they hold tensors, and the next clip needs the room
+            self.failed.update(dict.fromkeys(paths, error))
+            release(self.model.pipe, ())
 
+    def get_ready(self, group: Group) -> None:
+        """Read what a prior gives to its clips, and encode what it lacks."""
+        left = [path for job in group.jobs if (path := job.path) not in self.failed]
+        with self.noting_errors(left):
+            if left:
+                load_inputs(group, group.plans)
+                encode_new(group, group.plans, self.model, self.store)
 
-def attempt(
-    action: Callable[[], None], paths: Collection[Path], failed: dict[Path, Exception], model: Model
-) -> None:
-    """Do something for these videos; where it fails, that is why they can't be made."""
-    from step_skip.models.loading import release
+    def make(self, group: Group, job: Job, expert: str | None) -> None:
+        """Make one clip and write it, or run the steps of its first expert.
 
-    try:
-        if paths:
-            action()
-    except JOB_ERRORS as error:
-        traceback.clear_frames(error.__traceback__)  # they hold tensors the next needs room for
-        failed.update(dict.fromkeys(paths, error))
-        release(model.pipe, ())
+        Args:
+            expert: the one that is loaded, of two that take turns.
+        """
+        from step_skip.pipeline.run import Pause
+
+        experts = experts_of(job.plan.steps_to_run, job.plan.sigmas, group.prior)
+        pause, callback = self.pauses.pop(job.path, None), None
+        if job.preview:
+            job.path.parent.mkdir(parents=True, exist_ok=True)
+            callback = preview_to(job.prior, job.path.with_suffix(".webp"))
+        if pause is None and expert is not None and len(set(experts)) > 1:
+            self.pauses[job.path] = pause = Pause(experts.count(expert))
+            run_plan(group, job.plan, self.model.pipe, callback=callback, pause=pause)
+            return
+        clip = make_clip(group, job.plan, self.model, callback=callback, pause=pause)
+        clip.seconds |= self.share
+        error = save_prior_of(clip) if job.save_prior else None
+        save_clip(clip, job, self.on_made)
+        if error is not None:
+            raise error
 
 
 def share_of_expert(group: Group, job: Job, expert: str | None) -> float:
-    """The share of a video's steps that an expert takes; None: that there is one network."""
+    """Return the share of a clip's steps that an expert takes; None: the only network there is."""
     experts = experts_of(job.plan.steps_to_run, job.plan.sigmas, group.prior)
     if expert is None or not experts:
         return float(expert in (None, EXPERTS[0]))
     return experts.count(expert) / len(experts)
 
 
-def run_job(
-    group: Group,
-    job: Job,
-    *,
-    model: Model,
-    shared: Mapping[str, float],
-    expert: str | None,
-    pauses: dict[Path, Pause],
-    on_made: OnMade | None = None,
-) -> None:
-    """Make one video and write it, or run the steps of its first expert.
+# --- writing one --------------------------------------------------------------------------------------------
 
-    Args:
-        shared: this video's share of the seconds that loading and encoding took.
-        expert: the one that is loaded, if there are two that take turns.
-        pauses: by video, of those that have begun.
-    """
-    from step_skip.pipeline.run import Pause
 
-    experts = experts_of(job.plan.steps_to_run, job.plan.sigmas, group.prior)
-    pause, callback = pauses.pop(job.path, None), None
-    if job.preview:
-        job.path.parent.mkdir(parents=True, exist_ok=True)
-        callback = preview_to(job.prior, job.path.with_suffix(".webp"))
-    if pause is None and expert is not None and len(set(experts)) > 1:
-        pauses[job.path] = pause = Pause(experts.count(expert))
-        run_plan(group, job.plan, model.pipe, callback=callback, pause=pause)
-        return
-    clip = make_clip(group, job.plan, model, callback=callback, pause=pause)
-    clip.seconds |= shared
-    error = save_prior_of(clip) if job.save_prior else None
-    save_clip(clip, job, on_made)
-    if error is not None:
-        raise error
+class Savable(Protocol):
+    """A clip that was made here (`infer.clip.Clip`), or on another machine (`cluster.clips.MadeClip`)."""
+
+    frames: list[Image]
+    forwards: int
+    seconds: dict[str, float]
+    report: dict[str, Any]
+
+    def save(self, path: Path, *, overwrite: bool = False) -> object: ...
 
 
 def save_prior_of(clip: Clip) -> Exception | None:
-    """Make a clip a prior, beside the one it followed; returns what went wrong: no clip is lost over it."""
+    """Make a clip a prior, beside the one it followed; return what went wrong: no clip is lost over it."""
     followed = Path(clip.report["prior_dir"])
     try:
         if clip.report["apart"] == 0:
@@ -310,7 +619,7 @@ def save_prior_of(clip: Clip) -> Exception | None:
 
 
 def save_clip(clip: Savable, job: Job, on_made: OnMade | None) -> None:
-    """Write a video in its job's place, and say what it cost."""
+    """Write a clip under its job's name, and log what it cost."""
     while True:
         try:
             clip.save(job.path, overwrite=job.overwrite)

@@ -1,51 +1,194 @@
-"""Priors made one after the other on a loaded model, or gone on with; one that fails doesn't stop others."""
+"""Make many priors; a single prior is a batch of one.
+
+    plan_batch    which priors there will be, and which exist
+    check_batch   what can be checked before weights are loaded: images are decoded, begun priors looked at
+    make_batch    the missing ones, on a machine: this process, or a cluster
+
+A prior that fails doesn't stop the others. This module doesn't know Ray: a cluster is handed in.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import functools
 import logging
 import math
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from step_skip.errors import JOB_ERRORS, InputError, RunError
-from step_skip.files.writing import locked
+from step_skip.files.writing import check_folder, locked
 from step_skip.generate.choices import PriorChoices
 from step_skip.generate.generate import generate_prior
 from step_skip.generate.pictures import read_pictures
-from step_skip.generate.resume import finish, read_begun
+from step_skip.generate.resume import check_finishable, finish_prior, read_resumable
 from step_skip.media.images import Picture
-from step_skip.models.families import FAMILIES
-from step_skip.models.loading import Model
+from step_skip.method.steps import recommended_num_steps
+from step_skip.models.compute import check_compute
+from step_skip.models.families import FAMILIES, MODELS
+from step_skip.models.loading import Model, load_told, loaded_first
 from step_skip.models.lora import distilled_hint
+from step_skip.models.machine import pick_device
+from step_skip.models.memory import check_download, say_what_each_mode_takes
 from step_skip.models.weights import LoadOptions, cache_components, model_defaults
 from step_skip.pipeline.settings import RunSettings
-from step_skip.prior.prior import END_IMAGE_FILE, IMAGE_FILE, Prior
-from step_skip.sweep.priors import PriorJob, forwards_of
+from step_skip.prior.prior import END_IMAGE_FILE, IMAGE_FILE, Prior, bytes_of_steps
+from step_skip.sweep.priors import PriorJob, bytes_of, forwards_of, make_jobs, plan_jobs
 from step_skip.sweep.progress import Progress, each_warning_once
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from PIL.Image import Image
 
     from step_skip.pipeline.schedulers import ProgressCallback
 
     ReadVideo = Callable[[RunSettings], list[Image] | None]
-    OnPrior = Callable[[Prior, int], object]
 
 log = logging.getLogger(__name__)
 
 
-def what_to_load(jobs: Sequence[PriorJob], options: LoadOptions) -> tuple[LoadOptions, list[str]]:
-    """What to load for these priors: options with the size that takes most memory, and components."""
-    prior = jobs[0].prior
-    if prior.settings.cfg_scale != 1 and (hint := distilled_hint(options.loras)):
-        log.info(hint)
-    largest = max((job.prior.settings.size for job in jobs), key=math.prod)
-    options = dataclasses.replace(options, size=largest, tiled=all(job.prior.settings.tiled for job in jobs))
-    return options, [*prior.family.components, *cache_components(prior.settings.skip_cache)]
+# --- which priors there will be -----------------------------------------------------------------------------
+
+
+@dataclass(kw_only=True)
+class Batch:
+    """The priors that were asked for, and what they are made with."""
+
+    jobs: list[PriorJob]
+    options: LoadOptions
+    family: str
+    output_dir: Path
+
+    @property
+    def is_single(self) -> bool:
+        """Whether one prior was asked for, so that what goes wrong is raised as it is."""
+        return len(self.jobs) == 1
+
+    @property
+    def missing(self) -> list[PriorJob]:
+        """The priors that are still to be made, and can be as far as is known."""
+        return [job for job in self.jobs if not job.made and job.error is None]
+
+    @property
+    def existing(self) -> int:
+        """How many of the priors exist already."""
+        return sum(job.made for job in self.jobs)
+
+
+def plan_batch(
+    images: Sequence[Path],
+    prompts: Sequence[str],
+    choices: PriorChoices,
+    *,
+    options: LoadOptions,
+    family: str,
+    output_dir: Path,
+    end_images: Sequence[Path] = (),
+    seeds: Sequence[int] = (0,),
+    run_ids: Sequence[str] = (),
+    parameters: Mapping[str, str] | None = None,
+) -> Batch:
+    """Plan a prior of every image, seed and prompt, and find those that exist. No weight is loaded.
+
+    Args:
+        images, prompts, end_images, seeds, run_ids: see `make_jobs`.
+        options: what a model is loaded with; a device of None: CUDA where there is one.
+        parameters: the fingerprints of the values of a pipeline of the user's own, which has no files.
+
+    Raises:
+        InputError: a choice that can't be used, or no prior can be made.
+    """
+    jobs = make_jobs(images, prompts, choices, end_images=end_images, seeds=seeds, run_ids=run_ids)
+    if len({job.images.get(IMAGE_FILE) for job in jobs}) == 1:
+        read_images(jobs[0], options, family)
+    if parameters is None:
+        options = dataclasses.replace(options, device=pick_device(options.model, options.device))
+    check_compute(vram=options.vram, quantize=options.quantize, compile=options.compile)
+    jobs = plan_jobs(jobs, options, family, output_dir, parameters=parameters)
+    report_unusable(jobs, [job for job in jobs if not job.made])
+    return Batch(jobs=jobs, options=options, family=family, output_dir=output_dir)
+
+
+def check_batch(batch: Batch, *, is_here: bool = True, read_video: ReadVideo | None = None) -> None:
+    """Check what can be checked before weights are loaded; what is wrong with a prior is noted in its job.
+
+    Args:
+        is_here: the priors are made in this process, not on a cluster.
+        read_video: see `make_batch`.
+
+    Raises:
+        InputError: no prior can be made, or their folder can't be written.
+    """
+    missing = batch.missing
+    if not missing:
+        return
+    check_folder(batch.output_dir, sum(map(bytes_of, missing)))
+    if read_video is not None:
+        read_video(missing[0].prior.settings)
+    check_first(missing, batch.options, batch.family, is_here=is_here)
+    report_unusable(batch.jobs, missing)
+
+
+def report_unusable(jobs: Sequence[PriorJob], looked_at: Sequence[PriorJob]) -> None:
+    """Log what is wrong with the priors that were looked at.
+
+    Raises:
+        InputError: no prior at all can be made: the first one's error.
+    """
+    if errors := [job.error for job in jobs if job.error is not None]:
+        if len(errors) == len(jobs):
+            raise errors[0]
+        for text in dict.fromkeys(describe_failure(job) for job in looked_at if job.error is not None):
+            log.warning(text)
+
+
+def check_first(jobs: Sequence[PriorJob], options: LoadOptions, family: str, *, is_here: bool) -> None:
+    """Check whether each prior that has begun can be finished here.
+
+    If none can, images are decoded until there is a prior that can be made.
+    """
+    begun = [job for job in jobs if job.directory is not None]
+    for job in begun:
+        try:
+            check_begun(job, options.device if is_here else None)
+        except InputError as error:
+            job.error = error
+    if any(job.error is None for job in begun):
+        return
+    for job in jobs:
+        try:
+            if job.error is None:
+                read_images(job, options, family)
+                return
+        except InputError as error:
+            job.error = error
+
+
+def check_begun(job: PriorJob, device: str | None) -> None:
+    """Refuse to finish a prior that another process writes, or that would come out otherwise here.
+
+    Args:
+        device: to finish it on; None: those of a cluster, where none is finished.
+
+    Raises:
+        InputError: with what can be done instead.
+    """
+    if job.directory is None:
+        return
+    if device is None:
+        raise InputError(f"{job.directory} isn't whole, and a cluster finishes none: do it without --ray")
+    with locked(job.directory):
+        try:
+            check_finishable(read_resumable(job.directory), device)
+        except InputError as error:
+            raise InputError(
+                f"{job.directory} can't be finished here: remove it (prior_utils.py rm) or give another "
+                f"--run_id; {error}"
+            ) from error
 
 
 def read_images(job: PriorJob, options: LoadOptions, family: str) -> None:
@@ -61,7 +204,7 @@ def read_images(job: PriorJob, options: LoadOptions, family: str) -> None:
 
 
 def take_images(job: PriorJob, options: LoadOptions, family: str) -> tuple[PriorChoices, dict[str, Picture]]:
-    """The images of a prior and its choices with their size; the job keeps none. See `read_images`."""
+    """Return the images of a prior and its choices with their size; the job keeps none. See `read_images`."""
     read_images(job, options, family)
     pictures, job.pictures = job.pictures or {}, None
     if IMAGE_FILE not in pictures:
@@ -70,144 +213,174 @@ def take_images(job: PriorJob, options: LoadOptions, family: str) -> tuple[Prior
     return dataclasses.replace(job.choices, width=image.width, height=image.height), pictures
 
 
-def check_first(
-    jobs: Sequence[PriorJob], options: LoadOptions, family: str, *, on_cluster: bool = False
-) -> None:
-    """Before any weights are loaded, look whether each that has begun can be gone on with.
-
-    If none can, images are decoded until there is a prior that can be made.
-    """
-    begun = [job for job in jobs if job.directory is not None]
-    for job in begun:
-        try:
-            check_begun(job, None if on_cluster else options.device)
-        except InputError as error:
-            job.error = error
-    if any(job.error is None for job in begun):
-        return
-    for job in jobs:
-        try:
-            if job.error is None:
-                read_images(job, options, family)
-                return
-        except InputError as error:
-            job.error = error
+# --- making the missing ones --------------------------------------------------------------------------------
 
 
-def check_begun(job: PriorJob, device: str | None) -> None:
-    """Refuse to go on with a prior that another process writes, or that would come out otherwise here.
+class OnPrior(Protocol):
+    """What is called with each prior, and the number of steps that ran."""
 
-    Args:
-        device: to go on with; None: those of a cluster, where none is gone on with.
-
-    Raises:
-        InputError: with what can be done instead.
-    """
-    if job.directory is None:
-        return
-    if device is None:
-        raise InputError(f"{job.directory} isn't whole, and a cluster finishes none: do it without --ray")
-    with locked(job.directory):
-        try:
-            read_begun(job.directory, device)
-        except InputError as error:
-            raise InputError(
-                f"{job.directory} can't be finished here: remove it (prior_utils.py rm) or give another "
-                f"--run_id; {error}"
-            ) from error
+    def __call__(self, prior: Prior, steps_run: int) -> object: ...
 
 
-def usable(jobs: Sequence[PriorJob], to_do: Sequence[PriorJob]) -> list[PriorJob]:
-    """Those of the jobs to do that can be made, so far; tells of the others.
+@dataclass(kw_only=True)
+class PriorRun:
+    """Priors that are made together, and what is called on the way."""
 
-    Raises:
-        InputError: there is no prior at all: the first one's error.
-    """
-    if errors := [job.error for job in jobs if job.error is not None]:
-        if len(errors) == len(jobs):
-            raise errors[0]
-        for text in dict.fromkeys(describe_failure(job) for job in to_do if job.error is not None):
-            log.warning(text)
-    return [job for job in to_do if job.error is None]
+    jobs: list[PriorJob]
+    options: LoadOptions  # with the size that takes most memory
+    family: str
+    components: list[str]
+    output_dir: Path
+    is_single: bool
+    read_video: ReadVideo | None = None
+    on_begin: Callable[[Path], object] | None = None
+    on_made: OnPrior | None = None
+    callback: ProgressCallback | None = None
+
+    def input_video(self, job: PriorJob) -> list[Image] | None:
+        """Return the frames that a prior starts from; None: noise alone."""
+        return None if self.read_video is None else self.read_video(job.prior.settings)
 
 
-def make_all(
-    jobs: Sequence[PriorJob],
-    model: Model,
+class PriorMachine(Protocol):
+    """What makes priors: this process (`PriorProcess`), or a cluster (`cluster.priors.PriorCluster`)."""
+
+    def device_of(self, model: str) -> str:
+        """Return the device that a model will run on, "cuda" for example."""
+
+    def make(self, run: PriorRun) -> None:
+        """Make the priors of a run; what goes wrong with one of several is noted in its job."""
+
+
+def make_batch(
+    batch: Batch,
+    machine: PriorMachine,
     *,
-    output_dir: Path,
-    read_video: ReadVideo = lambda settings: None,
+    read_video: ReadVideo | None = None,
     on_begin: Callable[[Path], object] | None = None,
     on_made: OnPrior | None = None,
     callback: ProgressCallback | None = None,
-    single: bool = False,
 ) -> None:
-    """Make the prior of every job, or go on with it; why one can't be made is noted as its error.
+    """Make the priors that are missing, or finish those that have begun; errors are noted in the jobs.
 
     Args:
-        read_video: the frames that a prior starts from, of its size, if there are any.
-        on_begin: called with each prior's folder once it could be gone on with.
-        on_made: called with each prior and the number of steps that ran.
-        single: it was asked for alone, so that what goes wrong is raised.
+        read_video: returns the frames that a prior starts from, of its size.
+        on_begin: called with each prior's folder once `generate_prior.py --resume` could finish it.
+        on_made: called with each prior once it is complete.
+        callback: called after each step.
+
+    Raises:
+        InputError, RunError: what is wrong with the only prior; or weights that can't be had.
     """
-    run = functools.partial(
-        make_one,
-        model=model,
-        output_dir=output_dir,
+    missing = batch.missing
+    if not missing:
+        return
+    device = machine.device_of(batch.options.model)
+    options, components = what_to_load(missing, dataclasses.replace(batch.options, device=device))
+    run = PriorRun(
+        jobs=missing,
+        options=options,
+        family=batch.family,
+        components=components,
+        output_dir=batch.output_dir,
+        is_single=batch.is_single,
         read_video=read_video,
         on_begin=on_begin,
         on_made=on_made,
         callback=callback,
     )
-    if single:
-        run(jobs[0])
+    machine.make(run)
+
+
+def what_to_load(jobs: Sequence[PriorJob], options: LoadOptions) -> tuple[LoadOptions, list[str]]:
+    """Return options with the size that takes most memory, and the components that the priors need."""
+    prior = jobs[0].prior
+    if prior.settings.cfg_scale != 1 and (hint := distilled_hint(options.loras)):
+        log.info(hint)
+    largest = max((job.prior.settings.size for job in jobs), key=math.prod)
+    options = dataclasses.replace(options, size=largest, tiled=all(job.prior.settings.tiled for job in jobs))
+    return options, [*prior.family.components, *cache_components(prior.settings.skip_cache)]
+
+
+def log_cost(batch: Batch) -> None:
+    """Tell what priors cost once, and what each new prompt will; and how many are there already."""
+    to_do = batch.missing
+    if batch.is_single and batch.existing:
+        log.info("made before, by the same choices, and no file is missing: nothing to do")
+    elif not batch.is_single or not to_do:
+        size = sum(map(bytes_of, to_do)) / 1e9
+        log.info(f"{len(to_do)} priors to make, at most {size:.1f} GB; {batch.existing} are there already")
+    if not to_do:
         return
-    with each_warning_once(), Progress("prior", len(jobs), cost=sum(map(cost_of, jobs))) as progress:
-        for job in jobs:
-            cost = cost_of(job)
-            if job.error is None:
-                attempt(functools.partial(run, job), job)
-            progress.add(cost)
+    prior = to_do[0].prior
+    steps, forwards = prior.num_inference_steps, forwards_of(prior, whole=True)
+    chosen = recommended_num_steps(steps)
+    each = chosen if forwards == steps else 2 * chosen - 1
+    log.info(
+        f"{len(to_do)} x {steps} steps, {forwards} forwards and about {bytes_of_steps(prior) / 1e6:.0f} MB "
+        f"each; a new prompt then takes {each} forwards, and prior_utils.py prune makes a prior smaller"
+    )
 
 
-def attempt(action: Callable[[], object], job: PriorJob) -> None:
-    """Do something for a prior; where it fails, that is why it can't be made."""
+def say_what_a_batch_takes(batch: Batch, *, on_cluster: bool) -> None:
+    """Log what the missing priors would take: disk, memory, what would be loaded and downloaded.
+
+    Raises:
+        InputError: the folder can't be written, or has too little space.
+    """
+    if missing := batch.missing:
+        check_folder(batch.output_dir, sum(map(bytes_of, missing)))
+        options, components = what_to_load(missing, batch.options)
+        if on_cluster and options.model in MODELS:
+            options = dataclasses.replace(options, device="cuda")
+        check_download(options, components)
+        say_what_each_mode_takes(options, loaded_first(components))
+
+
+# --- in this process ----------------------------------------------------------------------------------------
+
+
+@dataclass
+class PriorProcess:
+    """A machine that makes priors one after the other, on a model that is loaded or given."""
+
+    device: str | None = None  # None: CUDA where there is one
+    model: Model | None = None
+
+    def device_of(self, model: str) -> str:
+        """Return the device that a model will run on; see `PriorMachine`."""
+        return pick_device(model, self.device) if self.model is None else self.model.options.device
+
+    def make(self, run: PriorRun) -> None:
+        """Load the model, unless it is, and make the priors; see `PriorMachine`."""
+        model = self.model or load_told(run.options, run.components, by_expert=True)
+        if run.is_single:
+            make_one(run.jobs[0], model, run)
+            return
+        with each_warning_once(), Progress("prior", len(run.jobs), cost=sum(map(cost_of, run.jobs))) as bar:
+            for job in run.jobs:
+                cost = cost_of(job)
+                with noting_error(job):
+                    make_one(job, model, run)
+                bar.add(cost)
+
+
+@contextlib.contextmanager
+def noting_error(job: PriorJob) -> Iterator[None]:
+    """Note an error as the reason why a prior can't be made, and go on."""
     try:
-        action()
+        yield
     except JOB_ERRORS as error:
-        traceback.clear_frames(error.__traceback__)  # they hold tensors the next needs room for
+        traceback.clear_frames(error.__traceback__)  # they hold tensors, and the next prior needs the room
         job.error = error
         log.warning(describe_failure(job))
 
 
-def describe_failure(job: PriorJob) -> str:
-    """In one line why a prior can't be made."""
-    text = " ".join(str(job.error).split())[:200] or type(job.error).__name__
-    return text if job.name in text else f"{job.name} failed: {text}"
-
-
-def cost_of(job: PriorJob) -> int:
-    """What its run takes beside another's: forwards times pixels."""
-    if job.error is not None:
-        return 0
-    settings = job.prior.settings
-    return forwards_of(job.prior) * settings.height * settings.width * settings.num_frames
-
-
-def make_one(
-    job: PriorJob,
-    model: Model,
-    *,
-    output_dir: Path,
-    read_video: ReadVideo,
-    on_begin: Callable[[Path], object] | None,
-    on_made: OnPrior | None,
-    callback: ProgressCallback | None,
-) -> None:
-    """Make a prior, or go on with the one that has begun."""
+def make_one(job: PriorJob, model: Model, run: PriorRun) -> None:
+    """Make a prior, or finish the one that has begun."""
     if job.directory is not None:
         job.pictures = None
-        prior, steps = finish(job.directory, model, on_begin=on_begin, callback=callback)
+        prior, steps = finish_prior(job.directory, model, on_begin=run.on_begin, callback=run.callback)
     else:
         choices, pictures = take_images(job, model.options, model.family)
         prior = generate_prior(
@@ -215,20 +388,32 @@ def make_one(
             pictures.get(IMAGE_FILE),
             job.prompt,
             end_image=pictures.get(END_IMAGE_FILE),
-            output_dir=output_dir,
+            output_dir=run.output_dir,
             run_id=job.run_id,
-            input_video=read_video(job.prior.settings),
-            on_begin=on_begin,
-            callback_on_step_end=callback,
+            input_video=run.input_video(job),
+            on_begin=run.on_begin,
+            callback_on_step_end=run.callback,
             **dataclasses.asdict(choices),
         )
         job.directory, steps = prior.directory, len(prior.metadata["seconds_per_step"])
-    if on_made is not None:
-        on_made(prior, steps)
+    if run.on_made is not None:
+        run.on_made(prior, steps or 0)
+
+
+def describe_failure(job: PriorJob) -> str:
+    """Describe in one line why a prior can't be made."""
+    text = " ".join(str(job.error).split())[:200] or type(job.error).__name__
+    return text if job.name in text else f"{job.name} failed: {text}"
+
+
+def cost_of(job: PriorJob) -> int:
+    """Return the cost of a prior's run relative to others: forwards times pixels."""
+    settings = job.prior.settings
+    return forwards_of(job.prior) * settings.height * settings.width * settings.num_frames
 
 
 def report_failed_priors(jobs: Sequence[PriorJob], *, folder: Path | None) -> None:
-    """Tell how many of a sweep's priors could not be made; each was told of when it failed.
+    """Report how many priors could not be made; why was logged when each failed.
 
     Args:
         folder: where the others are; None: nowhere yet.

@@ -23,9 +23,8 @@ from step_skip.errors import InputError
 from step_skip.files.names import id_from_name
 from step_skip.files.reading import sha256_file
 from step_skip.generate.choices import PriorChoices, choose_size
-from step_skip.generate.plan import plan_prior
+from step_skip.generate.plan import bytes_needed, plan_prior
 from step_skip.media.images import Picture, files_of, hex_colour, image_size
-from step_skip.media.videos import video_bytes
 from step_skip.models.families import FAMILIES
 from step_skip.models.weights import (
     LoadOptions,
@@ -35,7 +34,7 @@ from step_skip.models.weights import (
     weight_files,
 )
 from step_skip.prior.metadata import read_run
-from step_skip.prior.prior import END_IMAGE_FILE, IMAGE_FILE, LABELS, Prior, bytes_of_prior
+from step_skip.prior.prior import END_IMAGE_FILE, IMAGE_FILE, LABELS, Prior
 from step_skip.prior.schema import METADATA_FILE
 from step_skip.prior.writer import check_run_id
 
@@ -174,7 +173,7 @@ def plan_jobs(
     expected = what_all_record(plan(choices), choices, any_size=defaults.any_size)
     if parameters is not None:
         expected["parameter_fingerprint"] = parameters
-    known = Known(output_dir, choices, expected, functools.partial(local_weights, options, family, choices))
+    known = Known(output_dir, choices, expected, lambda: local_weights(options, family, choices))
     jobs = known.find(jobs)
     size = functools.cache(image_size)
     for job in jobs:
@@ -353,11 +352,6 @@ def key_of_prior(prior: Prior) -> object:
 
 
 # --- what it costs ------------------------------------------------------------------------------------------
-
-
-def bytes_needed(prior: Prior, *, videos: int) -> int:
-    """A safe upper bound of what a prior takes on disk."""
-    return bytes_of_prior(prior) + videos * video_bytes(prior.settings.size)
 
 
 def bytes_of(job: PriorJob) -> int:

@@ -1,0 +1,77 @@
+"""What generate_prior.py reports: what a prior took, and the commands that go on from it."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import logging
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+
+from step_skip.errors import RunError
+from step_skip.method.steps import recommended_num_steps
+from step_skip.models.memory import describe_peak
+from step_skip.models.weights import ROOT
+from step_skip.prior.prior import Prior, denoised_file
+from step_skip.prior.schema import METADATA_FILE
+from step_skip.sweep.progress import describe_seconds
+
+log = logging.getLogger(__name__)
+
+
+@contextlib.contextmanager
+def saying_how_to_go_on(
+    args: argparse.Namespace, begun: list[Path], *, several: bool = False
+) -> Iterator[None]:
+    """Where a run that had begun is cut short, say in one line how to go on with what is whole.
+
+    Args:
+        begun: the prior's folder, once there is something in it; of several the last.
+    """
+    try:
+        yield
+    except RunError:  # going on would only fail again
+        raise
+    except BaseException:
+        if begun and (begun[-1] / METADATA_FILE).exists():
+            again = command_line(args, "generate_prior.py", "--resume", begun[-1])
+            log.info(f"every whole step is kept; go on with: {'the same command' if several else again}")
+        raise
+
+
+def log_prior(args: argparse.Namespace, prior: Prior, steps_run: int, *, briefly: bool = False) -> None:
+    """Sum up a prior and say what can be done with it."""
+    m, directory = prior.metadata, prior.directory
+    steps = m["num_inference_steps"]
+    resumed = f'{command_line(args, "infer_from_prior.py", "--prior_dir", directory)} --prompt "..."'
+    cost = f"{steps_run} steps, {m['forwards']} forwards, {describe_seconds(m['seconds'])}"
+    log.info(f"{directory}: {cost}; {describe_peak(m['peak_memory'])}")
+    if briefly:
+        return
+    if m["status"] == "stopped":
+        preview = directory / denoised_file(prior.whole_steps - 1)
+        log.info(f"Stopped after step {prior.whole_steps - 1} of {steps}; what it points at: {preview}")
+        log.info("Finished with a new prompt:")
+        log.info(f"  {resumed}")
+        log.info("Or with its own, as if never stopped:")
+        log.info(f"  {command_line(args, 'generate_prior.py', '--resume', directory)}")
+        return
+    start_step, num_steps = m["start_step"], recommended_num_steps(steps)
+    differential = f" --num_steps {num_steps}" if m.get("start_step_chosen") else ""
+    log.info(f"A new prompt in {num_steps} of {steps} steps:")
+    log.info(f"  {resumed}{differential}")
+    log.info(f"Or resumed after step {start_step}, {steps - start_step - 1} of {steps} steps:")
+    log.info(f"  {resumed} --start_step {start_step}")
+
+
+def command_line(args: argparse.Namespace, name: str, *words: object) -> str:
+    """A command line of one of the scripts, from where the user is, with the same model and device."""
+    script = ROOT / name
+    if script.is_relative_to(Path.cwd()):
+        script = script.relative_to(Path.cwd())
+    parts: list[object] = ["python", script, *words]
+    for flag, default in (("model_dir", None), ("device", None), ("vram", "auto")):
+        if getattr(args, flag) != default:
+            parts += [f"--{flag}", getattr(args, flag)]
+    return shlex.join(map(str, parts))
