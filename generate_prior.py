@@ -100,8 +100,6 @@ def plan(args: argparse.Namespace) -> Batch:
     """
     choices, family = prior_flags.read_prior_choices(args), family_name(args.model, args.model_dir)
     options = flags.options_of_flags(args)
-    if args.ray is not None:  # each worker has a device of its own
-        options = replace(options, device="cpu")
     if args.download_example:
         here = replace(options, device=pick_device(options.model, options.device))
         plan_prior(here, choices, family=family)  # a wrong flag comes before the download
@@ -116,6 +114,7 @@ def plan(args: argparse.Namespace) -> Batch:
         end_images=args.end_image or [],
         seeds=args.seed,
         run_ids=args.run_id or [],
+        is_here=args.ray is None,
     )
 
 
@@ -132,7 +131,7 @@ def make_missing(args: argparse.Namespace, batch: Batch) -> None:
     def report_made(prior: Prior, steps_run: int) -> None:
         log_prior(args, prior, steps_run, briefly=not batch.is_single)
 
-    check_batch(batch, is_here=args.ray is None, read_video=read_video)
+    check_batch(batch, read_video=read_video)
     if args.ray is not None:
         with connected(args.ray, workers=args.workers) as cluster:
             machine = PriorCluster(cluster, args.device)
@@ -142,7 +141,7 @@ def make_missing(args: argparse.Namespace, batch: Batch) -> None:
     with saying_how_to_go_on(args, begun, several=not batch.is_single):
         make_batch(
             batch,
-            PriorProcess(args.device),
+            PriorProcess(),
             read_video=read_video,
             on_begin=begun.append,
             on_made=report_made,
@@ -201,7 +200,7 @@ def main(argv: list[str] | None = None) -> str | Iterable[str]:
     batch = plan(args)
     log_cost(batch)
     if args.dry_run:
-        say_what_a_batch_takes(batch, on_cluster=args.ray is not None)
+        say_what_a_batch_takes(batch)
     elif batch.missing:
         make_missing(args, batch)
     lines = describe_priors(args, batch)

@@ -6,7 +6,6 @@ Each function is the sequence that its script runs: plan, check, make, report.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -86,27 +85,22 @@ def generate_priors(
         if on_made is not None:
             on_made(prior)
 
-    # on a cluster each worker has a device of its own
-    planned = options if ray is None else dataclasses.replace(options, device="cpu")
     with contextlib.redirect_stdout(sys.stderr):
         batch = plan_batch(
             paths,
             texts,
             wanted,
-            options=planned,
+            options=options,
             family=family,
             output_dir=Path(output_dir),
             end_images=ends,
             seeds=numbers,
             parameters=own,
+            is_here=ray is None,
         )
-        check_batch(batch, is_here=ray is None)
+        check_batch(batch)
         with cluster_of(ray if batch.missing else None, workers) as cluster:
-            machine = (
-                PriorProcess(options.device, model)
-                if cluster is None
-                else PriorCluster(cluster, options.device)
-            )
+            machine = PriorProcess(model) if cluster is None else PriorCluster(cluster, options.device)
             make_batch(batch, machine, on_made=report_made)
         report_failed_priors(batch.jobs, folder=batch.output_dir)
     return [read_prior(job.directory) for job in batch.jobs if job.directory is not None]

@@ -125,7 +125,7 @@ def test_a_lost_worker_costs_nothing_and_a_job_that_kills_three_is_given_up(
     prompts = ("--prompt", OTHER_PROMPT, POISON, THIRD_PROMPT)
     outcome = infer(prior, *prompts, "--output_dir", tmp_path / "sweep", "--ray", address)
     assert outcome.code == 1
-    assert "1 of 3 videos failed" in outcome.error
+    assert "1 of 3 clips failed" in outcome.error
     assert outcome.err.count("3 workers were lost over it: given up") == 1
     assert outcome.err.count("a worker was lost") >= 3
     made = results(tmp_path / "sweep")

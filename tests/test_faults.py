@@ -595,7 +595,7 @@ def test_a_sweeps_folder_from_a_stranger(prior, infer, run, tmp_path):
     assert run("step_skip.page.__main__", folder).code == 0
     outcome = infer(prior, *flags)
     signal.alarm(0)
-    assert (outcome.code, "2 of 12 videos failed" in outcome.error) == (1, True), outcome.err
+    assert (outcome.code, "2 of 12 clips failed" in outcome.error) == (1, True), outcome.err
     found = {name: digest for name, digest in listing(folder).items() if "/" not in name}
     laid_over = [path for path in folder.iterdir() if path.is_dir() and path.name != "page"]
     made = {name for name, digest in found.items() if name.endswith(".mp4") and digest == whole.get(name)}

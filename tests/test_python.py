@@ -278,3 +278,79 @@ def test_the_packages_are_those_of_the_requirements():
     project = (ROOT / "pyproject.toml").read_text().split("dependencies = ")[1].split("]")[0] + "]"
     lines = (ROOT / "requirements.txt").read_text().splitlines()
     assert json.loads(project.replace(",\n]", "\n]")) == [line for line in lines if not line.startswith("#")]
+
+
+# --- many clips ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def second(make_prior):
+    """Another prior, of the same model."""
+    return make_prior("--seed", "1", "--run_id", "second")
+
+
+def test_a_sweep_from_python_is_the_scripts_sweep(prior, second, model_dir, infer, loads, tmp_path):
+    """Names, page and latents are the same, and each finds what the other made."""
+    options = step_skip.LoadOptions("tiny", "cpu", "float32", model_dir=model_dir)
+    made = []
+    paths = step_skip.infer_from_priors(
+        options,
+        [prior, step_skip.read_prior(second)],
+        [{"prompt": PROMPT, "num_steps": 1}, {"prompt": OTHER_PROMPT, "num_steps": 2}],
+        output_dir=tmp_path / "python",
+        on_made=made.append,
+    )
+    assert paths == made and len(paths) == 4 and len(loads) == 1
+    assert (tmp_path / "python" / "index.html").is_file()
+    loads.clear()
+    lines = tmp_path / "prompts.txt"
+    lines.write_text(
+        json.dumps({"prompt": PROMPT, "num_steps": 1})
+        + "\n"
+        + json.dumps({"prompt": OTHER_PROMPT, "num_steps": 2})
+    )
+    flags = ("--prior_dir", second, "--prompts_file", lines, "--output_dir")
+    outcome = infer(prior, *flags, tmp_path / "python")
+    assert outcome.code == 0 and not loads, outcome.err
+    infer(prior, *flags, tmp_path / "script")
+    for path in paths:
+        reports = [read_json(tmp_path / name / f"{path.stem}.json") for name in ("python", "script")]
+        assert reports[0]["latents_sha256"] == reports[1]["latents_sha256"]
+        assert reports[0].keys() == reports[1].keys()
+    loads.clear()
+    again = step_skip.infer_from_priors(
+        options, [prior, second], [PROMPT, OTHER_PROMPT], num_steps=2, output_dir=tmp_path / "script"
+    )
+    assert len(again) == 4 and again[1] == tmp_path / "script" / paths[1].name
+
+
+def test_a_sweep_on_a_pipeline_of_ones_own(own_pipe, own_prior, image, capsys, tmp_path):
+    before = state_of(own_pipe)
+    asked = {"start_step": 6, "output_dir": tmp_path / "s"}
+    paths = step_skip.infer_from_priors(own_pipe, own_prior, [None, OTHER_PROMPT], **asked)
+    assert state_of(own_pipe) == before and capsys.readouterr().out == ""
+    [own, other] = (read_json(path.with_suffix(".json")) for path in paths)
+    assert own["latents_sha256"] == own_prior.metadata["latents_sha256"] != other["latents_sha256"]
+    clip = step_skip.infer_from_prior(own_pipe, own_prior, OTHER_PROMPT, start_step=6, progress=False)
+    assert clip.report["latents_sha256"] == other["latents_sha256"]
+    with pytest.raises(InputError, match="LoadOptions"):
+        step_skip.infer_from_priors(own_pipe, own_prior, ray="local")
+    damaged = step_skip.generate_prior(
+        own_pipe, image, PROMPT, output_dir=tmp_path, run_id="damaged", **SMALL
+    )
+    (damaged.directory / "step_0007.pt").write_bytes(b"damaged")
+    asked["start_step"] = 7
+    with pytest.raises(RunError, match="1 of 2 clips failed"):
+        step_skip.infer_from_priors(own_pipe, [own_prior, damaged], OTHER_PROMPT, **asked)
+    for nothing in (([], "a"), (own_prior, [])):
+        with pytest.raises(InputError, match="at least one"):
+            step_skip.infer_from_priors(own_pipe, *nothing)
+
+
+def test_one_clip_from_python_is_warned_of_as_by_the_script(prior, model_dir, infer, caplog):
+    model = step_skip.load("tiny", model_dir=model_dir)
+    step_skip.infer_from_prior(model, prior, OTHER_PROMPT, start_step=6, progress=False)
+    assert "is late for a new motion" in caplog.text
+    warned = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    err = infer(prior, "--prompt", OTHER_PROMPT, "--start_step", 6).err
+    assert warned and all(text in err for text in warned)

@@ -256,7 +256,7 @@ def test_odd_priors_fail_their_own_clips(prior, second, prior_copy, generate, in
     command = ("--prior_dir", *priors, *prompts, "--output_dir", tmp_path / "sweep")
     outcome = infer(prior, *command)
     assert outcome.code == 1
-    assert "4 of 8 videos failed and 2 priors were left out" in outcome.error
+    assert "4 of 8 clips failed and 2 priors were left out" in outcome.error
     lines = [line for line in outcome.err.splitlines() if "left out: " in line or " failed: " in line]
     assert len(lines) == 4
     for name, words in (
@@ -444,7 +444,7 @@ def test_one_video_that_fails_does_not_stop_the_rest(prior, infer, tmp_path):
     path.write_text(f'{OTHER_PROMPT}\n{{"prompt": "Too much.", "cfg_scale": 1e39}}\n{THIRD_PROMPT}\n')
     outcome = infer(prior, "--prompts_file", path, "--output_dir", tmp_path / "sweep")
     assert (outcome.code, outcome.out) == (1, "")
-    assert f"1 of 3 videos failed, see above; the others are in {tmp_path / 'sweep'}" in outcome.error
+    assert f"1 of 3 clips failed, see above; the others are in {tmp_path / 'sweep'}" in outcome.error
     assert "too-much" in outcome.err and "NaN or infinite at step 7" in outcome.err
     made = results(tmp_path / "sweep")
     assert {each["prompt"] for each in made.values()} == {OTHER_PROMPT, THIRD_PROMPT}

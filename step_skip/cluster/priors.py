@@ -21,6 +21,7 @@ from step_skip.files.writing import LEFTOVER, TEMPORARY_PREFIX, locked, replacin
 from step_skip.generate.choices import PriorChoices
 from step_skip.generate.generate import generate_prior
 from step_skip.media.images import Picture
+from step_skip.models.weights import LoadOptions
 from step_skip.prior.metadata import read_prior, sealed
 from step_skip.prior.prior import END_IMAGE_FILE, IMAGE_FILE, Prior
 from step_skip.prior.schema import METADATA_FILE
@@ -117,9 +118,9 @@ class PriorCluster:
     cluster: Cluster
     device: str | None = None
 
-    def device_of(self, model: str) -> str:
+    def device_of(self, options: LoadOptions) -> str:
         """Return the device of each worker."""
-        return self.cluster.device(model, self.device)
+        return self.cluster.device(options.model, self.device)
 
     def make(self, run: PriorRun) -> None:
         """Make the prior of every job on the workers.

@@ -62,6 +62,7 @@ class Batch:
     options: LoadOptions
     family: str
     output_dir: Path
+    is_here: bool  # made in this process, not on a cluster
 
     @property
     def is_single(self) -> bool:
@@ -91,6 +92,7 @@ def plan_batch(
     seeds: Sequence[int] = (0,),
     run_ids: Sequence[str] = (),
     parameters: Mapping[str, str] | None = None,
+    is_here: bool = True,
 ) -> Batch:
     """Plan a prior of every image, seed and prompt, and find those that exist. No weight is loaded.
 
@@ -98,6 +100,7 @@ def plan_batch(
         images, prompts, end_images, seeds, run_ids: see `make_jobs`.
         options: what a model is loaded with; a device of None: CUDA where there is one.
         parameters: the fingerprints of the values of a pipeline of the user's own, which has no files.
+        is_here: the priors are made in this process; else on a cluster, whose devices aren't known yet.
 
     Raises:
         InputError: a choice that can't be used, or no prior can be made.
@@ -106,18 +109,18 @@ def plan_batch(
     if len({job.images.get(IMAGE_FILE) for job in jobs}) == 1:
         read_images(jobs[0], options, family)
     if parameters is None:
-        options = dataclasses.replace(options, device=pick_device(options.model, options.device))
+        device = pick_device(options.model, options.device) if is_here else "cpu"
+        options = dataclasses.replace(options, device=device)
     check_compute(vram=options.vram, quantize=options.quantize, compile=options.compile)
     jobs = plan_jobs(jobs, options, family, output_dir, parameters=parameters)
     report_unusable(jobs, [job for job in jobs if not job.made])
-    return Batch(jobs=jobs, options=options, family=family, output_dir=output_dir)
+    return Batch(jobs=jobs, options=options, family=family, output_dir=output_dir, is_here=is_here)
 
 
-def check_batch(batch: Batch, *, is_here: bool = True, read_video: ReadVideo | None = None) -> None:
+def check_batch(batch: Batch, *, read_video: ReadVideo | None = None) -> None:
     """Check what can be checked before weights are loaded; what is wrong with a prior is noted in its job.
 
     Args:
-        is_here: the priors are made in this process, not on a cluster.
         read_video: see `make_batch`.
 
     Raises:
@@ -129,7 +132,7 @@ def check_batch(batch: Batch, *, is_here: bool = True, read_video: ReadVideo | N
     check_folder(batch.output_dir, sum(map(bytes_of, missing)))
     if read_video is not None:
         read_video(missing[0].prior.settings)
-    check_first(missing, batch.options, batch.family, is_here=is_here)
+    check_first(missing, batch.options, batch.family, is_here=batch.is_here)
     report_unusable(batch.jobs, missing)
 
 
@@ -245,8 +248,8 @@ class PriorRun:
 class PriorMachine(Protocol):
     """What makes priors: this process (`PriorProcess`), or a cluster (`cluster.priors.PriorCluster`)."""
 
-    def device_of(self, model: str) -> str:
-        """Return the device that a model will run on, "cuda" for example."""
+    def device_of(self, options: LoadOptions) -> str:
+        """Return the device that the model of a batch will run on, "cuda" for example."""
 
     def make(self, run: PriorRun) -> None:
         """Make the priors of a run; what goes wrong with one of several is noted in its job."""
@@ -275,7 +278,7 @@ def make_batch(
     missing = batch.missing
     if not missing:
         return
-    device = machine.device_of(batch.options.model)
+    device = machine.device_of(batch.options)
     options, components = what_to_load(missing, dataclasses.replace(batch.options, device=device))
     run = PriorRun(
         jobs=missing,
@@ -322,7 +325,7 @@ def log_cost(batch: Batch) -> None:
     )
 
 
-def say_what_a_batch_takes(batch: Batch, *, on_cluster: bool) -> None:
+def say_what_a_batch_takes(batch: Batch) -> None:
     """Log what the missing priors would take: disk, memory, what would be loaded and downloaded.
 
     Raises:
@@ -331,7 +334,7 @@ def say_what_a_batch_takes(batch: Batch, *, on_cluster: bool) -> None:
     if missing := batch.missing:
         check_folder(batch.output_dir, sum(map(bytes_of, missing)))
         options, components = what_to_load(missing, batch.options)
-        if on_cluster and options.model in MODELS:
+        if not batch.is_here and options.model in MODELS:
             options = dataclasses.replace(options, device="cuda")
         check_download(options, components)
         say_what_each_mode_takes(options, loaded_first(components))
@@ -344,12 +347,11 @@ def say_what_a_batch_takes(batch: Batch, *, on_cluster: bool) -> None:
 class PriorProcess:
     """A machine that makes priors one after the other, on a model that is loaded or given."""
 
-    device: str | None = None  # None: CUDA where there is one
     model: Model | None = None
 
-    def device_of(self, model: str) -> str:
-        """Return the device that a model will run on; see `PriorMachine`."""
-        return pick_device(model, self.device) if self.model is None else self.model.options.device
+    def device_of(self, options: LoadOptions) -> str:
+        """Return the device of the batch; see `PriorMachine`."""
+        return options.device
 
     def make(self, run: PriorRun) -> None:
         """Load the model, unless it is, and make the priors; see `PriorMachine`."""

@@ -121,7 +121,7 @@ def report_failed_clips(
     for path, *others in videos.values():
         more = f" and {len(others)} others" if others else ""
         log.warning(f"{path.name}{more} failed: {_one_line(failed[path])}")
-    parts = [f"{len(failed)} of {total} videos failed"] if failed else []
+    parts = [f"{len(failed)} of {total} clips failed"] if failed else []
     parts += [f"{len(left_out)} priors were left out"] if left_out else []
     if parts:
         raise RunError(
