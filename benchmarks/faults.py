@@ -60,6 +60,7 @@ from step_skip.prior.metadata import SEAL, read_run, sealed
 from step_skip.prior.prior import step_file
 from step_skip.prior.schema import METADATA_FILE
 from step_skip.sweep.clips import Group
+from step_skip.sweep.make_clips import ThisProcess
 
 PROMPTS = ("The portrait moves left.", "The portrait sinks, eyes shut.")
 STEPS = 4
@@ -351,13 +352,13 @@ def used(prior: Path, ground: Ground, flags: list[str]) -> tuple[object, dict[st
     argv = ["--prior_dir", str(prior), "--model_dir", str(ground.model_dir), *flags]
     taken = []
 
-    def take(groups: list[Group], **_: object) -> dict:
+    def take(machine: ThisProcess, groups: list[Group], *_: object, **__: object) -> dict:
         fingerprint = json.loads((ground.prior / METADATA_FILE).read_text())["model_fingerprint"]
         check_fingerprint(groups[0].prior, fingerprint)
         taken.append((groups[0].plans[0], groups[0].inputs.tensors))
         return {}
 
-    run_jobs, infer_from_prior.run_jobs = infer_from_prior.run_jobs, take
+    make, ThisProcess.make = ThisProcess.make, take
     try:
         with contextlib.redirect_stderr(io.StringIO()):
             infer_from_prior.main(argv)
@@ -365,7 +366,7 @@ def used(prior: Path, ground: Ground, flags: list[str]) -> tuple[object, dict[st
         assert str(error)
         return None
     finally:
-        infer_from_prior.run_jobs = run_jobs
+        ThisProcess.make = make
     return taken[0]
 
 

@@ -25,6 +25,7 @@ os.environ["TQDM_DISABLE"] = "1"
 
 import generate_prior
 from step_skip.cli.flags import options_of_flags
+from step_skip.cli.prior_flags import read_prior_choices
 from step_skip.files.writing import write_json
 from step_skip.generate.plan import plan_prior
 from step_skip.generate.run import save_start, save_step
@@ -55,7 +56,7 @@ def main() -> None:
     args = generate_prior.parse_args(["--model", "tiny", "--image", str(own.image), *flags])
     args.device = pick_device(args.model, args.device)
     options = options_of_flags(args)
-    choices, family = generate_prior.read_prior_choices(args), family_name(args.model)
+    choices, family = read_prior_choices(args), family_name(args.model)
     planned = Prior(own.output, plan_prior(options, choices, family=family))
     metadata, settings = planned.metadata, planned.settings
     image = fit_image(open_image(own.image), width=settings.width, height=settings.height)
