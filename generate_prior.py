@@ -46,10 +46,10 @@ from step_skip.sweep.make_priors import (
     PriorProcess,
     check_batch,
     log_cost,
+    log_what_a_batch_takes,
     make_batch,
     plan_batch,
     report_failed_priors,
-    say_what_a_batch_takes,
 )
 from step_skip.sweep.priors import describe_prior_job
 
@@ -200,7 +200,7 @@ def main(argv: list[str] | None = None) -> str | Iterable[str]:
     batch = plan(args)
     log_cost(batch)
     if args.dry_run:
-        say_what_a_batch_takes(batch)
+        log_what_a_batch_takes(batch)
     elif batch.missing:
         make_missing(args, batch)
     lines = describe_priors(args, batch)

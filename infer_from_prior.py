@@ -38,9 +38,9 @@ from step_skip.sweep.make_clips import (
     Machine,
     Sweep,
     ThisProcess,
+    log_what_it_takes,
     make_sweep,
     plan_sweep,
-    say_what_it_takes,
 )
 
 
@@ -144,7 +144,7 @@ def main(argv: list[str] | None = None) -> Path | str | Iterable[str]:
     )
     weights = {"vram": args.vram, "model_dir": args.model_dir}
     if args.dry_run:
-        say_what_it_takes(sweep, device=args.device, **weights)
+        log_what_it_takes(sweep, device=args.device, **weights)
         return map(describe_clip_job, sweep.jobs)
     with machine_of(args, sweep) as machine:
         make_sweep(sweep, machine, recorded_loras=args.lora is None, page=running_page, **weights)

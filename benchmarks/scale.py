@@ -38,7 +38,7 @@ from step_skip.prior.prior import IMAGE_FILE
 from step_skip.prior.schema import METADATA_FILE
 from step_skip.sweep.clips import all_jobs, make_groups
 from step_skip.sweep.cost import summarize_jobs
-from step_skip.sweep.finished import find_made
+from step_skip.sweep.finished import find_existing
 
 IMAGE = ROOT / "data" / "tiny_wan_i2v" / "inputs" / "mila.png"
 LARGE = {"height": 480, "width": 832, "num_frames": 33}
@@ -104,7 +104,7 @@ def plan(priors: list[Path], prompts: Path) -> None:
 def count(priors: list[Path], prompts: Path) -> None:
     """The jobs, their names, which are made and what they cost, without a line for each."""
     groups, _ = make_groups(priors, choices_of(priors, prompts))
-    find_made(groups)
+    find_existing(groups)
     print(summarize_jobs(all_jobs(groups)), file=sys.stderr)
 
 

@@ -114,7 +114,7 @@ def test_a_cluster_makes_what_one_process_makes(sweep, tmp_path):
     assert sweep("here", OTHER_PROMPT, THIRD_PROMPT, ray=False).code == 0
     assert results(tmp_path / "cluster") == results(tmp_path / "here")
     assert len(list((tmp_path / "cluster" / "contexts").iterdir())) == 2
-    assert "4 are there already" in sweep("cluster", OTHER_PROMPT, THIRD_PROMPT, PROMPT).err
+    assert "4 exist already" in sweep("cluster", OTHER_PROMPT, THIRD_PROMPT, PROMPT).err
 
 
 def test_a_lost_worker_costs_nothing_and_a_job_that_kills_three_is_given_up(

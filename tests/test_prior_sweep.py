@@ -51,7 +51,7 @@ def test_a_folder_is_every_image_times_seeds_times_prompts(generate, photos, loa
     again = generate(*flags)
     assert again.code == 1 and len(loads) == 1
     assert outcome.out.splitlines() == again.out.splitlines() == [str(tmp_path / "priors" / n) for n in names]
-    assert "8 are there already" in again.err
+    assert "8 exist already" in again.err
     alone = generate("--image", photos / "ann.png", *flags[2:])
     assert alone.out.splitlines() == [str(tmp_path / "priors" / name) for name in names[:4]]
     assert len(loads) == 1
@@ -73,7 +73,7 @@ def test_a_dry_run_says_what_there_is_and_what_it_takes(generate, photos, loads,
     rows = [json.loads(line) for line in outcome.out.splitlines()]
     assert [(row["made"], row["prior_dir"]) for row in rows] == [(True, str(made)), (False, None)]
     assert all(row["bytes_at_most"] > 2**20 and row["forwards"] == 20 for row in rows)
-    assert "1 priors to make, at most 0.0 GB; 1 are there already" in outcome.err
+    assert "1 priors to make, at most 0.0 GB; 1 exist already" in outcome.err
     assert listing(tmp_path) == before and len(loads) == 1
     (photos / "ugly.png").write_text("no image")
     odd = generate("--image", photos, "--dry_run")
@@ -133,7 +133,7 @@ def test_a_pruned_one_counts_as_made_and_is_told_of(generate, run, refused, made
     assert run("prior_utils", "prune", made_before, "--steps", 6, "--yes").code == 0
     outcome = generate(*flags)
     assert outcome.path == made_before
-    assert f"{made_before} say: another --run_id makes a whole one" in outcome.err
+    assert f"{made_before}; another --run_id makes a whole one" in outcome.err
     (made_before / "output_full.mp4").unlink()
     planned = generate(*flags, "--dry_run")
     assert "run_identity was pruned and lacks output_full.mp4" in planned.err

@@ -90,7 +90,7 @@ def test_a_dry_run_prints_the_cross_product_and_loads_nothing(prior_copy, second
     assert len({Path(line["video"]).parent for line in lines}) == 1
     assert [line["forwards"] for line in lines[:4]] == [13, 5, 3, 1]
     assert not any(line["made"] for line in lines)
-    assert "16 videos, 88 forwards, about" in outcome.err
+    assert "16 clips, 88 forwards, about" in outcome.err
     assert "would load dit, vae, text_encoder" in outcome.err
     assert listing(tmp_path) == before
     assert not loads
@@ -205,8 +205,8 @@ def test_a_prompts_file_that_cannot_be_used(prior_copy, infer, refused, tmp_path
         (("--start_step", "2-99999999999"), ["--start_step", "no range"]),
         (("--start_step", "2-10"), ["--start_step 10", "steps 0 to 9"]),
         (("--start_step", 2, "x"), ["--start_step", "'x'"]),
-        (("--start_step", 2, 3, "--output", "a.mp4"), ["--output names one video", "--output_dir"]),
-        (("--output_dir", "sweep", "--output", "a.mp4"), ["--output names one video"]),
+        (("--start_step", 2, 3, "--output", "a.mp4"), ["--output names one clip", "--output_dir"]),
+        (("--output_dir", "sweep", "--output", "a.mp4"), ["--output names one clip"]),
         (("--output_dir", "PRIOR"), ["is a prior", "another folder"]),
     ],
 )
@@ -217,7 +217,7 @@ def test_flags_of_a_sweep(prior_copy, infer, refused, flags, words):
 
 def test_priors_of_one_name_are_refused(prior_copy, infer, refused, tmp_path):
     shutil.copytree(prior_copy, tmp_path / "again")
-    refused(lambda: infer(prior_copy, "--prior_dir", tmp_path / "again"), "same run_id", "sweep them apart")
+    refused(lambda: infer(prior_copy, "--prior_dir", tmp_path / "again"), "same run_id", "sweep them")
 
 
 def test_plans_are_shared_between_priors_but_for_what_is_their_own(prior, second):
@@ -389,7 +389,7 @@ def test_a_sweep_that_is_done_reads_nothing_and_changes_nothing(prior_copy, infe
     assert listing(prior_copy) == before
     assert not loads
     assert read == []
-    assert "0 videos, 0 forwards" in infer(prior_copy, *command, "--dry_run").err
+    assert "0 clips, 0 forwards" in infer(prior_copy, *command, "--dry_run").err
 
 
 def cut(path: Path) -> None:
@@ -432,7 +432,7 @@ def test_what_is_not_whole_is_made_again(prior, infer, tmp_path, damage):
     damage(damaged)
     lines = planned(infer(prior, *command, "--dry_run"))
     assert {line["video"]: line["made"] for line in lines}[str(damaged)] is False
-    assert "1 are there already" in infer(prior, *command).err
+    assert "1 exist already" in infer(prior, *command).err
     assert results(folder) == expected
     kept = [path.name for path in folder.iterdir() if path.stat().st_mtime_ns == times.get(path.name)]
     assert len(kept) >= 2

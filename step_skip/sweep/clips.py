@@ -1,8 +1,8 @@
-"""Many videos at once, as data: every prior x prompt x start step is a job of its own.
+"""Many clips as data: every prior x prompt x start step is a job of its own.
 
-A job knows its prior, its plan and where its video goes, and shares nothing that changes with the others.
-Names are made from the choices, so the same command means the same files: what is there and whole is not made
-again (made.py). Nothing but metadata is read here, and a million jobs fit into memory.
+A job holds its prior, its plan and the name of its clip; jobs share nothing that changes. Names are derived
+from the choices, so the same command names the same files, and clips that exist are not made again
+(finished.py). Only metadata is read here, and a million jobs fit into memory.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from step_skip.prior.files import check_way
 from step_skip.prior.metadata import SEAL, read_prior
 from step_skip.prior.prior import Prior
 from step_skip.prior.schema import FORMATION_KEY, METADATA_FILE
-from step_skip.sweep.outputs import check_output, video_name
+from step_skip.sweep.outputs import check_output, clip_name
 
-# entries of a prior that no plan depends on; its files only by their names
+# Entries of a prior that no plan depends on; of its files a plan depends on the names alone.
 NEVER_PLANNED: Final = frozenset(
     ("run_id", "created", "seconds", "seconds_per_step", "forwards_per_step", "images", "latents_sha256")
 ) | {"peak_memory", "files", FORMATION_KEY, SEAL}
@@ -39,20 +39,20 @@ NEVER_PLANNED: Final = frozenset(
 
 @dataclass(slots=True)
 class Job:
-    """One video of a sweep; a single video is a sweep of one."""
+    """One clip of a sweep."""
 
     prior: Prior
     plan: Plan
     folder: Path = Path()
-    name: str = ""  # of the video, without .mp4; of a single one the next that is free where another has it
-    overwrite: bool = True  # what has the name by then
-    preview: bool = False  # a .webp beside it shows what each step points at
-    save_prior: bool = False  # it becomes a prior, too (clip_prior.py)
-    made: bool = False  # it is there already (made.py)
+    name: str = ""  # of the clip, without .mp4; of a single clip the next name that is free
+    overwrite: bool = True  # replace a file that has the name by then
+    preview: bool = False  # write a .webp beside it that shows the denoised estimate of each step
+    save_prior: bool = False  # make the clip a prior, too (infer/as_prior.py)
+    exists: bool = False  # it exists and is whole (finished.py)
 
     @property
     def path(self) -> Path:
-        """The .mp4."""
+        """The .mp4 file."""
         return self.folder / f"{self.name}.mp4"
 
     @path.setter
@@ -61,7 +61,7 @@ class Job:
 
     @property
     def report_path(self) -> Path:
-        """The JSON file beside the video."""
+        """The JSON file beside the clip."""
         return self.folder / f"{self.name}.json"
 
 
@@ -82,12 +82,12 @@ class Group(Source):
 
 
 def all_jobs(groups: Iterable[Group]) -> list[Job]:
-    """The jobs of all priors, in order."""
+    """Return the jobs of all groups, in order."""
     return [job for group in groups for job in group.jobs]
 
 
 def by_weights(groups: Iterable[Group]) -> list[list[Group]]:
-    """The groups whose videos one loaded model makes, together."""
+    """Return the groups in lists of those whose clips need the same weights."""
     alike: dict[str, list[Group]] = {}
     for group in groups:
         plan = group.jobs[0].plan
@@ -110,22 +110,23 @@ def make_groups(
     nearest: bool = False,
     any_model: bool = False,
 ) -> tuple[list[Group], dict[Path, Exception]]:
-    """Every prior with the videos that were chosen, each with its place; the same video once.
+    """Plan every prior with every choice, and name the clips; each clip occurs once.
 
     Args:
-        directories: the priors'.
-        output: of a single video; None: a name in the prior's outputs folder.
-        output_dir: of a sweep; None: one in the first prior's outputs folder.
-        is_sweep: put them into a folder of their own even where there is only one.
-        nearest: let each video follow the nearest of the priors that begin alike.
+        directories: the folders of the priors.
+        output: the name of a single clip; None: one in the prior's outputs folder.
+        output_dir: the folder of a sweep; None: one in the first prior's outputs folder.
+        overwrite: replace the file that has the name of --output.
+        is_sweep: put the clips into a folder of their own even if there is only one.
+        nearest: let each clip follow the nearest of the priors that begin alike.
         any_model: take priors of pipelines that no model's name stands for.
 
     Returns:
         The groups, and by folder what is wrong with the priors that are left out.
 
     Raises:
-        InputError: no prior can be used: the first one's, see `read_prior` and `make_plan`; or an output that
-            doesn't fit what is asked for.
+        InputError: no prior can be used (the first one's error, see `read_prior` and `make_plan`); or the
+            output doesn't fit what is asked for.
     """
     banks, left_out = read_banks(directories, nearest=nearest)
     known: dict[str, dict[str, Plan]] = {}
@@ -140,7 +141,7 @@ def make_groups(
     number = sum(len(plans) for _, plans in planned)
     if number > 1 or is_sweep or left_out:
         if output is not None:
-            raise InputError(f"--output names one video, and this makes {number}; use --output_dir")
+            raise InputError(f"--output names one clip, and this makes {number}; use --output_dir")
         return sweep_groups(planned, output_dir), left_out
     [([prior, *others], plans)] = planned
     [(name, plan)] = plans.items()
@@ -153,7 +154,7 @@ def make_groups(
 def read_banks(
     directories: Iterable[Path], *, nearest: bool
 ) -> tuple[list[list[Prior]], dict[Path, Exception]]:
-    """The priors, those that begin alike together where asked for; and what is wrong with the others."""
+    """Read the priors; return them, with `nearest` those that begin alike together, and errors by folder."""
     priors: list[Prior] = []
     left_out: dict[Path, Exception] = {}
     for directory in dict.fromkeys(directories):
@@ -163,7 +164,7 @@ def read_banks(
                 describe_beginning(prior)
             priors.append(prior)
         except InputError as error:
-            if nearest:  # which one that is depends on all of them
+            if nearest:  # which prior is the nearest depends on all of them
                 raise
             left_out[directory] = error
     return gather_banks(priors) if nearest else [[prior] for prior in priors], left_out
@@ -176,13 +177,13 @@ def plan_bank(
     *,
     any_model: bool,
 ) -> dict[str, Plan]:
-    """The plans of a prior or a bank, by name.
+    """Return the plans of a prior or a bank, by name.
 
     Args:
-        known: plans so far, by what of a prior decides them: equal ones are made once.
+        known: the plans so far, by what decides them; equal ones are made once.
 
     Raises:
-        InputError: see `make_plan`; or a model this version doesn't know.
+        InputError: see `make_plan`; or this version doesn't know the model.
     """
     prior = narrowed(bank)
     key = what_decides_plans(prior, choices)
@@ -197,11 +198,11 @@ def plan_bank(
         )
     if len(bank) == 1:
         return plans
-    return {video_name(each): each for each in (plan_for_bank(plan, bank) for plan in plans.values())}
+    return {clip_name(each): each for each in (plan_for_bank(plan, bank) for plan in plans.values())}
 
 
 def what_decides_plans(prior: Prior, choices: Iterable[Choices]) -> str:
-    """All of a prior that its plans depend on."""
+    """Return all entries of a prior that its plans depend on, as text."""
     entries: dict[str, Any] = {k: v for k, v in prior.metadata.items() if k not in NEVER_PLANNED}
     entries["files"] = sorted(prior.metadata.get("files", {}))
     if any(each.start_step == AUTO for each in choices):
@@ -210,12 +211,12 @@ def what_decides_plans(prior: Prior, choices: Iterable[Choices]) -> str:
 
 
 def make_plans(prior: Prior, choices: Iterable[Choices]) -> dict[str, Plan]:
-    """The plans of one prior by name, each once: the same step may be named and chosen by `auto`."""
+    """Return the plans of one prior by name, each once: the same step may be given and chosen by `auto`."""
     plans: dict[str, Plan] = {}
     defaults_of = functools.cache(model_defaults)
     for each in choices:
         plan = make_plan(each, prior, defaults_of=defaults_of)
-        name = video_name(plan)
+        name = clip_name(plan)
         if plan.auto or name not in plans:
             plans[name] = plan
     return plans
@@ -228,10 +229,10 @@ def make_group(bank: Sequence[Prior], jobs: list[Job]) -> Group:
 
 
 def sweep_groups(planned: Sequence[tuple[list[Prior], dict[str, Plan]]], folder: Path | None) -> list[Group]:
-    """The jobs of a sweep; without a folder they go into one named after all choices.
+    """Return the groups of a sweep; without a folder the clips go into one that is named after all choices.
 
     Raises:
-        InputError: a folder that is a prior, or priors of one name.
+        InputError: the folder is a prior, or two priors have the same run_id.
     """
     named: dict[str, list[tuple[Prior, dict[str, Plan]]]] = {}
     prefixes = [slug(bank[0].metadata["run_id"]) for bank, _ in planned]
@@ -239,7 +240,7 @@ def sweep_groups(planned: Sequence[tuple[list[Prior], dict[str, Plan]]], folder:
         for other, its_plans in named.setdefault(prefix, []):
             if plans.keys() & its_plans.keys():
                 same = f"{other.directory} and {prior.directory}"
-                raise InputError(f"{same} have the same run_id; sweep them apart")
+                raise InputError(f"{same} have the same run_id; sweep them separately")
         named[prefix].append((prior, plans))
     pairs = list(zip(prefixes, planned, strict=True))
     if folder is None:
@@ -258,13 +259,13 @@ def sweep_groups(planned: Sequence[tuple[list[Prior], dict[str, Plan]]], folder:
 
 
 def groups_by_lora(bank: Sequence[Prior], jobs: Iterable[Job]) -> Iterator[Group]:
-    """A prior or a bank with its jobs, a group for each strength of its LoRAs: each is other weights."""
+    """Yield a group for each strength of the LoRAs: each needs other weights."""
     for _, alike in itertools.groupby(jobs, key=lambda job: job.plan.lora):
         yield make_group(bank, list(alike))
 
 
 def digest_of_lines(lines: Iterable[str]) -> str:
-    """SHA-256 of a text, in hex, line by line: a million need no room."""
+    """Return the SHA-256 of lines of text, in hex, without joining them in memory."""
     digest = hashlib.sha256()
     for number, line in enumerate(lines):
         digest.update(f"\n{line}".encode() if number else line.encode())

@@ -1,4 +1,4 @@
-"""What videos will cost: forwards, seconds, the parts of the model; nothing is read for it but names."""
+"""Estimate what clips cost: forwards, seconds, the parts of the model. Only names of files are read."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from step_skip.sweep.clips import Group, Job
 
 
 def expected_seconds(job: Job) -> float | None:
-    """Denoising and decoding, from what the prior's own run took; None: it recorded nothing to go by."""
+    """Return the seconds of denoising and decoding, by the prior's own run; None: it recorded none."""
     recorded = job.prior.metadata
     if not recorded.get("seconds_per_step"):
         return None
@@ -24,19 +24,19 @@ def expected_seconds(job: Job) -> float | None:
 
 
 def expected_seconds_of_each(jobs: Collection[Job]) -> list[float] | None:
-    """What each job will take; None: of some nothing is known."""
+    """Return the seconds of each job; None: they aren't known of all."""
     known = [seconds for job in jobs if (seconds := expected_seconds(job)) is not None]
     return known if len(known) == len(jobs) else None
 
 
 def components_to_load(groups: Iterable[Group], folder: Path | None) -> list[str]:
-    """The parts of the model that jobs will load, as far as names tell: nothing is read.
+    """Return the parts of the model that jobs will load, as far as names of files tell.
 
     Args:
-        folder: that keeps contexts, a sweep's; None: each prior its own.
+        folder: the sweep's folder, which keeps encoded prompts; None: each prior keeps its own.
     """
     needed: set[str] = set()
-    seen: set[int] = set()  # priors share plans, and what they know is asked until something isn't known
+    seen: set[int] = set()  # plans, which priors share
     for group in groups:
         texts = group.texts
         if "text_encoder" in needed or all(is_context_known(group.prior, text, folder) for text in texts):
@@ -51,20 +51,20 @@ def components_to_load(groups: Iterable[Group], folder: Path | None) -> list[str
 
 
 def describe_clip_job(job: Job) -> str:
-    """A job as one line of JSON: its choices, what they cost, and whether the video is there already."""
+    """Return a job as one line of JSON: its choices, what they cost, and whether the clip exists."""
     data = {
         "video": str(job.path),
         "prior_dir": str(job.prior.directory),
         **describe_choices(job.plan),
         "forwards": job.plan.forwards,
         "expected_seconds": expected_seconds(job),
-        "made": job.made,
+        "made": job.exists,
     }
     return json.dumps(data, ensure_ascii=False)
 
 
 def summarize_jobs(jobs: Collection[Job]) -> str:
-    """What jobs cost together, for people: videos, forwards, seconds."""
+    """Summarize what jobs cost together: clips, forwards, seconds."""
     forwards, seconds = sum(job.plan.forwards for job in jobs), expected_seconds_of_each(jobs)
     time = "time unknown" if seconds is None else f"about {sum(seconds):.0f} s after loading and encoding"
-    return f"{len(jobs)} videos, {forwards} forwards, {time}"
+    return f"{len(jobs)} clips, {forwards} forwards, {time}"

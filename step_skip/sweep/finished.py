@@ -1,8 +1,9 @@
-"""Which videos are there already: whole, and by the choices that a job has. No tensor and no video is read.
+"""Find the clips that exist: whole, and made by the choices of their jobs. No tensor and no video is read.
 
-What is trusted for that: the sums that a prior's sealed metadata records of its files, and that a video of
-the size its JSON records, and no newer than that, is the one the JSON was written for. Another is hashed.
-Nothing is used on such grounds: before a prior gives anything to a video, its files are hashed (inputs.py).
+Two things are trusted for that: the SHA-256 that a prior's checksummed metadata records of its files, and
+that an .mp4 which has the size its JSON records and isn't newer is the one the JSON was written for. Any
+other .mp4 is hashed. Nothing is computed on such grounds: before a prior is used for a clip its files are
+hashed (infer/inputs.py).
 """
 
 from __future__ import annotations
@@ -26,17 +27,17 @@ from step_skip.sweep.clips import Group, Job
 from step_skip.sweep.outputs import free_path, is_taken, names_from
 
 
-def find_made(groups: Collection[Group]) -> dict[Path, Exception]:
-    """Note of each job whether its video is there.
+def find_existing(groups: Collection[Group]) -> dict[Path, Exception]:
+    """Mark each job whose clip exists.
 
     Returns:
-        By video what is wrong with older priors, which record no sums, so that their files are read.
+        By clip what is wrong with older priors: they record no SHA-256, so that their files are read.
 
     Raises:
-        InputError: the same, of the only prior.
+        InputError: the same, for the only prior.
     """
     failed: dict[Path, Exception] = {}
-    names: dict[Path, set[str]] = {}  # what there is in each folder
+    names: dict[Path, set[str]] = {}  # of the files in each folder
     for group in groups:
         folder = group.jobs[0].folder
         if folder not in names:
@@ -45,7 +46,7 @@ def find_made(groups: Collection[Group]) -> dict[Path, Exception]:
             if group.prior.is_legacy:
                 check_inputs(group, group.plans)
             for job in group.jobs:
-                job.made = f"{job.name}.json" in names[folder] and is_made(job, group)
+                job.exists = f"{job.name}.json" in names[folder] and is_finished(job, group)
         except InputError as error:
             if len(groups) == 1:
                 raise
@@ -53,9 +54,9 @@ def find_made(groups: Collection[Group]) -> dict[Path, Exception]:
     return failed
 
 
-def is_made(job: Job, group: Group) -> bool:
-    """Whether the video is there and whole, and its JSON says it is the one this job would make."""
-    try:  # the folder may be anybody's
+def is_finished(job: Job, group: Group) -> bool:
+    """Return whether the clip is whole, and by its JSON the one that this job would make."""
+    try:  # the folder may come from an untrusted source
         found = json.loads(read_file(job.report_path, most=MAX_METADATA_BYTES))
         expected = json.loads(json.dumps(describe_settings(group, job.plan)))  # tuples become lists
         same = all(found[name] == value for name, value in expected.items())
@@ -66,7 +67,7 @@ def is_made(job: Job, group: Group) -> bool:
 
 
 def is_whole(job: Job, report: dict[str, Any]) -> bool:
-    """Whether a video is the one its JSON was written for: by size and time, else by its SHA-256."""
+    """Return whether an .mp4 is the one its JSON was written for: by size and time, else by its SHA-256."""
     try:
         video, beside = os.lstat(job.path), os.lstat(job.report_path)
     except OSError:
@@ -78,10 +79,10 @@ def is_whole(job: Job, report: dict[str, Any]) -> bool:
 
 
 def settle_single(group: Group, *, output: Path | None, overwrite: bool) -> None:
-    """Give a single video its place: where it is made already, else --output or the next free name.
+    """Name a single clip: as the one that exists, else as --output, else by the next free name.
 
     Raises:
-        InputError: something else has the name that --output asks for.
+        InputError: another file has the name of --output.
     """
     [job] = group.jobs
     if output is None:
@@ -89,9 +90,9 @@ def settle_single(group: Group, *, output: Path | None, overwrite: bool) -> None
         made = (
             name
             for name in before
-            if is_made(dataclasses.replace(job, folder=name.parent, name=name.stem), group)
+            if is_finished(dataclasses.replace(job, folder=name.parent, name=name.stem), group)
         )
         job.path = next(made, None) or free_path(job.path)
-    elif is_taken(output) and not overwrite and not is_made(job, group):
+    elif is_taken(output) and not overwrite and not is_finished(job, group):
         taken = output if os.path.lexists(output) else job.report_path
         raise InputError(f"--output: {taken} exists; choose another name or add --overwrite")

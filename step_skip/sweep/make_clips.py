@@ -60,14 +60,14 @@ from step_skip.prior.preview import check_previewable, preview_to
 from step_skip.prior.prior import Prior, bytes_of_prior, experts_of
 from step_skip.sweep.clips import Group, Job, all_jobs, by_weights, make_groups
 from step_skip.sweep.cost import components_to_load, expected_seconds_of_each, summarize_jobs
-from step_skip.sweep.finished import find_made, settle_single
+from step_skip.sweep.finished import find_existing, settle_single
 from step_skip.sweep.outputs import free_path, sweep_folder
 from step_skip.sweep.progress import (
     describe_seconds,
+    log_auto,
+    log_what_runs,
     report_failed_clips,
-    say_what_auto_means,
-    say_what_is_left_out,
-    say_what_runs,
+    warn_of_left_out,
 )
 
 if TYPE_CHECKING:
@@ -110,7 +110,7 @@ class Sweep:
     @property
     def existing(self) -> int:
         """How many of the clips exist already."""
-        return sum(job.made for job in self.jobs)
+        return sum(job.exists for job in self.jobs)
 
     @property
     def contexts(self) -> Path | None:
@@ -123,7 +123,7 @@ class Sweep:
         """The groups with the clips that are still to be made."""
         failed = self.failed
         left = [
-            [job for job in group.jobs if not (job.made or (failed and job.path in failed))]
+            [job for job in group.jobs if not (job.exists or (failed and job.path in failed))]
             for group in self.groups
         ]
         return [replace(group, jobs=jobs) for group, jobs in zip(self.groups, left, strict=True) if jobs]
@@ -172,7 +172,7 @@ def plan_sweep(
     jobs = all_jobs(groups)
     is_single = not is_sweep and len(jobs) == 1 and not left_out
     sweep = Sweep(groups=groups, left_out=left_out, is_single=is_single)
-    say_what_is_left_out(left_out)
+    warn_of_left_out(left_out)
     for job in jobs if preview else ():
         check_previewable(job.prior)
         job.preview = True
@@ -182,11 +182,11 @@ def plan_sweep(
         check_clip_prior(jobs[0].plan, jobs[0].prior)
         check_folder(jobs[0].prior.directory.parent, bytes_of_prior(jobs[0].prior))
         jobs[0].save_prior = True
-    say_what_auto_means(groups)
+    log_auto(groups)
     if is_single:
         settle_single(groups[0], output=output, overwrite=overwrite)
     if not overwrite:
-        sweep.failed = find_made(groups)
+        sweep.failed = find_existing(groups)
     return sweep
 
 
@@ -249,7 +249,7 @@ def make_sweep(
     missing = sweep.missing
     batches = by_weights(missing) if machine.model is None else [missing] if missing else []
     if sweep.is_single and sweep.existing:
-        log.info("made before, by the same choices, and whole: nothing to do")
+        log.info("the clip exists, made by the same choices, and is whole: nothing to do")
     is_announced = False
     for batch in batches:
         try:
@@ -258,7 +258,7 @@ def make_sweep(
             usable = [group for group in batch if group.jobs[0].path not in unusable]
             if not is_announced:
                 check_folder(sweep.folder, bytes_of_clips(missing))
-                say_what_runs(missing, there=None if sweep.is_single else sweep.existing)
+                log_what_runs(missing, existing=None if sweep.is_single else sweep.existing)
                 is_announced = True
             with page_of(sweep, page) as on_made:
                 sweep.failed |= machine.make(usable, options, contexts=sweep.contexts, on_made=on_made)
@@ -390,7 +390,7 @@ def load_options(
     )
 
 
-def say_what_it_takes(sweep: Sweep, *, device: str | None, vram: str, model_dir: Path | None) -> None:
+def log_what_it_takes(sweep: Sweep, *, device: str | None, vram: str, model_dir: Path | None) -> None:
     """Log what the missing clips would take: time, memory, what would be loaded and downloaded.
 
     Args:
@@ -400,7 +400,7 @@ def say_what_it_takes(sweep: Sweep, *, device: str | None, vram: str, model_dir:
     needed = [components_to_load(batch, sweep.contexts) for batch in batches]
     loaded = ", ".join(dict.fromkeys(itertools.chain(*needed))) or "nothing"
     summary = summarize_jobs(all_jobs(sweep.missing))
-    log.info(f"{summary}; {sweep.existing} are there already; would load {loaded}")
+    log.info(f"{summary}; {sweep.existing} exist already; would load {loaded}")
     for batch, components in zip(batches, needed, strict=True):
         plan = batch[0].jobs[0].plan
         usual = "cuda" if plan.model in MODELS else "cpu"

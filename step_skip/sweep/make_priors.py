@@ -72,12 +72,12 @@ class Batch:
     @property
     def missing(self) -> list[PriorJob]:
         """The priors that are still to be made, and can be as far as is known."""
-        return [job for job in self.jobs if not job.made and job.error is None]
+        return [job for job in self.jobs if not job.exists and job.error is None]
 
     @property
     def existing(self) -> int:
         """How many of the priors exist already."""
-        return sum(job.made for job in self.jobs)
+        return sum(job.exists for job in self.jobs)
 
 
 def plan_batch(
@@ -113,7 +113,7 @@ def plan_batch(
         options = dataclasses.replace(options, device=device)
     check_compute(vram=options.vram, quantize=options.quantize, compile=options.compile)
     jobs = plan_jobs(jobs, options, family, output_dir, parameters=parameters)
-    report_unusable(jobs, [job for job in jobs if not job.made])
+    report_unusable(jobs, [job for job in jobs if not job.exists])
     return Batch(jobs=jobs, options=options, family=family, output_dir=output_dir, is_here=is_here)
 
 
@@ -306,13 +306,13 @@ def what_to_load(jobs: Sequence[PriorJob], options: LoadOptions) -> tuple[LoadOp
 
 
 def log_cost(batch: Batch) -> None:
-    """Tell what priors cost once, and what each new prompt will; and how many are there already."""
+    """Log what the missing priors cost, how many exist, and what each new prompt will cost."""
     to_do = batch.missing
     if batch.is_single and batch.existing:
-        log.info("made before, by the same choices, and no file is missing: nothing to do")
+        log.info("the prior exists, made by the same choices, and no file is missing: nothing to do")
     elif not batch.is_single or not to_do:
         size = sum(map(bytes_of, to_do)) / 1e9
-        log.info(f"{len(to_do)} priors to make, at most {size:.1f} GB; {batch.existing} are there already")
+        log.info(f"{len(to_do)} priors to make, at most {size:.1f} GB; {batch.existing} exist already")
     if not to_do:
         return
     prior = to_do[0].prior
@@ -325,7 +325,7 @@ def log_cost(batch: Batch) -> None:
     )
 
 
-def say_what_a_batch_takes(batch: Batch) -> None:
+def log_what_a_batch_takes(batch: Batch) -> None:
     """Log what the missing priors would take: disk, memory, what would be loaded and downloaded.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Where videos go: names made from choices, a sweep's folder, what must not be replaced."""
+"""Name the clips after their choices, keep a sweep's folder, and refuse to replace other files."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from step_skip.prior.schema import METADATA_FILE
 
 @contextlib.contextmanager
 def sweep_folder(folder: Path) -> Iterator[None]:
-    """Make a sweep's folder and keep other writers out; what a killed one left half-written is cleared away.
+    """Make a sweep's folder, lock it, and remove the temporary files that a killed run left.
 
     Raises:
-        InputError: another process is at it, or it can't be written.
+        InputError: another process writes to it, or it can't be written.
     """
     folder.mkdir(parents=True, exist_ok=True)
     try:
@@ -36,10 +36,10 @@ def sweep_folder(folder: Path) -> Iterator[None]:
 
 
 def check_output(path: Path, prior: Prior) -> None:
-    """Refuse an --output that no video can have; the prior's own files are never replaced.
+    """Refuse an --output that no clip can have; the prior's own files are never replaced.
 
     Raises:
-        InputError: with what is in the way.
+        InputError: names what is wrong with it.
     """
     if path.suffix != ".mp4":
         raise InputError(f"--output {path}: expected a name that ends in .mp4")
@@ -59,22 +59,22 @@ def check_output(path: Path, prior: Prior) -> None:
 
 
 def free_path(path: Path) -> Path:
-    """This name or, where a video or a JSON file has it, the next: name_2.mp4 ..."""
+    """Return this name or, if a file has it, the next that is free: name_2.mp4 ..."""
     return next(name for name in names_from(path) if not is_taken(name))
 
 
 def names_from(path: Path) -> Iterator[Path]:
-    """name.mp4, name_2.mp4 ..."""
+    """Yield name.mp4, name_2.mp4 ..."""
     return (path.with_stem(f"{path.stem}_{again}") if again > 1 else path for again in itertools.count(1))
 
 
 def is_taken(path: Path) -> bool:
-    """Whether something has a video's name, or that of the JSON file beside it."""
+    """Return whether a file has a clip's name, or that of the JSON file beside it."""
     return os.path.lexists(path) or os.path.lexists(path.with_suffix(".json"))
 
 
-def video_name(plan: Plan) -> str:
-    """A file name, without suffix, that tells steps and prompt, and differs for every choice."""
+def clip_name(plan: Plan) -> str:
+    """Return a file name without suffix: steps, prompt, and a digest that differs for every choice."""
     if plan.closeness is not None:
         start = f"close{plan.closeness:g}"
     elif plan.sigmas is not None:

@@ -1,7 +1,7 @@
-"""Many priors to make, as data: every image x seed x prompt is a job of its own.
+"""Many priors as data: every image x seed x prompt is a job of its own.
 
 No image is decoded and no weight loaded. A job holds paths and choices, so that a folder of any size fits in
-memory. What is there already is looked up by name and then compared by what decides a prior: the bytes of the
+memory. Existing priors are looked up by name and then compared by what decides a prior: the bytes of the
 image's file, prompt, seed, settings and weights.
 """
 
@@ -40,12 +40,12 @@ from step_skip.prior.writer import check_run_id
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
-BEGUN, PRUNED, WHOLE = range(3)  # how much there is of a prior, as far as its files' names tell
+BEGUN, PRUNED, WHOLE = range(3)  # how much of a prior exists, as far as the names of its files tell
 Found = tuple[Path, int]  # a prior's folder, and which of these it is
 
-# entries that are known before a run and that another machine, or another moment, may have otherwise
+# Entries that are known before a run and that differ from machine to machine, or from run to run.
 OF_THE_MACHINE: Final = frozenset(("device", "device_name", "num_threads", "attention", "versions", "vram"))
-TIME_NAME = re.compile(r"\d{8}_\d{6}")  # of a prior whose image's name has no letters
+TIME_NAME = re.compile(r"\d{8}_\d{6}")  # the name of a prior whose image's name has no letters
 
 
 @dataclass(slots=True, eq=False)
@@ -55,27 +55,31 @@ class PriorJob:
     images: dict[str, Path]  # by the prior's file names
     prompt: str
     choices: PriorChoices
-    run_id: str | None = None  # that was asked for; None: after the image, without one the prompt
-    planned: Prior | None = None  # what is known of it beforehand
-    directory: Path | None = None  # where it is, once it has begun
-    made: bool = False
+    run_id: str | None = None  # the one that was asked for; None: after the image, without one the prompt
+    planned: Prior | None = None  # with the metadata that is known before the run
+    directory: Path | None = None  # its folder, once it has begun
+    exists: bool = False  # it is whole, or pruned
     error: Exception | None = None  # why it can't be made
-    pictures: dict[str, Picture] | None = None  # decoded already, of the first one
+    pictures: dict[str, Picture] | None = None  # decoded already
 
     @property
     def name(self) -> str:
-        """The image's file, without one the prompt."""
+        """The path of its image, without one the prompt."""
         return str(self.images.get(IMAGE_FILE, self.prompt))
 
     @property
     def base(self) -> str:
-        """The run id that it has if no other prior does."""
+        """The run id that it gets if no other prior has it."""
         image = self.images.get(IMAGE_FILE)
         return id_from_name(self.prompt if image is None else image.stem)
 
     @property
     def prior(self) -> Prior:
-        """What is known of it, of a job that was planned."""
+        """The prior as it was planned.
+
+        Raises:
+            ValueError: it was not planned.
+        """
         if self.planned is None:
             raise ValueError("the job was not planned")
         return self.planned
@@ -90,7 +94,7 @@ def make_jobs(
     seeds: Sequence[int] = (0,),
     run_ids: Sequence[str] = (),
 ) -> list[PriorJob]:
-    """A job for each image, seed and prompt, in this order.
+    """Return a job for each image, seed and prompt, in this order.
 
     Args:
         images: files and folders of them; none: for a model that takes none.
@@ -99,7 +103,7 @@ def make_jobs(
         run_ids: one for each job, or none.
 
     Raises:
-        InputError: a file that isn't there, an id given twice, or as many of something as fit no reading.
+        InputError: a file is missing, an id is given twice, or the numbers of values don't match.
     """
     files: list[Path | None] = [file for path in images for file in files_of(path)]
     paired = 1 < len(prompts) == len(files) and not any(path.is_dir() for path in images)
@@ -129,10 +133,10 @@ def make_jobs(
 def for_each(
     flag: str, values: Sequence[T], number: int, what: str, *, all_one: bool = True
 ) -> Sequence[T | None]:
-    """One value for each, where none, one for all or as many were given.
+    """Return one value for each, of none, one for all, or as many.
 
     Raises:
-        InputError: another number of them.
+        InputError: another number of values was given.
     """
     if not values:
         return [None] * number
@@ -143,7 +147,7 @@ def for_each(
     return values
 
 
-# --- what is known before -----------------------------------------------------------------------------------
+# --- what is known beforehand -------------------------------------------------------------------------------
 
 
 def plan_jobs(
@@ -154,18 +158,18 @@ def plan_jobs(
     *,
     parameters: Mapping[str, str] | None = None,
 ) -> list[PriorJob]:
-    """Note of each job which prior it is, where that is there or has begun, and what it will be.
+    """Find the prior of each job that exists or has begun, and plan the others.
 
-    An image of which nothing can be made is noted as the job's error.
+    What is wrong with an image is noted as the job's error.
 
     Args:
         parameters: the fingerprints of the values of a pipeline of the user's own, which has no files.
 
     Returns:
-        The jobs, each prior once.
+        The jobs, without those that ask for the same prior again.
 
     Raises:
-        InputError: see `plan_prior`; or a run id that another prior has.
+        InputError: see `plan_prior`; or another prior has the run id.
     """
     plan = functools.cache(lambda choices: plan_prior(options, choices, family=family))
     defaults = model_defaults(options.model, options.model_dir)
@@ -179,7 +183,7 @@ def plan_jobs(
     for job in jobs:
         try:
             sized = choices
-            for file, path in job.images.items() if not job.made else ():
+            for file, path in job.images.items() if not job.exists else ():
                 found = size(path, label=LABELS[file])
                 sized = choose_size(sized, found, defaults=defaults, family=FAMILIES[family])
         except InputError as error:
@@ -193,10 +197,10 @@ def plan_jobs(
 
 
 def what_all_record(planned: Mapping[str, Any], choices: PriorChoices, *, any_size: bool) -> dict[str, Any]:
-    """What every prior of a run has in its metadata, besides image, prompt and seed, as JSON gives it.
+    """Return what all priors of a batch record besides image, prompt and seed, as JSON gives it.
 
     Args:
-        planned: of one of them.
+        planned: the planned metadata of one of them.
         any_size: whether the size may follow the image.
     """
     left_out = {*OF_THE_MACHINE, "seed"}
@@ -209,7 +213,7 @@ def what_all_record(planned: Mapping[str, Any], choices: PriorChoices, *, any_si
 
 
 def local_weights(options: LoadOptions, family: str, choices: PriorChoices) -> Mapping[str, str]:
-    """The fingerprints of weights that lie in a folder of the user's; of others, that are fetched, none.
+    """Return the fingerprints of weights in a folder of the user's; none for weights that are fetched.
 
     Raises:
         InputError: some are missing.
@@ -221,12 +225,12 @@ def local_weights(options: LoadOptions, family: str, choices: PriorChoices) -> M
 
 
 class Known:
-    """The priors that a folder holds, as far as they are those of a run; each is read once.
+    """The priors in a folder that match a batch; each is read once.
 
     Args:
-        choices: of the run.
+        choices: those of the batch.
         expected: what all its priors have in their metadata.
-        weights: the fingerprints of its weights; asked for once a prior has all that.
+        weights: returns the fingerprints of its weights; called once a prior has all that.
     """
 
     def __init__(
@@ -247,17 +251,17 @@ class Known:
                     self.names.setdefault(base, []).append(name)
 
     def find(self, jobs: Iterable[PriorJob]) -> list[PriorJob]:
-        """Note of each job where its prior is; the same one, asked for twice, is left out.
+        """Note each job's prior if it exists or has begun; return the jobs without repetitions.
 
         Raises:
-            InputError: a run id that another prior has.
+            InputError: another prior has the run id.
         """
         taken, kept, pruned = set(), [], []
         for job in jobs:
             key = None if self.choices.denoising_strength < 1 else self.key_of_job(job)
             if key is not None and (found := self.look_up(job, key)) is not None:
                 job.directory, state = found
-                job.made = state != BEGUN
+                job.exists = state != BEGUN
                 pruned += [job.directory] if state == PRUNED else []
             elif job.run_id is not None:
                 check_run_id(self.folder, job.run_id)
@@ -268,13 +272,13 @@ class Known:
             kept.append(job)
         if pruned:
             log.info(
-                f"{len(pruned)} of those that are there were pruned, {pruned[0]} say: "
+                f"{len(pruned)} of the existing priors were pruned, for example {pruned[0]}; "
                 "another --run_id makes a whole one"
             )
         return kept
 
     def look_up(self, job: PriorJob, key: object) -> Found | None:
-        """The prior of a job: where its id was asked for there alone, else under any number."""
+        """Look up the prior of a job: under the id that was asked for, else under any number."""
         if job.run_id is not None:
             return self.read([f"run_{job.run_id}"]).get(key)
         if job.base not in self.found:
@@ -282,10 +286,10 @@ class Known:
         return self.found[job.base].get(key)
 
     def read(self, names: Iterable[str]) -> dict[object, Found]:
-        """The priors of the run's settings among these folders, by what decides each; of several the best."""
+        """Read the matching priors among these folders, by what decides each; of equals the most complete."""
         found: dict[object, Found] = {}
         for name in names:
-            with contextlib.suppress(InputError):  # damaged, or no prior
+            with contextlib.suppress(InputError):  # it is damaged, or no prior
                 if (self.folder / name / METADATA_FILE).exists():
                     prior = read_run(self.folder / name)
                     if self.is_alike(prior):
@@ -295,14 +299,14 @@ class Known:
         return found
 
     def is_alike(self, prior: Prior) -> bool:
-        """Whether a prior has the run's settings and, as far as they are known, its weights."""
+        """Return whether a prior has the batch's settings and, as far as they are known, its weights."""
         m = prior.metadata
         return all(m.get(name) == value for name, value in self.expected.items()) and all(
             m["model_fingerprint"].get(name) == digest for name, digest in self.weights().items()
         )
 
     def key_of_job(self, job: PriorJob) -> object:
-        """What decides its prior besides the settings; None: an image that can't be read."""
+        """Return what decides a job's prior besides the settings; None: an image can't be read."""
         colour = hex_colour(self.choices.background)
         try:
             images = [
@@ -314,10 +318,10 @@ class Known:
 
 
 def state_of(prior: Prior) -> int:
-    """How much there is of a prior that records its files; one that lacks any is to be finished.
+    """Return how much of a prior exists; one that lacks files can be finished.
 
     Raises:
-        InputError: it lacks some and can't be finished as what it is; the user is told.
+        InputError: it lacks files and can't be finished as what it is; this is logged.
     """
     m = prior.metadata
     lacking = sorted(m["files"].keys() - set(os.listdir(prior.directory)))  # noqa: PTH208  half the time
@@ -325,7 +329,9 @@ def state_of(prior: Prior) -> int:
     if lacking and (is_pruned or m["status"] == "stopped"):
         what = "was pruned" if is_pruned else "is a draft"
         remedy = "prior_utils.py rm removes it" if is_pruned else "generate_prior.py --resume finishes it"
-        problem = f"{prior.directory} {what} and lacks {lacking[0]}, so it doesn't count as made; {remedy}"
+        problem = (
+            f"{prior.directory} {what} and lacks {lacking[0]}, so it doesn't count as existing; {remedy}"
+        )
         log.warning(problem)
         raise InputError(problem)
     if lacking or m["status"] == "running":
@@ -334,7 +340,7 @@ def state_of(prior: Prior) -> int:
 
 
 def bases_of(run_id: str) -> Iterator[str]:
-    """The ids that this one may be a numbered copy of, itself included; "": that of a time."""
+    """Yield the ids that this one may be a numbered copy of, itself included; "" for a date and time."""
     yield run_id
     first, _, number = run_id.rpartition("_")
     if number.isdecimal():
@@ -345,7 +351,7 @@ def bases_of(run_id: str) -> Iterator[str]:
 
 
 def key_of_prior(prior: Prior) -> object:
-    """What decides a prior besides the settings; see `Known.key_of_job`."""
+    """Return what decides a prior besides the settings; see `Known.key_of_job`."""
     images = prior.metadata.get("images", {}).items()
     sources = [(file, each.get("sha256"), each["fit"], each["background"]) for file, each in images]
     return prior.metadata.get("prompt"), prior.metadata.get("seed"), tuple(sources)
@@ -355,21 +361,25 @@ def key_of_prior(prior: Prior) -> object:
 
 
 def bytes_of(job: PriorJob) -> int:
-    """The most that the prior of a job takes on disk."""
+    """Return the most that the prior of a job takes on disk, in bytes."""
     prior = job.prior
     estimates = prior.num_inference_steps if prior.metadata["save_decoded_videos"] else 0
     return bytes_needed(prior, videos=1 + estimates)
 
 
 def forwards_of(prior: Prior, *, whole: bool = False) -> int:
-    """The evaluations of the network of a run to be made, or of one that isn't stopped early."""
+    """Return the network evaluations of a planned run.
+
+    Args:
+        whole: count the whole run even if it is to be stopped early.
+    """
     last_step = None if whole else prior.metadata["stop_after"]
     guidance = prior.guidance[: None if last_step is None else last_step + 1]
     return sum(1 if scale == 1 else 2 for scale in guidance)
 
 
 def describe_prior_job(job: PriorJob) -> str:
-    """A job as one line of JSON: its settings, what they cost, and the prior that is there already."""
+    """Return a job as one line of JSON: its settings, what they cost, and the prior that exists."""
     data: dict[str, Any] = {"name": job.name, "prompt": job.prompt}
     if job.error is None:
         prior = job.prior
@@ -379,7 +389,7 @@ def describe_prior_job(job: PriorJob) -> str:
             "forwards": forwards_of(prior),
             "bytes_at_most": bytes_of(job),
             "prior_dir": None if job.directory is None else str(job.directory),
-            "made": job.made,
+            "made": job.exists,
         }
     else:
         data["error"] = str(job.error)

@@ -1,4 +1,4 @@
-"""What a user is told: what is doubtful, what is loaded, what will run, what it took, what failed."""
+"""Log what will run, how far it is, what it took and what failed."""
 
 from __future__ import annotations
 
@@ -17,19 +17,23 @@ from step_skip.sweep.cost import summarize_jobs
 log = logging.getLogger(__name__)
 
 
-def say_what_auto_means(groups: Sequence[Group]) -> None:
-    """Tell the step that each prior chose."""
+def log_auto(groups: Sequence[Group]) -> None:
+    """Log the step that `auto` chose for each prior."""
     for group in groups:
         chosen = [plan.auto for plan in group.plans if plan.auto is not None]
         if chosen:
             log.info(f"{f'{group.prior.directory}: ' if len(groups) > 1 else ''}auto: {chosen[0]}")
 
 
-def say_what_runs(groups: Sequence[Group], *, there: int | None) -> None:
-    """Tell what will run: a single video's steps, or a sweep's sums."""
+def log_what_runs(groups: Sequence[Group], *, existing: int | None) -> None:
+    """Log what will run.
+
+    Args:
+        existing: how many clips of a sweep exist; None: a single clip, whose steps are logged.
+    """
     jobs = all_jobs(groups)
-    if there is not None:
-        log.info(f"{summarize_jobs(jobs)}; {there} are there already")
+    if existing is not None:
+        log.info(f"{summarize_jobs(jobs)}; {existing} exist already")
         return
     [job] = jobs
     total, running = job.prior.num_inference_steps, len(job.plan.steps_to_run)
@@ -44,7 +48,7 @@ def say_what_runs(groups: Sequence[Group], *, there: int | None) -> None:
 
 
 class Progress:
-    """A bar over many jobs: how many are done, how many a minute, the time left."""
+    """A progress bar over many jobs: how many are done, how many a minute, the time left."""
 
     def __init__(self, what: str, number: int, *, cost: float):
         layout = "{desc}{percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}"
@@ -58,7 +62,7 @@ class Progress:
         self.bar.close()
 
     def add(self, cost: float) -> None:
-        """One more job is done."""
+        """Count one more job as done."""
         self.done += 1
         minutes = max(self.bar.format_dict["elapsed"], 1e-9) / 60
         self.bar.set_description(f"{self.what} {self.done} of {self.number}", refresh=False)
@@ -68,13 +72,13 @@ class Progress:
 
 @contextlib.contextmanager
 def each_warning_once() -> Iterator[None]:
-    """While many jobs run, tell what is the same for all of them once."""
-    told: set[str] = set()
+    """While many jobs run, log a warning that is the same for all of them once."""
+    logged: set[str] = set()
 
     def is_new(record: logging.LogRecord) -> bool:
         message = record.getMessage()
-        is_new = record.levelno < logging.WARNING or message not in told
-        told.add(message)
+        is_new = record.levelno < logging.WARNING or message not in logged
+        logged.add(message)
         return is_new
 
     handlers = logging.getLogger("step_skip").handlers
@@ -88,10 +92,10 @@ def each_warning_once() -> Iterator[None]:
 
 
 def describe_seconds(seconds: Mapping[str, float], *, prior: Prior | None = None) -> str:
-    """Where a run's time went.
+    """Describe where a run's time went.
 
     Args:
-        prior: of a video made from it: its own run's seconds of network stand beside the video's.
+        prior: the one a clip was made from; the seconds of its own run are given beside the clip's.
     """
     beside = ""
     if prior is not None and (recorded := prior.metadata.get("seconds_per_step")):
@@ -101,8 +105,8 @@ def describe_seconds(seconds: Mapping[str, float], *, prior: Prior | None = None
     return f"{sum(seconds.values()):.1f} s: {', '.join(parts)}"
 
 
-def say_what_is_left_out(left_out: Mapping[Path, Exception]) -> None:
-    """Tell of the priors from which nothing is made."""
+def warn_of_left_out(left_out: Mapping[Path, Exception]) -> None:
+    """Warn of the priors that can't be used."""
     for directory, error in left_out.items():
         log.warning(f"left out: {_one_line(error, naming=directory)}")
 
@@ -110,15 +114,15 @@ def say_what_is_left_out(left_out: Mapping[Path, Exception]) -> None:
 def report_failed_clips(
     failed: Mapping[Path, Exception], total: int, *, folder: Path, left_out: Mapping[Path, Exception]
 ) -> None:
-    """Tell what a sweep could not make; what is wrong with a prior once for all its videos.
+    """Report what a sweep could not make, each error once for all clips that it costs.
 
     Raises:
-        RunError: there is such a video or prior.
+        RunError: a clip failed, or a prior was left out.
     """
-    videos: dict[int, list[Path]] = {}  # by what is wrong
+    clips: dict[int, list[Path]] = {}  # by error
     for path, error in failed.items():
-        videos.setdefault(id(error), []).append(path)
-    for path, *others in videos.values():
+        clips.setdefault(id(error), []).append(path)
+    for path, *others in clips.values():
         more = f" and {len(others)} others" if others else ""
         log.warning(f"{path.name}{more} failed: {_one_line(failed[path])}")
     parts = [f"{len(failed)} of {total} clips failed"] if failed else []
@@ -131,6 +135,6 @@ def report_failed_clips(
 
 
 def _one_line(error: Exception, *, naming: Path | None = None) -> str:
-    """What an error says, with the folder it is about."""
+    """Return an error's message in one line, with the folder it is about."""
     text = " ".join(str(error).split())[:200] or type(error).__name__
     return text if naming is None or str(naming) in text else f"{naming}: {text}"
