@@ -8,14 +8,11 @@ import io
 import json
 import os
 import shutil
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
 os.fsync = lambda descriptor: None  # no power cut is tested in this process, and waiting for disks is slow
 os.environ["OMP_NUM_THREADS"] = "1"  # the model is so small that threads only cost time
 

@@ -103,6 +103,21 @@ def record_checksum(prior: Path, name: str) -> None:
     edit_metadata(prior, files=read_json(prior / "run_metadata.json")["files"] | {name: digest})
 
 
+def fail_at_step(monkeypatch, step: int, error: BaseException) -> None:
+    """Let the network raise at the first forward of a step."""
+    from diffsynth.models.wan_video_dit import WanModel
+
+    calls, unpatchify = [], WanModel.unpatchify
+
+    def forward(*args, **kwargs):
+        calls.append(None)
+        if len(calls) > 2 * step:
+            raise error
+        return unpatchify(*args, **kwargs)
+
+    monkeypatch.setattr(WanModel, "unpatchify", forward)
+
+
 def listing(folder: Path) -> dict[str, str]:
     """Every entry below a folder and a digest of what it holds."""
     return {str(path.relative_to(folder)): _content(path) for path in sorted(folder.rglob("*"))}

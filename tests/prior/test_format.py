@@ -24,6 +24,7 @@ from helpers import (
     ROOT,
     SIZE,
     edit_metadata,
+    fail_at_step,
     listing,
     read_json,
 )
@@ -346,21 +347,6 @@ def test_replacing_leaves_the_old_file_when_writing_fails(tmp_path):
 
 
 # --- runs that do not end -----------------------------------------------------------------------------------
-
-
-def fail_at_step(monkeypatch, step: int, error: BaseException) -> None:
-    """Let the network raise at the first forward of a step."""
-    from diffsynth.models.wan_video_dit import WanModel
-
-    calls, unpatchify = [], WanModel.unpatchify
-
-    def forward(*args, **kwargs):
-        calls.append(None)
-        if len(calls) > 2 * step:
-            raise error
-        return unpatchify(*args, **kwargs)
-
-    monkeypatch.setattr(WanModel, "unpatchify", forward)
 
 
 @pytest.mark.parametrize(
