@@ -8,14 +8,13 @@ import io
 import json
 import os
 import shutil
-import sys
+import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+pytest.register_assert_rewrite("helpers")
 os.fsync = lambda descriptor: None  # no power cut is tested in this process, and waiting for disks is slow
 os.environ["OMP_NUM_THREADS"] = "1"  # the model is so small that threads only cost time
 
@@ -236,6 +235,18 @@ def refused(loads: list[list[str]], tmp_path: Path) -> Callable[..., str]:
         return outcome.error
 
     return refused
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """Mount a file system of one MiB, where this user may."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder]
+    if os.geteuid() != 0 or subprocess.run(command, capture_output=True).returncode != 0:
+        pytest.skip("needs to mount a small file system")
+    yield folder
+    subprocess.run(["umount", folder], check=True)
 
 
 # --- the family ---------------------------------------------------------------------------------------------

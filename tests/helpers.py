@@ -5,8 +5,11 @@ from __future__ import annotations
 import hashlib
 import importlib
 import json
+import shutil
 import subprocess
 import sys
+import types
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -101,6 +104,64 @@ def record_checksum(prior: Path, name: str) -> None:
     """Make the metadata agree with a file a test has replaced, so that later checks see it."""
     digest = hashlib.sha256((prior / name).read_bytes()).hexdigest()
     edit_metadata(prior, files=read_json(prior / "run_metadata.json")["files"] | {name: digest})
+
+
+def fail_at_step(monkeypatch, step: int, error: BaseException) -> None:
+    """Let the network raise at the first forward of a step."""
+    from diffsynth.models.wan_video_dit import WanModel
+
+    calls, unpatchify = [], WanModel.unpatchify
+
+    def forward(*args, **kwargs):
+        calls.append(None)
+        if len(calls) > 2 * step:
+            raise error
+        return unpatchify(*args, **kwargs)
+
+    monkeypatch.setattr(WanModel, "unpatchify", forward)
+
+
+def needed_name(prior: Path, name: str) -> str:
+    """Return the name of a file that every clip of a prior needs; `context` stands for its prompt's."""
+    return next(path.name for path in prior.glob("context_*.pt")) if name == "context" else name
+
+
+def replace_pickle(path: Path, content: bytes) -> None:
+    """Put another pickle into a file of torch.save's, which stays an archive like its own."""
+    with zipfile.ZipFile(path) as archive:
+        entries = {entry.filename: archive.read(entry) for entry in archive.infolist()}
+    name = next(name for name in entries if name.endswith("/data.pkl"))
+    with zipfile.ZipFile(path, "w") as archive:
+        for each, old in entries.items():
+            archive.writestr(each, content if each == name else old)
+
+
+def video_frames(path: Path) -> list:
+    """Return all frames of a video."""
+    import imageio
+
+    with imageio.get_reader(path) as reader:
+        return [frame for frame in reader]  # noqa: C416, its length is infinite
+
+
+def assert_unfinished(prior: Path, infer, *, steps: int) -> None:
+    """Assert that the folder says so itself, holds only whole files, and is refused."""
+    metadata = read_json(prior / "run_metadata.json")
+    assert metadata["status"] == "running"
+    assert sum(name.startswith("step_") for name in metadata["files"]) == steps
+    for name, digest in metadata["files"].items():
+        assert hashlib.sha256((prior / name).read_bytes()).hexdigest() == digest
+    before = listing(prior)
+    outcome = infer(prior)
+    assert outcome.code == 2
+    assert f"unfinished ({steps} of 10 steps are whole)" in outcome.error
+    assert listing(prior) == before
+
+
+def fill_disk(disk: Path, monkeypatch, *, free_kib: int) -> None:
+    """Leave so little space, and let the look before the run be told that all is well."""
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: types.SimpleNamespace(free=2**40))
+    (disk / "others").write_bytes(bytes(2**20 - free_kib * 2**10))
 
 
 def listing(folder: Path) -> dict[str, str]:

@@ -7,8 +7,8 @@ import sys
 
 import pytest
 import torch
-from conftest import MODEL_CONFIG, ROOT, build_model
-from helpers import FRAMES, PROMPT, SIZE
+from conftest import MODEL_CONFIG, build_model
+from helpers import FRAMES, PROMPT, ROOT, SIZE
 
 import step_skip
 from prior_utils import verify

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from step_skip.errors import InputError
 from step_skip.models.compute import attention_backend
 from step_skip.models.families import MODELS
-
-if TYPE_CHECKING:
-    pass
 
 log = logging.getLogger(__name__)
 

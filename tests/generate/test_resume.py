@@ -8,7 +8,7 @@ import subprocess
 
 import pytest
 from conftest import build_model, save_image
-from helpers import OTHER_PROMPT, PROMPT, edit_metadata, listing, read_json
+from helpers import OTHER_PROMPT, PROMPT, edit_metadata, fail_at_step, listing, read_json
 
 from step_skip.errors import RunError
 from step_skip.files.writing import _take, locked
@@ -403,8 +403,6 @@ def test_a_draft_whose_preview_was_interrupted(interrupted, resume, draft):
 
 
 def test_a_draft_is_usable_while_it_is_finished(draft_copy, prior, resume, infer, monkeypatch):
-    from test_format import fail_at_step
-
     with monkeypatch.context() as patch:
         fail_at_step(patch, 2, KeyboardInterrupt())
         assert resume(draft_copy).code == 130

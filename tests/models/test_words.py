@@ -73,7 +73,7 @@ def test_both_scripts_say_so_once(generate, run, image, model_dir, tmp_path):
 
 def test_every_example_uses_words_it_knows():
     texts = [path.read_text() for path in (ROOT / "README.md", ROOT / "Makefile", *ROOT.glob("docs/*.md"))]
-    texts += [path.read_text() for path in (*ROOT.glob("*.py"), *ROOT.glob("step_skip/cli*.py"))]  # --help
+    texts += [path.read_text() for path in (*ROOT.glob("*.py"), *ROOT.glob("step_skip/cli/*.py"))]  # --help
     examples = set()
     for text in texts:
         after = re.findall(r'prompt"?[ =:]+((?:"[^"\n]+"[ \\\n]*)+)', text)

@@ -7,9 +7,8 @@ import shutil
 
 import pytest
 from conftest import build_model, save_image
-from helpers import OTHER_PROMPT, PROMPT, edit_metadata, listing, read_json
+from helpers import OTHER_PROMPT, PROMPT, edit_metadata, fail_at_step, listing, read_json
 from PIL import Image
-from test_format import fail_at_step
 
 from step_skip.files.writing import locked
 from step_skip.media.images import image_size

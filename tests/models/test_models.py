@@ -50,7 +50,7 @@ def gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "a GPU")
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (state.free * 2**30, 80 * 2**30))
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda _: None)
-    monkeypatch.setattr(loading, "check_download", lambda *_: None)  # tests/test_machines.py
+    monkeypatch.setattr(loading, "check_download", lambda *_: None)  # tests/models/test_machines.py
     return state
 
 

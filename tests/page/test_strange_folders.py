@@ -1,0 +1,78 @@
+"""Pages of folders from a stranger: what is no clip is told, and nothing is waited for or followed."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+from helpers import OTHER_PROMPT, PROMPT, listing, record_checksum
+from PIL import Image
+
+from step_skip.media.videos import write_video
+
+
+@pytest.mark.parametrize("kind", ["link", "other", "long"])
+def test_a_priors_film_that_is_not_its_own_is_not_shown(prior_copy, infer, run, tmp_path, kind):
+
+    own = prior_copy / "output_full.mp4"
+    frames = [Image.new("RGB", (16, 16))] * (40 if kind == "long" else 9)
+    own.rename(tmp_path / "own.mp4")
+    write_video(frames, tmp_path / "other.mp4", fps=8)
+    if kind == "link":
+        own.symlink_to(tmp_path / "own.mp4")
+    else:
+        own.write_bytes((tmp_path / "other.mp4").read_bytes())
+    if kind == "long":
+        record_checksum(prior_copy, own.name)
+    folder = infer(prior_copy, "--prompt", PROMPT, OTHER_PROMPT, "--start_step", 9).path
+    text = (folder / "index.html").read_text()
+    words = {"link": "is a symbolic link", "other": "is damaged", "long": "over 9 frames, expected 9"}[kind]
+    assert words in text
+    assert 'output_full.mp4"' not in text  # nothing to play
+    assert run("step_skip.page.__main__", folder).code == 0
+
+
+def test_a_sweeps_folder_from_a_stranger(prior, infer, run, tmp_path):
+    """What is in it is made again, or told on the page; none of it is waited for or followed."""
+    flags = ("--prompt", PROMPT, OTHER_PROMPT, "--start_step", "4-9", "--output_dir", tmp_path / "sweep")
+    folder = infer(prior, *flags).path
+    whole = listing(folder)
+    (tmp_path / "elsewhere").write_text("precious")
+    laid = {
+        "brackets": lambda path: path.write_text("[" * 100_000),
+        "deep": lambda path: path.write_text("[" * 900 + "]" * 900),
+        "fifo": os.mkfifo,
+        "link": lambda path: path.symlink_to(tmp_path / "elsewhere"),
+        "sparse": lambda path: os.truncate(os.fspath(path), 2**36),
+        "folder": Path.mkdir,
+    }
+    for suffix in (".json", ".mp4"):
+        videos = sorted(folder.glob("*.mp4"))[:: 1 if suffix == ".mp4" else -1][: len(laid)]
+        for video, (kind, lay) in zip(videos, laid.items(), strict=True):
+            path = video.with_suffix(suffix)
+            if kind != "sparse":
+                path.unlink()
+            lay(path)
+    signal.alarm(100)
+    assert run("step_skip.page.__main__", folder).code == 0
+    outcome = infer(prior, *flags)
+    signal.alarm(0)
+    assert (outcome.code, "2 of 12 clips failed" in outcome.error) == (1, True), outcome.err
+    found = {name: digest for name, digest in listing(folder).items() if "/" not in name}
+    laid_over = [path for path in folder.iterdir() if path.is_dir() and path.name != "page"]
+    made = {name for name, digest in found.items() if name.endswith(".mp4") and digest == whole.get(name)}
+    # the video whose JSON is a folder is made, and not said to be
+    assert len(made) == 11 and len(laid_over) == 2
+    assert (tmp_path / "elsewhere").read_text() == "precious"
+
+
+def test_a_link_in_place_of_a_sweeps_folder_has_no_page(prior_copy, infer, run, tmp_path):
+    sweep = prior_copy / "outputs" / "sweep"
+    infer(prior_copy, "--start_step", 9, "--output_dir", sweep).path.rename(tmp_path / "elsewhere")
+    sweep.symlink_to(tmp_path / "elsewhere")
+    before = listing(tmp_path)
+    outcome = run("step_skip.page.__main__", sweep)
+    assert outcome.code == 2 and "sweep is a symbolic link" in outcome.error
+    assert listing(tmp_path) == before
