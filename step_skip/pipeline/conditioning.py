@@ -4,16 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 
 from step_skip.errors import InputError
 from step_skip.files.bounds import MAX_TOKENS
 from step_skip.models.families import FAMILIES
-
-if TYPE_CHECKING:
-    import torch
 
 IDENTITY_NAMES = sorted({name for family in FAMILIES.values() for name in family.conditioning})
 FUSED = "first_frame_latents"  # of those, the one that is a part of the latents

@@ -317,7 +317,7 @@ def prepare(
     jobs = all_jobs(groups)
     device = machine.device_of(jobs[0].plan.model)
     loras = find_loras(groups) if recorded_loras else parse_recorded_loras(jobs[0].plan.lora)
-    dtype, failed = check_first(groups)
+    dtype, failed = check_first_prior(groups)
     if machine.model is None:
         options = load_options(
             groups, device=device, dtype=dtype, vram=vram, model_dir=model_dir, loras=loras
@@ -345,7 +345,7 @@ def find_loras(groups: Sequence[Group]) -> tuple[Lora, ...]:
     return loras
 
 
-def check_first(groups: Sequence[Group]) -> tuple[str, dict[Path, Exception]]:
+def check_first_prior(groups: Sequence[Group]) -> tuple[str, dict[Path, Exception]]:
     """Check the schedule, files and tensors of the first prior, before any weights are loaded.
 
     Returns:

@@ -132,7 +132,7 @@ def check_batch(batch: Batch, *, read_video: ReadVideo | None = None) -> None:
     check_folder(batch.output_dir, sum(map(bytes_of, missing)))
     if read_video is not None:
         read_video(missing[0].prior.settings)
-    check_first(missing, batch.options, batch.family, is_here=batch.is_here)
+    check_begun_priors(missing, batch.options, batch.family, is_here=batch.is_here)
     report_unusable(batch.jobs, missing)
 
 
@@ -149,7 +149,7 @@ def report_unusable(jobs: Sequence[PriorJob], looked_at: Sequence[PriorJob]) -> 
             log.warning(text)
 
 
-def check_first(jobs: Sequence[PriorJob], options: LoadOptions, family: str, *, is_here: bool) -> None:
+def check_begun_priors(jobs: Sequence[PriorJob], options: LoadOptions, family: str, *, is_here: bool) -> None:
     """Check whether each prior that has begun can be finished here.
 
     If none can, images are decoded until there is a prior that can be made.
