@@ -128,7 +128,7 @@ def recorded_files(prior: Prior) -> list[str]:
     """The files a prior consists of, besides its metadata."""
     if prior.is_legacy:
         return [step_file(step) for step in range(prior.num_inference_steps)]
-    return list(prior.metadata["files"])
+    return list(prior.metadata.files)
 
 
 def find_problems(prior: Prior) -> dict[str, str]:
@@ -165,7 +165,7 @@ def usable(prior: Prior, problems: dict[str, str]) -> str:
 
 def own_conditioning(prior: Prior) -> list[str]:
     """The files of the prior's own encoded images and prompts."""
-    prompts = [context_file(prior.metadata[key]) for key in ("prompt", "negative_prompt")]
+    prompts = [context_file(text) for text in prior.texts]
     return [*map(identity_file, prior.identity_names), *prompts]
 
 
@@ -212,7 +212,7 @@ def export_prior(argv: list[str]) -> str:
     args = parser.parse_args(argv)
     prior = read_prior(args.prior_dir)
     step = prior.num_inference_steps - 1 if args.step is None else args.step
-    path = args.output or Path(f"run_{prior.metadata['run_id']}_{Path(step_file(step)).stem}.latent")
+    path = args.output or Path(f"run_{prior.metadata.run_id}_{Path(step_file(step)).stem}.latent")
     return str(comfyui.export_latents(prior, path, step=step))
 
 

@@ -178,7 +178,7 @@ def look_at_killed(prior: Path, ground: Ground) -> Iterator[str]:
     if (prior / METADATA_FILE).exists():
         found = read_run(prior)
         yield from damaged_files(found).values()
-        if found.is_complete and found.metadata["files"].keys() != true.keys():
+        if found.is_complete and found.metadata.files.keys() != true.keys():
             yield "it looks whole and is not"
 
 

@@ -58,21 +58,21 @@ def main() -> None:
     options = options_of_flags(args)
     choices, family = read_prior_choices(args), family_name(args.model)
     planned = Prior(own.output, plan_prior(options, choices, family=family))
-    metadata, settings = planned.metadata, planned.settings
+    settings = planned.settings
     image = fit_image(open_image(own.image), width=settings.width, height=settings.height)
     pipe = load_components(options, planned.family.components).pipe
 
     from step_skip.pipeline.run import run_full
     from step_skip.pipeline.settings import TILING
 
-    prompts = {"prompt": args.prompt[0], "negative_prompt": metadata["negative_prompt"]}
+    prompts = {"prompt": args.prompt[0], "negative_prompt": planned.metadata.negative_prompt}
     inputs = prompts | {"input_image": image}
 
     def bare() -> None:
         pipe(**inputs, **settings.pipeline_inputs, **TILING)
 
     def saving(folder: str) -> None:
-        writer = PriorWriter(Path(folder), prompts | vars(settings))
+        writer = PriorWriter(Path(folder), planned.metadata.model_copy(update=prompts))
         run_full(
             pipe,
             settings,

@@ -70,16 +70,16 @@ def make_large(prior: Path) -> None:
     from step_skip.prior.writer import PriorWriter
 
     small = read_prior(prior)
-    metadata = {**small.metadata, **LARGE}
-    tensors = [name for name in metadata["files"] if name.endswith(".pt") and not name.startswith("context")]
-    metadata["files"] = {name: sum_ for name, sum_ in metadata["files"].items() if name not in tensors}
-    writer = PriorWriter(prior, metadata)
+    metadata = small.metadata.model_copy(update=LARGE)
+    tensors = [name for name in metadata.files if name.endswith(".pt") and not name.startswith("context")]
+    files = {name: digest for name, digest in metadata.files.items() if name not in tensors}
+    writer = PriorWriter(prior, metadata.model_copy(update={"files": files}))
     for name in tensors:
         shape = list(writer.prior.latents_shape)
         if name == "y.pt":
             shape[1] += 4
         elif name == "clip_feature.pt":
-            shape = small.metadata["shapes"][name]
+            shape = small.metadata.shapes[name]
         writer.save_tensor(name, torch.randn(shape))
     writer.finish("complete")
 

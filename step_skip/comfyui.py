@@ -23,7 +23,7 @@ from step_skip.files.writing import check_free, replacing, write_json
 from step_skip.pipeline.settings import check_distinct
 from step_skip.prior.files import check_files, load_latents
 from step_skip.prior.prior import Prior, step_file
-from step_skip.prior.schema import METADATA_FILE
+from step_skip.prior.schema import METADATA_FILE, read_entries
 from step_skip.prior.writer import PriorWriter, create_run_dir
 
 if TYPE_CHECKING:
@@ -92,7 +92,7 @@ def export_latents(prior: Prior, path: Path, *, step: int | None = None) -> Path
     with replacing(path, overwrite=False) as temporary:
         temporary.write_bytes(content)
     warn_of_spacing(steps)
-    shift = f"{prior.metadata['sigma_shift']:g}"
+    shift = f"{prior.metadata.sigma_shift:g}"
     log.info(
         "clean latents: LoadLatent, VAEDecode"
         if step == steps - 1
@@ -134,22 +134,20 @@ def import_run(
                 "of one run"
             )
     directory, run_id = create_run_dir(output_dir, run_id, name=paths[0].stem)
-    writer = PriorWriter(directory, {})
+    frames, height, width = latents[0].shape[2:]
+    entries = {
+        "run_id": run_id,
+        "num_inference_steps": len(paths),
+        "denoising_strength": 1.0,
+        "sigma_shift": sigma_shift,
+        "scheduler_timesteps": timesteps,
+        "scheduler_sigmas": sigmas,
+        **{"height": 8 * height, "width": 8 * width, "num_frames": 4 * (frames - 1) + 1},
+    }
+    writer = PriorWriter(directory, read_entries(entries, is_legacy=True))
     for step, (latent, sigma) in enumerate(zip(latents, [*sigmas[1:], 0.0], strict=True)):
         writer.save_tensor(step_file(step), from_comfyui(latent, sigma).to(getattr(torch, dtype)))
-    frames, height, width = latents[0].shape[2:]
-    write_json(
-        directory / METADATA_FILE,
-        {
-            "run_id": run_id,
-            "num_inference_steps": len(paths),
-            "denoising_strength": 1.0,
-            "sigma_shift": sigma_shift,
-            "scheduler_timesteps": timesteps,
-            "scheduler_sigmas": sigmas,
-            **{"height": 8 * height, "width": 8 * width, "num_frames": 4 * (frames - 1) + 1},
-        },
-    )
+    write_json(directory / METADATA_FILE, entries)
     return directory
 
 
@@ -190,4 +188,4 @@ def warn_of_spacing(num_inference_steps: int) -> None:
 
 def sigmas_after(prior: Prior) -> list[float]:
     """The sigma at which each step ends."""
-    return [*prior.metadata["scheduler_sigmas"][1:], 0.0]
+    return [*prior.metadata.scheduler_sigmas[1:], 0.0]

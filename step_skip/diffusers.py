@@ -16,7 +16,6 @@ its network's dtype, and so does a prior made here. Checked against diffusers 0.
 
 from __future__ import annotations
 
-import functools
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -34,12 +33,11 @@ from step_skip.generate.choices import PriorChoices, check_prior_choices
 from step_skip.generate.formation import save_formation
 from step_skip.generate.pictures import id_of, read_pictures
 from step_skip.generate.plan import plan_prior
-from step_skip.generate.run import save_start, save_step
+from step_skip.generate.run import save_start, save_step, save_video
 from step_skip.infer.choices import Choices
 from step_skip.infer.clip import trajectory_of
 from step_skip.infer.inputs import Source, know_contexts, load_inputs
 from step_skip.infer.plan import latents_files, make_plan
-from step_skip.media.videos import write_video
 from step_skip.models.families import DEFAULT_FAMILY, FAMILIES
 from step_skip.models.loading import OWN_PIPELINE, UNVERIFIED, fingerprint_parameters
 from step_skip.models.weights import LoadOptions, model_defaults
@@ -54,11 +52,11 @@ from step_skip.pipeline.schedulers import (
     Step,
     StepCallback,
 )
-from step_skip.pipeline.settings import SCHEDULE_FLAGS
 from step_skip.prior.contexts import ContextStore
 from step_skip.prior.metadata import read_prior
 from step_skip.prior.pictures import read_own_image
 from step_skip.prior.prior import IMAGE_FILE, OUTPUT_FILE, Prior
+from step_skip.prior.schema import RecordedImage
 from step_skip.prior.writer import PriorWriter, create_run_dir
 
 if TYPE_CHECKING:
@@ -106,23 +104,23 @@ def generate_prior(
     options = LoadOptions(OWN_PIPELINE, str(pipe.device), "float32", vram="own")
     defaults = model_defaults(options.model, None)
     wanted, pictures = read_pictures({IMAGE_FILE: image}, wanted, defaults=defaults, family=FAMILY)
-    metadata = plan_prior(options, wanted, family=DEFAULT_FAMILY)
-    cfg_scale = one_guidance(metadata["cfg_scale"])
-    contexts = [encode(pipe, text) for text in (prompt, metadata["negative_prompt"])]
+    planned = plan_prior(options, wanted, family=DEFAULT_FAMILY)
+    cfg_scale = one_guidance(planned.cfg_scale or defaults.cfg_scale)
+    contexts = [encode(pipe, text) for text in (prompt, planned.negative_prompt or "")]
     directory, run_id = create_run_dir(Path(output_dir), run_id, name=id_of(pictures, prompt))
-    metadata |= {
+    begun = {
         "run_id": run_id,
         "prompt": prompt,
         "prior_kind": "prompted" if prompt else "neutral",
         "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "model_fingerprint": {},
         "parameter_fingerprint": {"transformer": fingerprint_parameters(pipe.transformer)},
-        "images": {name: picture.record for name, picture in pictures.items()},
+        "images": {name: RecordedImage(**picture.record) for name, picture in pictures.items()},
         "attention": "diffusers",
-        "versions": metadata["versions"] | {"diffusers": version("diffusers")},
+        "versions": planned.versions | {"diffusers": version("diffusers")},
     }
     with locked(directory):
-        writer = PriorWriter(directory, metadata)
+        writer = PriorWriter(directory, planned.model_copy(update=begun))
         writer.save(IMAGE_FILE, pictures[IMAGE_FILE].image.save)
         result = run(
             pipe,
@@ -130,10 +128,10 @@ def generate_prior(
             ResumableScheduler(),
             contexts=contexts,
             cfg_scale=cfg_scale,
-            on_start=functools.partial(save_start, writer),
-            on_step=functools.partial(save_step, writer),
+            on_start=lambda latents, conditioning: save_start(writer, latents, conditioning),
+            on_step=lambda step: save_step(writer, step),
         )
-        writer.save(OUTPUT_FILE, functools.partial(write_video, result.frames, fps=metadata["fps"]))
+        save_video(writer, OUTPUT_FILE, result.frames)
         save_formation(writer)
         known = {"forwards": result.forwards, "seconds": result.seconds}
         writer.finish("complete", latents_sha256=sha256_tensor(result.latents), **known)
@@ -237,7 +235,7 @@ def check_transformer(pipe: WanImageToVideoPipeline, prior: Prior) -> None:
     Raises:
         InputError: they differ.
     """
-    recorded = prior.metadata.get("parameter_fingerprint", {}).get("transformer", UNVERIFIED)
+    recorded = prior.metadata.parameter_fingerprint.get("transformer", UNVERIFIED)
     found = fingerprint_parameters(pipe.transformer)
     if UNVERIFIED in (recorded, found):
         log.warning(f"unverified: nothing tells whether {prior.directory} was made with these weights")
@@ -359,16 +357,16 @@ def run(
     scheduler.on_step, scheduler.noise_pred_nega = report, lambda: seen.noise_pred_nega
     hook = pipe.transformer.register_forward_hook(seen, with_kwargs=True)
     try:
-        with hooked(pipe, scheduler=Adapted(scheduler, {name: m[name] for name in SCHEDULE_FLAGS})):
+        with hooked(pipe, scheduler=Adapted(scheduler, prior.schedule_settings)):
             result.frames = pipe(
                 image=read_own_image(prior, IMAGE_FILE),
                 prompt_embeds=contexts[0],
                 negative_prompt_embeds=contexts[1],
                 guidance_scale=cfg_scale,
-                num_inference_steps=m["num_inference_steps"],
+                num_inference_steps=m.num_inference_steps,
                 latents=latents,
-                generator=torch.Generator().manual_seed(m["seed"]),
-                **{name: m[name] for name in ("height", "width", "num_frames")},
+                generator=torch.Generator().manual_seed(m.seed or 0),
+                **m.sizes,
                 output_type="pil",
             ).frames[0]
     finally:

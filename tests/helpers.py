@@ -10,12 +10,14 @@ import subprocess
 import sys
 import types
 import zipfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from step_skip.cli.terminal import run_script
 from step_skip.prior.metadata import sealed
+from step_skip.prior.schema import Metadata
 
 ROOT = Path(__file__).resolve().parents[1]
 SIZE = 32  # pixels, height and width
@@ -173,3 +175,20 @@ def _content(path: Path) -> str:
     if path.is_symlink():
         return f"-> {path.readlink()}"
     return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "not a file"
+
+
+def metadata_with(*, sigmas: Sequence[float], **entries: Any) -> Metadata:
+    """Return the metadata of a complete prior with this schedule and these entries."""
+    known = {
+        "format_version": 1,
+        "status": "complete",
+        "num_inference_steps": len(sigmas),
+        "scheduler_sigmas": list(sigmas),
+        "scheduler_timesteps": [1000 * sigma for sigma in sigmas],
+        "denoising_strength": 1.0,
+        "sigma_shift": 5.0,
+        "height": 96,
+        "width": 96,
+        "num_frames": 17,
+    }
+    return Metadata.model_validate(known | entries)

@@ -106,7 +106,7 @@ def test_a_run_of_comfyui_becomes_a_prior(run, prior, tmp_path, dtype):
     assert outcome.out.strip() == str(tmp_path / "made" / "run_theirs")
     made = read_prior(tmp_path / "made" / "run_theirs")
     for name in ("scheduler_sigmas", "height", "width", "num_frames"):
-        assert made.metadata[name] == own.metadata[name]
+        assert getattr(made.metadata, name) == getattr(own.metadata, name)
     for step in range(10):
         found = load_latents(made, step_file(step))
         assert found.dtype == getattr(torch, dtype)
@@ -134,7 +134,7 @@ def test_steps_that_comfyui_spaces_otherwise_are_told(run, make_prior, tmp_path)
     from step_skip.comfyui import SIGMAS
 
     for steps, own in ((10, True), (7, False)):
-        sigmas = read_prior(make_prior("--num_inference_steps", str(steps))).metadata["scheduler_sigmas"]
+        sigmas = read_prior(make_prior("--num_inference_steps", str(steps))).metadata.scheduler_sigmas
         assert (simple_sigmas(steps, 5)[:-1] == pytest.approx(sigmas)) == own == (SIGMAS % steps == 0)
     made = make_prior("--num_inference_steps", "7")
     outcome = run("prior_utils", "export", made, "--step", 2, "--output", tmp_path / "own.latent")

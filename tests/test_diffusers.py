@@ -101,8 +101,8 @@ def test_new_prompt_is_near_diffsynths(pipe, diffsynth, own_prior, steps):
 def test_prior_is_whole_and_diffsynth_runs_its_steps_alike(pipe, diffsynth, own_prior):
     """DiffSynth, given its first latents and its conditioning, goes the same way."""
     verify([own_prior.directory])
-    assert own_prior.metadata["forwards"] == 12
-    assert len(own_prior.metadata["formation"]["text_moves"]) == 6
+    assert own_prior.metadata.forwards == 12
+    assert len(own_prior.metadata.formation.text_moves) == 6
     rest = step_skip.infer_from_prior(diffsynth, own_prior, start_step=0, progress=False)
     assert apart(rest.latents, clean(own_prior)) < NEAR
 
@@ -112,7 +112,7 @@ def test_conditioning_is_near_diffsynths(own_prior, diffsynth_prior):
     priors = (own_prior, diffsynth_prior)
     differences = {
         name: apart(*(torch.load(each.directory / name, weights_only=True) for each in priors))
-        for name in own_prior.metadata["files"]
+        for name in own_prior.metadata.files
         if name.startswith(("initial", "context", "y", "clip"))
     }
     assert differences.pop("initial_latents.pt") == 0
@@ -143,7 +143,7 @@ def test_half_precision_network_is_exact_too(model_dir, image, tmp_path):
 
 def test_without_guidance(pipe, image, tmp_path):
     prior = generate_prior(pipe, image, PROMPT, output_dir=tmp_path, **SETTINGS | {"cfg_scale": 1.0})
-    assert prior.metadata["forwards"] == 6
+    assert prior.metadata.forwards == 6
     assert torch.equal(infer_from_prior(pipe, prior, num_steps=2).latents, clean(prior))
 
 

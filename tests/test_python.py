@@ -93,8 +93,8 @@ def test_priors_of_a_folder_on_a_pipeline_of_ones_own(own_pipe, own_prior, image
     (photos / "cut.png").unlink()
     priors = step_skip.generate_priors(own_pipe, photos, **asked)
     assert [each.directory for each in priors] == [each.directory for each in made]
-    assert [prior.metadata["prompt"] for prior in priors] == [PROMPT, OTHER_PROMPT]
-    assert priors[0].metadata["files"] == own_prior.metadata["files"]
+    assert [prior.metadata.prompt for prior in priors] == [PROMPT, OTHER_PROMPT]
+    assert priors[0].metadata["files"] == own_prior.metadata.files
     assert state_of(own_pipe) == before
     with torch.no_grad():
         next(own_pipe.dit.parameters()).add_(0.01)
@@ -120,7 +120,7 @@ def test_priors_that_are_there_need_no_model(model_dir, prior, image, loads):
 
 
 def test_own_prompt_gives_the_priors_own_video(own_pipe, own_prior):
-    expected = own_prior.metadata["latents_sha256"]
+    expected = own_prior.metadata.latents_sha256
     for choice in ({}, {"start_step": 4}, {"steps": (0, 9)}, {"num_steps": 2}, {"start_step": 9}):
         clip = step_skip.infer_from_prior(own_pipe, own_prior, progress=False, **choice)
         assert sha256_tensor(clip.latents) == expected, choice
@@ -136,14 +136,14 @@ def test_the_scripts_and_the_functions_make_the_same(prior, model_dir, image, in
     made = step_skip.generate_prior(
         model, str(image), PROMPT, output_dir=str(tmp_path / "priors"), progress=False
     )
-    assert made.metadata["latents_sha256"] == read_json(prior / "run_metadata.json")["latents_sha256"]
+    assert made.metadata.latents_sha256 == read_json(prior / "run_metadata.json")["latents_sha256"]
     clip = step_skip.infer_from_prior(model, str(prior), OTHER_PROMPT, start_step=6, progress=False)
     path = clip.save(tmp_path / "clip.mp4")
     report = infer(prior, "--prompt", OTHER_PROMPT, "--output", tmp_path / "script.mp4").report
     own = read_json(path.with_suffix(".json"))
     assert own["latents_sha256"] == report["latents_sha256"]
     assert own.keys() == report.keys()
-    assert infer(made.directory).report["latents_sha256"] == made.metadata["latents_sha256"]
+    assert infer(made.directory).report["latents_sha256"] == made.metadata.latents_sha256
 
 
 def test_the_pipeline_is_left_as_it_was_also_after_an_error(own_pipe, own_prior, capsys):
@@ -330,7 +330,7 @@ def test_a_sweep_on_a_pipeline_of_ones_own(own_pipe, own_prior, image, capsys, t
     paths = step_skip.infer_from_priors(own_pipe, own_prior, [None, OTHER_PROMPT], **asked)
     assert state_of(own_pipe) == before and capsys.readouterr().out == ""
     [own, other] = (read_json(path.with_suffix(".json")) for path in paths)
-    assert own["latents_sha256"] == own_prior.metadata["latents_sha256"] != other["latents_sha256"]
+    assert own["latents_sha256"] == own_prior.metadata.latents_sha256 != other["latents_sha256"]
     clip = step_skip.infer_from_prior(own_pipe, own_prior, OTHER_PROMPT, start_step=6, progress=False)
     assert clip.report["latents_sha256"] == other["latents_sha256"]
     with pytest.raises(InputError, match="LoadOptions"):

@@ -56,7 +56,7 @@ def main() -> None:
     )
     clip = infer_from_prior(pipe, prior, args.prompt, num_steps=args.num_steps)
     path = export_to_video(clip.frames, str(prior.directory / "clip.mp4"), fps=8)
-    print(f"{clip.forwards} forwards, the prior took {prior.metadata['forwards']}")
+    print(f"{clip.forwards} forwards, the prior took {prior.metadata.forwards}")
     print(path)
     if args.compare:
         compare(pipe, prior, args.prompt, num_steps=args.num_steps)

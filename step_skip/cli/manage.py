@@ -44,7 +44,7 @@ def list_priors(places: Iterable[Path]) -> str:
         except InputError as error:
             log.warning(f"{directory} cannot be read: {error}")
             continue
-        prompt = one_line(prior.metadata.get("prompt", ""))
+        prompt = one_line(prior.metadata.prompt or "")
         short = prompt if len(prompt) <= PROMPT_WIDTH else f"{prompt[: PROMPT_WIDTH - 3]}..."
         rows.append(
             (directory.name, short, steps_of(prior), folder_size(directory), str(len(clips_of(directory))))
@@ -59,17 +59,17 @@ def show_prior(directory: Path) -> str:
         InputError: it can't be read.
     """
     prior, clips = read_run(directory), clips_of(directory)
-    m = prior.metadata
-    shape = f"{m['width']} x {m['height']} pixels, {m['num_frames']} frames"
+    m, unknown = prior.metadata, "not recorded"
+    shape = f"{m.width} x {m.height} pixels, {m.num_frames} frames"
     rows = [
         ("prior", str(directory)),
-        ("prompt", m.get("prompt", "not recorded")),
+        ("prompt", unknown if m.prompt is None else m.prompt),
         ("image", prior.image_name or "not recorded"),
-        ("model", m.get("model", "not recorded")),
-        ("made", m.get("created", "not recorded")),
+        ("model", m.model or unknown),
+        ("made", m.created or unknown),
         ("steps", steps_of(prior)),
         ("video", shape),
-        ("seed", str(m.get("seed", "not recorded"))),
+        ("seed", unknown if m.seed is None else str(m.seed)),
         ("size", folder_size(directory)),
     ]
     for name, file in (

@@ -43,13 +43,13 @@ def saying_how_to_go_on(
 def log_prior(args: argparse.Namespace, prior: Prior, steps_run: int, *, briefly: bool = False) -> None:
     """Sum up a prior and say what can be done with it."""
     m, directory = prior.metadata, prior.directory
-    steps = m["num_inference_steps"]
+    steps = m.num_inference_steps
     resumed = f'{command_line(args, "infer_from_prior.py", "--prior_dir", directory)} --prompt "..."'
-    cost = f"{steps_run} steps, {m['forwards']} forwards, {describe_seconds(m['seconds'])}"
-    log.info(f"{directory}: {cost}; {describe_peak(m['peak_memory'])}")
+    cost = f"{steps_run} steps, {m.forwards} forwards, {describe_seconds(m.seconds)}"
+    log.info(f"{directory}: {cost}; {describe_peak(m.peak_memory)}")
     if briefly:
         return
-    if m["status"] == "stopped":
+    if m.status == "stopped":
         preview = directory / denoised_file(prior.whole_steps - 1)
         log.info(f"Stopped after step {prior.whole_steps - 1} of {steps}; what it points at: {preview}")
         log.info("Finished with a new prompt:")
@@ -57,8 +57,8 @@ def log_prior(args: argparse.Namespace, prior: Prior, steps_run: int, *, briefly
         log.info("Or with its own, as if never stopped:")
         log.info(f"  {command_line(args, 'generate_prior.py', '--resume', directory)}")
         return
-    start_step, num_steps = m["start_step"], recommended_num_steps(steps)
-    differential = f" --num_steps {num_steps}" if m.get("start_step_chosen") else ""
+    start_step, num_steps = m.start_step or 0, recommended_num_steps(steps)
+    differential = f" --num_steps {num_steps}" if m.start_step_chosen else ""
     log.info(f"A new prompt in {num_steps} of {steps} steps:")
     log.info(f"  {resumed}{differential}")
     log.info(f"Or resumed after step {start_step}, {steps - start_step - 1} of {steps} steps:")

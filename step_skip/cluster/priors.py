@@ -165,7 +165,7 @@ class Priors:
         prior = made.save(self.run.output_dir, job.run_id, name=self.names[job])
         job.directory = prior.directory
         if self.run.on_made is not None:
-            self.run.on_made(prior, len(prior.metadata["seconds_per_step"]))
+            self.run.on_made(prior, len(prior.metadata.seconds_per_step))
 
     def fail(self, job: PriorJob, error: Exception) -> None:
         """Note why a prior can't be made."""

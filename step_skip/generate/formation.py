@@ -12,12 +12,13 @@ from step_skip.method.formation import DEFAULT_TEXT_SHARE, latest_step, part_dis
 from step_skip.prior.files import load_denoised, load_latents
 from step_skip.prior.preview import colours_of, draw
 from step_skip.prior.prior import Prior, step_file
-from step_skip.prior.schema import FORMATION_FILE, FORMATION_KEY
+from step_skip.prior.schema import FORMATION_FILE, Formation
 
 if TYPE_CHECKING:
     from PIL import Image
 
     from step_skip.pipeline.schedulers import Step
+    from step_skip.prior.schema import Metadata
     from step_skip.prior.writer import PriorWriter
 
 log = logging.getLogger(__name__)
@@ -26,16 +27,18 @@ log = logging.getLogger(__name__)
 # --- while a prior is made ----------------------------------------------------------------------------------
 
 
-def record_branch_distance(metadata: dict[str, Any], step: Step) -> None:
-    """Note how far the guidance branches were apart; a step that runs again replaces what it said before."""
+def record_branch_distance(metadata: Metadata, step: Step) -> None:
+    """Record the distance of the guidance branches in a step; a step that runs again replaces its own."""
     if step.branch_distance is not None:
-        distances = metadata.setdefault(FORMATION_KEY, {}).setdefault("branch_distances", [])
-        distances[step.index :] = [step.branch_distance]
+        known = metadata.formation.branch_distances or []
+        distances = [*known[: step.index], step.branch_distance]
+        metadata.formation = metadata.formation.model_copy(update={"branch_distances": distances})
 
 
 def save_formation(writer: PriorWriter) -> None:
     """Add the record to a prior whose steps are all saved, and draw it; it is whole without the picture."""
-    writer.metadata[FORMATION_KEY] = record = measure_formation(writer.prior)
+    record = measure_formation(writer.prior)
+    writer.metadata.formation = Formation(**record)
     try:
         writer.save(FORMATION_FILE, lambda path: draw_formation(writer.prior, record, path))
     except Exception as error:  # whatever a plotting library and its fonts may raise
@@ -44,11 +47,9 @@ def save_formation(writer: PriorWriter) -> None:
 
 def draw_formation(prior: Prior, record: Mapping[str, Any], path: Path) -> None:
     """Draw the record, with what `--start_step auto` makes of it."""
-    pass  # DROPPED
-
     left, measured, auto = None, False, None
     if record["text_moves"] is not None:
-        left, measured = say_left(record["text_moves"], sigmas=prior.metadata["scheduler_sigmas"])
+        left, measured = say_left(record["text_moves"], sigmas=prior.metadata.scheduler_sigmas)
         auto = latest_step(left, DEFAULT_TEXT_SHARE)
     plot_formation(prior, record, path, left=left, measured=measured, share=DEFAULT_TEXT_SHARE, auto=auto)
 
@@ -62,8 +63,8 @@ def measure_formation(prior: Prior) -> dict[str, list[float] | None]:
     """
     import torch
 
-    metadata, sigmas = prior.metadata, prior.metadata["scheduler_sigmas"]
-    branches, moves = metadata.get(FORMATION_KEY, {}).get("branch_distances"), None
+    sigmas = prior.metadata.scheduler_sigmas
+    branches, moves = prior.metadata.formation.branch_distances, None
     if branches is not None:
         moves = text_moves(branches, sigmas=sigmas, cfg_scale=prior.guidance)
     clean = load_latents(prior, step_file(len(sigmas) - 1)).float()

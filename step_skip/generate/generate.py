@@ -22,6 +22,7 @@ from step_skip.models.loading import Model, model_of
 from step_skip.models.weights import model_defaults
 from step_skip.pipeline.results import Clock
 from step_skip.prior.prior import END_IMAGE_FILE, IMAGE_FILE, Prior
+from step_skip.prior.schema import RecordedImage
 from step_skip.prior.writer import PriorWriter, create_run_dir
 
 if TYPE_CHECKING:
@@ -74,12 +75,12 @@ def generate_prior(
         defaults = model_defaults(options.model, options.model_dir)
         wanted, pictures = read_pictures(given, wanted, defaults=defaults, family=family)
         metadata = plan_prior(options, wanted, family=model.family)
-        if (input_video is None) != (metadata["denoising_strength"] == 1):
+        if (input_video is None) != (metadata.denoising_strength == 1):
             raise InputError("denoising_strength is below 1 where there is an input_video, and only there")
         for component in family.components:
             model.require(component, "make a prior")
-        texts = [prompt] if metadata["cfg_scale"] == 1 else [prompt, metadata["negative_prompt"]]
-        warn_of_embedded(options, texts, metadata)
+        texts = [prompt] if metadata.cfg_scale == 1 else [prompt, metadata.negative_prompt or ""]
+        warn_of_embedded(options, texts, metadata.sizes)
         clock = Clock()
         clock.include({"load": model.seconds})
         directory, run_id = create_run_dir(Path(output_dir), run_id, name=id_of(pictures, prompt))
@@ -92,10 +93,10 @@ def generate_prior(
             "forwards_per_step": [],
             "model_fingerprint": dict(model.fingerprint),
             "parameter_fingerprint": model.parameters,
-            "images": {name: picture.record for name, picture in pictures.items()},
+            "images": {name: RecordedImage(**picture.record) for name, picture in pictures.items()},
         }
         with locked(directory):
-            writer = PriorWriter(directory, begun | metadata)
+            writer = PriorWriter(directory, metadata.model_copy(update=begun))
             images = {name: picture.image for name, picture in pictures.items()}
             for name, picture in pictures.items():
                 writer.save(name, picture.image.save)

@@ -27,13 +27,14 @@ from step_skip.pipeline.settings import (
     choose_cheaper,
 )
 from step_skip.prior.prior import Prior, bytes_of_prior
+from step_skip.prior.schema import Metadata
 
 log = logging.getLogger(__name__)
 DIFFSYNTH_BOUNDARY = 0.875  # WanVideoPipeline's own switch_DiT_boundary, for a pipeline of somebody's own
 
 
-def plan_prior(options: LoadOptions, choices: PriorChoices, *, family: str) -> dict[str, Any]:
-    """The metadata that is known before a run, but for the prompt: settings, schedule, machine.
+def plan_prior(options: LoadOptions, choices: PriorChoices, *, family: str) -> Metadata:
+    """Return the metadata that is known before a run, except for the prompt: settings, schedule, machine.
 
     Args:
         family: of FAMILIES.
@@ -62,7 +63,7 @@ def plan_prior(options: LoadOptions, choices: PriorChoices, *, family: str) -> d
     boundary = of_experts.get("switch_DiT_boundary")
     check_tea_cache_experts(cheaper["tea_cache_l1_thresh"], {expert_of(each, boundary) for each in timesteps})
     names = ("cfg_scale", "seed", "negative_prompt", "fps", "stop_after", "save_decoded_videos")
-    return {
+    entries = {
         **schedule,
         **sizes,
         **{name: chosen[name] for name in names},
@@ -84,6 +85,7 @@ def plan_prior(options: LoadOptions, choices: PriorChoices, *, family: str) -> d
         **describe_machine(options.device),
         "versions": installed_versions(),
     }
+    return Metadata.model_validate(entries)
 
 
 def choose_experts(choices: PriorChoices, chosen: Mapping[str, Any], family: str) -> dict[str, Any]:

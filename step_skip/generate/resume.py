@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,7 +16,7 @@ from step_skip.models.families import MODEL_NAMES
 from step_skip.models.loading import Model, load_told
 from step_skip.models.lora import find_recorded_loras
 from step_skip.models.machine import differences_since, pick_device
-from step_skip.models.weights import LoadOptions
+from step_skip.models.weights import LoadOptions, model_defaults
 from step_skip.pipeline.results import Clock
 from step_skip.pipeline.settings import CHEAPER_NAMES, choose_cheaper
 from step_skip.prior.checks import check_fingerprint, check_model, check_progress
@@ -69,7 +68,7 @@ def finish_prior(
             log.info(f"{directory} is complete and undamaged: nothing to do")
             return prior, None
         if model is None:
-            device = pick_device(prior.metadata["model"], device or prior.metadata["device"])
+            device = pick_device(prior.metadata.model, device or prior.metadata.device)
         else:
             device = model.options.device
         check_finishable(prior, device)
@@ -82,10 +81,10 @@ def finish_prior(
         elif left.components:
             model = load_recorded(prior, left, device=device, vram=vram, model_dir=model_dir)
         clock.add("load")
-        clock.include(prior.metadata.get("seconds", {}))
+        clock.include(prior.metadata.seconds)
         if on_begin is not None:
             on_begin(directory)
-        writer = PriorWriter(directory, dict(prior.metadata))
+        writer = PriorWriter(directory, prior.metadata)
         run_what_is_left(writer, left, model=model, start=start, clock=clock, callback=callback)
         return writer.prior, len(left.steps)
 
@@ -98,11 +97,19 @@ def load_recorded(prior: Prior, left: Left, *, device: str, vram: str, model_dir
         RunError: weights that could not be fetched.
     """
     m, settings = prior.metadata, prior.settings
-    loras = find_recorded_loras(m.get("lora", []))
+    loras = find_recorded_loras(m.lora)
     options = LoadOptions(
-        m["model"], device, m["dtype"], vram, model_dir, loras, m.get("quantize"), m.get("compile")
+        model=m.model,
+        device=device,
+        dtype=m.dtype or model_defaults(m.model, model_dir).dtype,
+        vram=vram,
+        model_dir=model_dir,
+        loras=loras,
+        quantize=m.quantize,
+        compile=m.compile,
+        size=settings.size,
+        tiled=settings.tiled,
     )
-    options = replace(options, size=settings.size, tiled=settings.tiled)
 
     def check(found: Mapping[str, str]) -> None:
         check_fingerprint(prior, found)
@@ -122,10 +129,10 @@ def read_resumable(directory: Path) -> Prior:
     try:
         prior = read_run(directory)
         check_progress(prior)
-        model = prior.metadata["model"]
+        model = prior.metadata.model
         if model not in MODEL_NAMES:
             raise InputError(f"it was begun with the model {model!r}, which this version doesn't know")
-        choose_cheaper(model, **{name: prior.metadata[name] for name in CHEAPER_NAMES})
+        choose_cheaper(model, **{name: getattr(prior.metadata, name) for name in CHEAPER_NAMES})
     except InputError as error:
         raise InputError(f"{directory} cannot be resumed: {error}") from error
     return prior
@@ -153,7 +160,7 @@ def check_same_machine(prior: Prior, device: str) -> None:
     """
     threads = ["num_threads"] if device == "cpu" else []
     names = ["torch", "diffsynth", "device_name", "attention", *threads]
-    for name, now, then in differences_since(prior.metadata, device, names):
+    for name, now, then in differences_since(prior.metadata.machine, device, names):
         raise InputError(
             f"{name} is {now} here and was {then!r} when {prior.directory} was begun, so "
             "the rest would differ from an undisturbed run's; resume it where it was, or make it again"
@@ -166,7 +173,7 @@ def read_own_images(prior: Prior) -> dict[str, Image]:
     Raises:
         InputError: one is damaged, or the run began with a video, too, which the prior doesn't hold.
     """
-    if prior.metadata["denoising_strength"] < 1:
+    if prior.metadata.denoising_strength < 1:
         raise InputError(
             f"{prior.directory} was interrupted before the noised input video was saved: make it again"
         )

@@ -7,7 +7,6 @@ is made again, and has to come out the same.
 
 from __future__ import annotations
 
-import functools
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -34,6 +33,7 @@ from step_skip.prior.prior import (
     noise_pred_nega_file,
     step_file,
 )
+from step_skip.prior.schema import Metadata
 from step_skip.prior.writer import PriorWriter
 
 if TYPE_CHECKING:
@@ -80,21 +80,21 @@ class Left:
 
 def start_files(prior: Prior) -> dict[str, str]:
     """The file of the initial latents and of each tensor of Conditioning."""
-    m = prior.metadata
+    prompt, negative_prompt = prior.texts
     files = {
         "latents": INITIAL_LATENTS_FILE,
         **{name: identity_file(name) for name in prior.identity_names},
-        "context_posi": context_file(m["prompt"]),
+        "context_posi": context_file(prompt),
     }
     if set(prior.guidance) != {1}:
-        files["context_nega"] = context_file(m["negative_prompt"])
+        files["context_nega"] = context_file(negative_prompt)
     return files
 
 
-def video_files(metadata: Mapping[str, Any], last_step: int) -> dict[str, int | None]:
+def video_files(metadata: Metadata, last_step: int) -> dict[str, int | None]:
     """The videos of a prior that ends with `last_step`; one stopped early shows what that step points at."""
-    stopped = last_step < metadata["num_inference_steps"] - 1
-    estimates = range(last_step + 1) if metadata["save_decoded_videos"] else [last_step] if stopped else []
+    stopped = last_step < metadata.num_inference_steps - 1
+    estimates = range(last_step + 1) if metadata.save_decoded_videos else [last_step] if stopped else []
     videos: dict[str, int | None] = {} if stopped else {OUTPUT_FILE: None}
     return videos | {denoised_file(step): step for step in estimates}
 
@@ -105,16 +105,16 @@ def what_is_left(prior: Prior) -> Left:
     damaged = damaged_files(prior)
     for problem in damaged.values():
         log.warning(problem.rsplit(";", 1)[0])
-    whole = m["files"].keys() - damaged.keys()
+    whole = m.files.keys() - damaged.keys()
     last_step = prior.num_inference_steps - 1
-    if m["status"] == "running" and m["stop_after"] is not None:
-        last_step = m["stop_after"]
+    if m.status == "running" and m.stop_after is not None:
+        last_step = m.stop_after
     videos = {name: step for name, step in video_files(m, last_step).items() if name not in whole}
     start_step = None
     if whole.issuperset(start_files(prior).values()):
         steps = leading_steps(whole, prior.num_inference_steps, nega=prior.keeps_nega)
         start_step = min(steps - 1, last_step)
-        if start_step < last_step and (m.get("skip_cache") or m.get("tea_cache_l1_thresh")):
+        if start_step < last_step and (m.skip_cache or m.tea_cache_l1_thresh):
             start_step = -1  # a step uses again what earlier ones left in memory
     first = 0 if start_step is None else start_step + 1
     return Left(
@@ -124,7 +124,7 @@ def what_is_left(prior: Prior) -> Left:
         videos=videos,
         family=prior.family,
         experts=list(dict.fromkeys(prior.expert_of(step) for step in range(first, last_step + 1))),
-        skip_cache=m.get("skip_cache"),
+        skip_cache=m.skip_cache,
     )
 
 
@@ -156,10 +156,10 @@ def run_what_is_left(
         frames = result.frames
     pipe = None if model is None else model.pipe
     save_videos(writer, left, pipe=pipe, frames=frames, clock=clock)
-    clock.seconds["denoise"] = sum(m["seconds_per_step"])
-    known = {"forwards": sum(m["forwards_per_step"]), "seconds": clock.seconds}
-    known["peak_memory"] = peak_memory(m["device"])
-    if left.last_step < m["num_inference_steps"] - 1:
+    clock.seconds["denoise"] = sum(m.seconds_per_step)
+    known = {"forwards": sum(m.forwards_per_step), "seconds": clock.seconds}
+    known["peak_memory"] = peak_memory(m.device)
+    if left.last_step < m.num_inference_steps - 1:
         writer.finish("stopped", **known)
         return
     save_formation(writer)
@@ -194,7 +194,8 @@ def run_steps_left(
         load_seconds = 0.0
         if expert:
             load_seconds = model.use_expert(expert)
-            writer.metadata.setdefault("parameter_fingerprint", {}).update(model.parameters)
+            known = writer.metadata.parameter_fingerprint
+            writer.metadata.parameter_fingerprint = known | model.parameters
         stop_after = last_step if last_step < writer.prior.num_inference_steps - 1 else None
         run = {"stop_after": stop_after, "on_step": save_and_report, "progress": progress}
         if start_step is None:
@@ -220,9 +221,16 @@ def run_from_beginning(
 
     if start is None:
         raise ValueError("a run from its beginning needs what it begins with")
-    prompts = {name: writer.metadata[name] for name in ("prompt", "negative_prompt")}
-    on_start = functools.partial(save_start, writer)
-    return run_full(pipe, writer.prior.settings, **prompts, **start, on_start=on_start, **run)
+    prompt, negative_prompt = writer.prior.texts
+    return run_full(
+        pipe,
+        writer.prior.settings,
+        prompt=prompt,
+        negative_prompt=negative_prompt,
+        on_start=lambda latents, conditioning: save_start(writer, latents, conditioning),
+        **start,
+        **run,
+    )
 
 
 def run_from_step(writer: PriorWriter, pipe: WanVideoPipeline, start_step: int, **run: Any) -> RunResult:
@@ -289,6 +297,11 @@ def save_videos(
             last = load_latents(prior, step_file(left.last_step))
             frames = decode(pipe, last, tiled=prior.settings.tiled)
             clock.add("decode")
-        writer.save(name, functools.partial(write_video, frames, fps=prior.metadata["fps"]))
+        save_video(writer, name, frames)
         writer.write_metadata()
         clock.add("save")
+
+
+def save_video(writer: PriorWriter, name: str, frames: list[Image]) -> None:
+    """Save frames as one of the prior's videos."""
+    writer.save(name, lambda path: write_video(frames, path, fps=writer.prior.fps))

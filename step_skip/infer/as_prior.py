@@ -35,7 +35,7 @@ from step_skip.prior.prior import (
     noise_pred_nega_file,
     step_file,
 )
-from step_skip.prior.schema import FORMATION_KEY
+from step_skip.prior.schema import FORMATION_KEY, Metadata
 from step_skip.prior.writer import PriorWriter, create_run_dir
 
 if TYPE_CHECKING:
@@ -113,8 +113,10 @@ def save_clip_prior(
         InputError: see `check_clip_prior`; the run id is taken, or the folder can't be written.
     """
     check_clip_prior(walk.plan, walk.prior)
-    directory, run_id = create_run_dir(output_dir, run_id, name=walk.prior.metadata["run_id"])
-    writer = PriorWriter(directory, {"run_id": run_id, **describe_walk(walk, report, seconds)})
+    directory, run_id = create_run_dir(output_dir, run_id, name=walk.prior.metadata.run_id)
+    writer = PriorWriter(
+        directory, describe_walk(walk, report, seconds).model_copy(update={"run_id": run_id})
+    )
     try:
         with locked(directory):
             for name in walk.prior.image_files:
@@ -130,32 +132,32 @@ def save_clip_prior(
     return writer.prior
 
 
-def describe_walk(walk: Walk, report: Mapping[str, Any], seconds: Mapping[str, float]) -> dict[str, Any]:
-    """The metadata of a clip as a prior, but for its files."""
+def describe_walk(walk: Walk, report: Mapping[str, Any], seconds: Mapping[str, float]) -> Metadata:
+    """Return the metadata of a clip as a prior, without its files and its run id."""
     own, recorded = report, walk.prior.metadata
-    taken_over = {name: value for name, value in recorded.items() if name not in NOT_TAKEN_OVER}
+    inherited = {name: value for name, value in recorded.recorded().items() if name not in NOT_TAKEN_OVER}
     guidance = guidance_by_expert(walk.plan, walk.prior)
-    taken_over["cfg_scale"] = guidance.get("dit", recorded["cfg_scale"])
+    inherited["cfg_scale"] = guidance.get("dit", recorded.cfg_scale)
     if "dit2" in guidance:
-        taken_over["cfg_scale_2"] = guidance["dit2"]
-    distances = recorded.get(FORMATION_KEY, {}).get("branch_distances")
-    return {
-        **taken_over,
+        inherited["cfg_scale_2"] = guidance["dit2"]
+    entries = {
+        **inherited,
         **{name: own[name] for name in FROM_REPORT if own.get(name) is not None},
         "quantize": walk.plan.quantize,
         "compile": walk.plan.compile,
         **{"skip_cache": None, "tea_cache_l1_thresh": None, "tea_cache_model_id": ""},
         "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "prior_kind": MADE_OF_CLIP,
-        "followed": recorded["run_id"],
+        "followed": recorded.run_id,
         "expected_closeness": own["predicted_closeness"],
         "kept_steps": [step.index for step in walk.steps],
         "keeps_nega": all(step.noise_pred_nega is not None for step in walk.steps),
         "forwards_per_step": [step.forwards for step in walk.steps],
         "latents_sha256": sha256_tensor(walk.steps[-1].latents),
         "seconds": dict(seconds),
-        FORMATION_KEY: {"branch_distances": distances},
+        FORMATION_KEY: {"branch_distances": recorded.formation.branch_distances},
     }
+    return Metadata.model_validate(entries)
 
 
 def tensors_of(walk: Walk) -> dict[str, Any]:

@@ -74,9 +74,11 @@ def describe_beginning(prior: Prior) -> str:
     if prior.is_legacy or not prior.is_complete:
         why = "is of an older format" if prior.is_legacy else "was stopped early"
         raise InputError(f"--nearest: {prior.directory} {why}; give whole priors, or leave the flag out")
-    m = prior.metadata
+    recorded = prior.metadata.recorded()
     files = (INITIAL_LATENTS_FILE, *map(identity_file, prior.identity_names))
-    same = {name: m.get(name) for name in SHARED} | {name: m["files"].get(name) for name in files}
+    same = {name: recorded.get(name) for name in SHARED} | {
+        name: recorded["files"].get(name) for name in files
+    }
     return json.dumps(same, sort_keys=True)
 
 
@@ -94,7 +96,7 @@ def narrowed(bank: Sequence[Prior]) -> Prior:
     common = sorted(set.intersection(*map(set, steps)))
     if not common:
         raise InputError(f"--nearest: {first.directory} and the others keep no step in common; name others")
-    return Prior(first.directory, {**first.metadata, "kept_steps": common})
+    return Prior(first.directory, first.metadata.model_copy(update={"kept_steps": common}))
 
 
 def plan_clip(choices: Choices, bank: Sequence[Prior]) -> Plan:
@@ -115,4 +117,4 @@ def plan_for_bank(plan: Plan, bank: Sequence[Prior]) -> Plan:
             "--nearest compares priors by the first step: leave --start_step and --sigmas out, and let "
             "--steps begin with 0"
         )
-    return dataclasses.replace(plan, nearest_of=tuple(prior.metadata["run_id"] for prior in bank))
+    return dataclasses.replace(plan, nearest_of=tuple(prior.metadata.run_id for prior in bank))

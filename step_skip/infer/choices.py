@@ -77,14 +77,13 @@ def check_choices(choices: Choices, prior: Prior) -> None:
         InputError: with the flag, the prior's value and what to do.
     """
     for name in (*SCHEDULE_FLAGS, "model", "dtype"):
-        given = getattr(choices, name)
-        if given is not None and given != prior.metadata.get(name, given):
+        given, own = getattr(choices, name), getattr(prior.metadata, name) or None
+        if None not in (given, own) and given != own:
             raise InputError(
-                f"--{name} {given}: the prior has {prior.metadata[name]}; "
-                "leave the flag out or make a prior with it"
+                f"--{name} {given}: the prior has {own}; leave the flag out or make a prior with it"
             )
     for name in FIXED:
-        given, own = getattr(choices, name), prior.metadata.get(name)
+        given, own = getattr(choices, name), getattr(prior.metadata, name)
         if given is not None and own is not None and given != own:
             raise InputError(
                 f"--{name} is fixed by the prior: {own}, not {given}; for another make another prior, with "

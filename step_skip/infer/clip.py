@@ -30,7 +30,6 @@ from step_skip.prior.prior import (
     noise_pred_nega_file,
     step_file,
 )
-from step_skip.prior.schema import FORMATION_KEY
 
 if TYPE_CHECKING:
     import torch
@@ -202,7 +201,7 @@ def first_look(source: Source, plan: Plan) -> FirstLook:
         trajectories,
         closeness=math.inf if plan.closeness is None else plan.closeness,
         cfg_scale=plan.first_cfg_scale,
-        own=[member.prior.metadata.get("expected_closeness") or math.inf for member in source.members],
+        own=[member.prior.metadata.expected_closeness or math.inf for member in source.members],
     )
 
 
@@ -221,8 +220,8 @@ def trajectory_of(source: Source, plan: Plan, steps: Sequence[int]) -> Trajector
 
 def guidance_of(prior: Prior, steps: Sequence[int], negas: Sequence[torch.Tensor]) -> dict[str, Any]:
     """What a Trajectory says of the prior's guidance, as far as it is recorded."""
-    sigmas = prior.metadata["scheduler_sigmas"]
-    distances = prior.metadata.get(FORMATION_KEY, {}).get("branch_distances") or []
+    sigmas = prior.metadata.scheduler_sigmas
+    distances = prior.metadata.formation.branch_distances or []
     if not negas or len(distances) != len(sigmas):
         return {}
     decay = guidance_decay(distances, steps, sigmas=sigmas)

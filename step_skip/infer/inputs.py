@@ -218,5 +218,5 @@ def encode_identity(source: Source, plans: Sequence[Plan], model: Model) -> None
     runs = any(plan.steps_to_run for plan in plans)
     if prior.is_legacy and runs and not own.encoded and own.image is not None:  # its plans name one
         model.require("image_encoder", "encode the image")
-        identity = encode_image(model.pipe, own.image, num_frames=prior.metadata["num_frames"])
+        identity = encode_image(model.pipe, own.image, num_frames=prior.metadata.num_frames)
         own.encoded = {identity_file(name): tensor for name, tensor in identity.items()}

@@ -20,7 +20,7 @@ from step_skip.method.formation import AutoStep
 from step_skip.method.steps import place_on_path
 from step_skip.models.compute import inherited
 from step_skip.models.families import Defaults
-from step_skip.models.lora import check_lora_experts, describe_loras, parse_recorded_loras
+from step_skip.models.lora import RecordedLora, check_lora_experts, describe_loras, lora_entries
 from step_skip.models.memory import in_tiles
 from step_skip.models.weights import cache_components, model_defaults
 from step_skip.pipeline.settings import RunSettings, check_tea_cache_experts, choose_cheaper
@@ -33,6 +33,7 @@ from step_skip.prior.prior import (
     latents_before_file,
     noise_pred_file,
     noise_pred_nega_file,
+    recorded_settings,
     step_file,
     step_ranges,
 )
@@ -55,7 +56,7 @@ class Plan:
     skip_cache: int | None
     tea_cache_l1_thresh: float | None
     tea_cache_model_id: str
-    lora: list[dict[str, Any]]  # as describe_loras
+    lora: list[RecordedLora]
     fps: float
     image: Path | Image | None  # an older prior needs it, others only compare it with their own
     model: str
@@ -113,18 +114,18 @@ def make_plan(
         InputError: with the flag, the prior's value and what to do.
     """
     check_choices(choices, prior)
-    model = choices.model or prior.metadata.get("model", "I2V-480P")
+    model = choices.model or prior.metadata.model or "I2V-480P"
     defaults = defaults_of(model, choices.model_dir)
 
     def chosen(name: str) -> Any:
-        given = getattr(choices, name)
-        return prior.metadata.get(name, getattr(defaults, name, None)) if given is None else given
+        known = (getattr(each, name, None) for each in (choices, prior.metadata, defaults))
+        return next((value for value in known if value is not None), None)
 
     steps = choose_steps(choices, prior)
     experts = experts_of(steps["steps_to_run"], steps["sigmas"], prior)
     check_tea_cache_experts(choices.tea_cache_l1_thresh, experts)
-    recorded = prior.metadata.get("lora", [])  # its files are opened only when a model is to be loaded
-    given_loras = parse_recorded_loras(recorded) if choices.lora is None else choices.lora
+    recorded = prior.metadata.lora  # their files are opened only when a model is to be loaded
+    given_loras = [each.lora for each in recorded] if choices.lora is None else choices.lora
     check_lora_experts(given_loras, experts=len(prior.family.experts))
     entries: dict[str, Any] = dict(
         **steps,
@@ -135,8 +136,8 @@ def make_plan(
             tea_cache_model_id=choices.tea_cache_model_id,
         ),
         lora=recorded if choices.lora is None else describe_loras(choices.lora),
-        quantize=inherited(choices.quantize, prior.metadata.get("quantize")),
-        compile=inherited(choices.compile, prior.metadata.get("compile")),
+        quantize=inherited(choices.quantize, prior.metadata.quantize),
+        compile=inherited(choices.compile, prior.metadata.compile),
         tiled=choose_tiling(choices, prior, model),
         prompt=chosen("prompt"),
         negative_prompt=chosen("negative_prompt"),
@@ -150,7 +151,7 @@ def make_plan(
         fps=chosen("fps"),
         image=choices.image,
         model=model,
-        dtype=choices.dtype or prior.metadata.get("dtype"),
+        dtype=choices.dtype or prior.metadata.dtype,
         choices=choices,
     )
     plan = Plan(**entries)
@@ -180,9 +181,9 @@ def knows_first_nega(plan: Plan, prior: Prior) -> bool:
         and plan.method in ("differential", "resume")
         and bool(plan.steps_to_run)
         and plan.first_cfg_scale != 1
-        and plan.negative_prompt == prior.metadata["negative_prompt"]
-        and plan.lora == prior.metadata.get("lora", [])
-        and (plan.quantize, plan.compile) == (prior.metadata.get("quantize"), prior.metadata.get("compile"))
+        and plan.negative_prompt == prior.metadata.negative_prompt
+        and plan.lora == prior.metadata.lora
+        and (plan.quantize, plan.compile) == (prior.metadata.quantize, prior.metadata.compile)
         and plan.skip_cache is plan.tea_cache_l1_thresh is None
         and prior.has(noise_pred_nega_file(plan.steps_to_run[0]))
     )
@@ -192,13 +193,13 @@ def choose_tiling(choices: Choices, prior: Prior, model: str) -> bool | None:
     """Whether the video is decoded in tiles; None: as the prior's own."""
     if choices.tiled is None:
         return None
-    tiled = in_tiles(choices.tiled, model, prior.metadata, model_dir=choices.model_dir)
-    return None if tiled == prior.metadata.get("tiled", True) else tiled
+    tiled = in_tiles(choices.tiled, model, prior.metadata.sizes, model_dir=choices.model_dir)
+    return None if tiled == prior.metadata.tiled else tiled
 
 
 def settings_of(plan: Plan, prior: Prior) -> RunSettings:
     """The prior's settings, and of the plan what it decides itself."""
-    recorded = {name: prior.metadata[name] for name in _SETTINGS if name in prior.metadata}
+    recorded = recorded_settings(prior)
     own = {name: getattr(plan, name) for name in _SETTINGS if name in _PLAN}
     if plan.tiled is None:
         del own["tiled"]
@@ -210,6 +211,7 @@ def describe_choices(plan: Plan) -> dict[str, Any]:
     entries = {name: getattr(plan, name) for name in _PLAN}
     for name in ("image", "auto", "knows_nega", "choices"):  # none of them changes the latents
         del entries[name]
+    entries["lora"] = lora_entries(plan.lora)
     steps = entries.pop("steps_to_run")
     if plan.paths is None:  # else the run decides
         entries["steps_run"] = steps
@@ -235,7 +237,7 @@ def part_of_step(plan: Plan, prior: Prior) -> float:
     """How far into the step after start_step a resume on its own sigmas begins, 0 ... 1."""
     if plan.sigmas is None:
         return 0.0
-    return place_on_path(plan.sigmas[0], prior.metadata["scheduler_sigmas"])[1]
+    return place_on_path(plan.sigmas[0], prior.metadata.scheduler_sigmas)[1]
 
 
 def velocity_files(plan: Plan) -> list[str]:

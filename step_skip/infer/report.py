@@ -20,7 +20,7 @@ from step_skip.infer.inputs import Source
 from step_skip.infer.plan import Plan, describe_choices, input_files, settings_of
 from step_skip.models.compute import OFF
 from step_skip.models.loading import Model
-from step_skip.models.lora import lora_text, parse_recorded_loras
+from step_skip.models.lora import lora_entries, lora_text, read_recorded_loras
 from step_skip.models.machine import describe_machine, installed_versions
 from step_skip.models.memory import peak_memory
 from step_skip.models.weights import COMPONENTS, model_defaults
@@ -39,16 +39,16 @@ def describe_clip(source: Source, plan: Plan, model: Model, result: RunResult) -
     prior = source.members[look.nearest if look else 0].prior
     report = {
         "prior_dir": str(prior.directory.absolute()),
-        "prior_prompt": prior.metadata.get("prompt"),
+        "prior_prompt": prior.metadata.prompt,
         "prior_image": prior.image_name,
         **describe_settings(source, plan),
-        "prior_run_id": prior.metadata["run_id"],
+        "prior_run_id": prior.metadata.run_id,
         **(look.describe() if look else {}),
         "auto": None if plan.auto is None else dataclasses.asdict(plan.auto),
         "image": str(plan.image.absolute()) if isinstance(plan.image, Path) else None,
         "model_dir": None if options.model_dir is None else str(options.model_dir.absolute()),
         "model_fingerprint": dict(model.fingerprint),
-        "prior_lora": prior.metadata.get("lora", []),
+        "prior_lora": lora_entries(prior.metadata.lora),
         "dtype": options.dtype,
         "vram": options.vram,
         "peak_memory": peak_memory(options.device),
@@ -71,7 +71,7 @@ def describe_settings(source: Source, plan: Plan) -> dict[str, Any]:
     settings = dict(vars(settings_of(plan, source.prior)))
     if settings["switch_DiT_boundary"] is None:  # one network: as it was before there were two
         del settings["switch_DiT_boundary"]
-    own = {} if source.others else {"prior_run_id": source.prior.metadata["run_id"]}
+    own = {} if source.others else {"prior_run_id": source.prior.metadata.run_id}
     return {
         **own,
         "prior_files": describe_files(source, plan),
@@ -84,7 +84,7 @@ def describe_settings(source: Source, plan: Plan) -> dict[str, Any]:
 def describe_files(source: Source, plan: Plan) -> dict[str, str | None]:
     """The SHA-256 of every file of the prior that a plan needs; of a bank's by run id and name."""
     return {
-        f"{member.prior.metadata['run_id']}/{name}" if source.others else name: recorded_sha256(
+        f"{member.prior.metadata.run_id}/{name}" if source.others else name: recorded_sha256(
             member.prior, name
         )
         or member.inputs.prior_files.get(name)
@@ -146,9 +146,9 @@ def flags_of(report: Mapping[str, Any], prior: Prior) -> dict[str, Any]:
         prior, cfg_scale=None, cfg_scale_2=None, default=defaults.cfg_scale, experts=experts
     )
     for name, default in (
-        ("negative_prompt", m.get("negative_prompt")),
+        ("negative_prompt", m.negative_prompt),
         ("cfg_scale", list(usual) if isinstance(usual, tuple) else usual),
-        ("fps", m.get("fps", defaults.fps)),
+        ("fps", defaults.fps if m.fps is None else m.fps),
         ("skip_cache", None),
         ("tea_cache_l1_thresh", None),
         ("tea_cache_model_id", ""),
@@ -158,15 +158,15 @@ def flags_of(report: Mapping[str, Any], prior: Prior) -> dict[str, Any]:
         given = list(given) if isinstance(given, tuple) else given
         if given not in (None, default):
             flags[name] = given
-    if (tiled := report.get("tiled", True)) != m.get("tiled", True):
+    if (tiled := report.get("tiled", True)) != m.tiled:
         flags["vae_tiling"] = "on" if tiled else "off"
     for name in ("quantize", "compile"):
-        if (given := report.get(name)) != m.get(name):
+        if (given := report.get(name)) != getattr(m, name):
             flags[name] = given or OFF
     if prior.is_legacy:
         flags |= {name: report[name] for name in ("image", "model")}
-    if (loras := report.get("lora", [])) != m.get("lora", []):
-        flags["lora"] = [lora_text(lora) for lora in parse_recorded_loras(loras)]
+    if (loras := report.get("lora", [])) != lora_entries(m.lora):
+        flags["lora"] = [lora_text(each.lora) for each in read_recorded_loras(loras)]
     return flags
 
 

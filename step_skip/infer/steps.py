@@ -57,7 +57,7 @@ def choose_steps(choices: Choices, prior: Prior) -> dict[str, Any]:
     if choices.start_step == AUTO:
         auto = choose_start_step(prior, choices.text_share or DEFAULT_TEXT_SHARE)
         return remaining_steps(auto.step, prior, num_steps=choices.num_steps_after) | {"auto": auto}
-    resumes = not differential and prior.metadata.get("start_step_chosen", prior.is_legacy)
+    resumes = not differential and (prior.metadata.start_step_chosen or prior.is_legacy)
     if resumes or choices.start_step is not None or not prior.is_complete:
         start_step = resolve_start_step(choices.start_step, prior)
         return remaining_steps(start_step, prior, num_steps=choices.num_steps_after)
@@ -111,7 +111,7 @@ def own_sigmas(sigmas: Sequence[float], prior: Prior) -> dict[str, Any]:
     """
     if sigmas[-1] <= 0 or any(after >= now * (1 - SAME_SIGMA) for now, after in itertools.pairwise(sigmas)):
         raise InputError(f"--sigmas {' '.join(map(str, sigmas))}: expected decreasing values above 0")
-    known = prior.metadata["scheduler_sigmas"]
+    known = prior.metadata.scheduler_sigmas
     try:
         step, _ = place_on_path(sigmas[0], known)
     except ValueError:
@@ -145,12 +145,12 @@ def remaining_steps(start_step: int, prior: Prior, *, num_steps: int | None) -> 
     if not steps:
         raise InputError(f"--num_steps_after {num_steps}: step {start_step} is the prior's last")
     m = prior.metadata
-    begin = min(m["scheduler_sigmas"][start_step + 1], 1.0)  # not compared with the scheduler's yet
+    begin = min(m.scheduler_sigmas[start_step + 1], 1.0)  # not compared with the scheduler's yet
     return {
         "method": "sigmas",
         "start_step": start_step,
         "steps_to_run": list(range(num_steps)),
-        "sigmas": tuple(tail_sigmas(begin, num_steps, sigma_shift=m["sigma_shift"])),
+        "sigmas": tuple(tail_sigmas(begin, num_steps, sigma_shift=m.sigma_shift)),
     }
 
 
@@ -163,7 +163,8 @@ def resolve_start_step(choice: int | None, prior: Prior) -> int:
     total = prior.num_inference_steps
     last = total - 1 if prior.is_complete else prior.whole_steps - 1
     if choice is None and prior.is_complete:
-        return prior.metadata.get("start_step", recommended_start_step(total))
+        own = prior.metadata.start_step
+        return recommended_start_step(total) if own is None else own
     if choice is not None and not 0 <= choice <= last:
         raise InputError(f"--start_step {choice}: the prior has steps 0 to {last}")
     return last if choice is None else choice
@@ -192,7 +193,7 @@ def choose_start_step(prior: Prior, text_share: float = DEFAULT_TEXT_SHARE) -> A
     Raises:
         InputError: the prior doesn't say what the text had to say, or no step leaves as much.
     """
-    left, measured = say_left(read_text_moves(prior), sigmas=prior.metadata["scheduler_sigmas"])
+    left, measured = say_left(read_text_moves(prior), sigmas=prior.metadata.scheduler_sigmas)
     step = latest_step(left, text_share)
     if step is None:
         raise InputError(
@@ -214,7 +215,7 @@ def read_text_moves(prior: Prior) -> list[float]:
             f"--start_step auto: {prior.directory} was stopped after step {prior.whole_steps - 1}, and only "
             "a whole run tells what is left to say; name a step, or finish it with generate_prior.py --resume"
         )
-    if FORMATION_KEY not in prior.metadata:
+    if FORMATION_KEY not in prior.metadata.model_fields_set:
         raise InputError(
             f"--start_step auto: {prior.directory} records no {FORMATION_KEY}, it is older; {instead}"
         )
@@ -223,7 +224,7 @@ def read_text_moves(prior: Prior) -> list[float]:
             f"--start_step auto: {prior.directory} was made with --cfg_scale 1, where the text's say is not "
             f"measured; {instead} with guidance"
         )
-    moves = prior.metadata[FORMATION_KEY].get("text_moves") or []
+    moves = prior.metadata.formation.text_moves or []
     steps = prior.num_inference_steps
     if len(moves) != steps:
         raise InputError(

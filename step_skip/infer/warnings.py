@@ -49,17 +49,17 @@ def warn_before_run(
 
 def what_differs(plan: Plan, prior: Prior) -> Iterator[str]:
     """Where the prior was made in another way, so that its own prompt won't give its own video."""
-    own, given = (summarize_loras(each) for each in (prior.metadata.get("lora", []), plan.lora))
+    own, given = (summarize_loras(each) for each in (prior.metadata.lora, plan.lora))
     if own != given:
         yield f"runs with {given}, and the prior was made with {own}: a mix of two models, as asked for"
     for name in ("quantize", "compile"):
-        then, now = prior.metadata.get(name) or OFF, getattr(plan, name) or OFF
+        then, now = getattr(prior.metadata, name) or OFF, getattr(plan, name) or OFF
         if then != now:
             yield (
                 f"runs with --{name} {now}, and the prior was made with {then}: its own prompt gives nearly "
                 "its own video"
             )
-    if prior.metadata.get("lora") and plan.model in MODELS and "vram" not in prior.metadata:
+    if prior.metadata.lora and plan.model in MODELS and not prior.metadata.vram:
         yield (
             "the prior doesn't record its --vram: with low, an earlier version added LoRAs while it ran, and "
             "the last bits differ"
@@ -67,7 +67,7 @@ def what_differs(plan: Plan, prior: Prior) -> Iterator[str]:
     if plan.tiled is not None:
         yield "decodes with another --vae_tiling than the prior: the same latents, nearly the same frames"
     for name in ("skip_cache", "tea_cache_l1_thresh"):
-        value = prior.metadata.get(name)
+        value = getattr(prior.metadata, name)
         if value is not None and value != getattr(plan, name):
             yield (
                 f"the prior was made with --{name} {value}, which is not taken over; give it, too, to have "
@@ -81,8 +81,11 @@ def warn_of_words(texts: Mapping[str, Prior], options: LoadOptions) -> None:
     Args:
         texts: each with the prior that it is for.
     """
-    own = ("prompt", "negative_prompt")
-    new = (text for text, prior in texts.items() if text not in [prior.metadata.get(name) for name in own])
+    new = (
+        text
+        for text, prior in texts.items()
+        if text not in (prior.metadata.prompt, prior.metadata.negative_prompt)
+    )
     warn_of_embedded(options, new)
 
 
@@ -93,7 +96,7 @@ OBEYED_AFTER_6 = {"prompted": "23% (20% if its prior holds still)", "neutral": "
 
 def warn_of_old_motion(start_step: int, prior: Prior) -> None:
     """Warn that a new prompt comes in after this step, too late to be obeyed: motion is settled early."""
-    kind = str(prior.metadata.get("prior_kind"))
+    kind = prior.metadata.prior_kind
     obeyed = OBEYED_AFTER_6.get(kind, OBEYED_AFTER_6["prompted"])
     advice = "make the prior again" if prior.is_legacy else "leave --start_step out"
     log.warning(
@@ -106,7 +109,7 @@ def warn_of_old_motion(start_step: int, prior: Prior) -> None:
 def late_start(plan: Plan, prior: Prior) -> int | None:
     """The step after which a plan brings a new prompt in, if most of the motion is settled by then."""
     step = plan.start_step
-    if step is None or plan.prompt == prior.metadata.get("prompt"):
+    if step is None or plan.prompt == prior.metadata.prompt:
         return None
     return step if is_late(step, prior.num_inference_steps) else None
 
@@ -123,7 +126,7 @@ def doubts_of(plan: Plan, prior: Prior, *, device: str) -> Iterator[str]:
     names = ("torch", "diffsynth", "device_name", "attention")
     differ = [
         f"{name} {now} (then {then!r})"
-        for name, now, then in differences_since(prior.metadata, device, names)
+        for name, now, then in differences_since(prior.metadata.machine, device, names)
     ]
     if differ:
         yield f"not as when the prior was made: {', '.join(differ)}; the result may differ in the last bits"

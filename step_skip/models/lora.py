@@ -14,11 +14,14 @@ import math
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+from pydantic import ValidationError
 
 from step_skip.errors import InputError
 from step_skip.files.bounds import MAX_LORA_BYTES
 from step_skip.files.reading import remembered_sha256
+from step_skip.files.schema import Count, Name, Number, Record, Sha256
 from step_skip.files.tensors import read_header
 from step_skip.models.lora_file import DIFFERENCES, Lora, kind_of, peft_config, read_lora
 
@@ -146,77 +149,102 @@ def distilled_hint(loras: Iterable[Lora]) -> str | None:
 # --- what a run records -------------------------------------------------------------------------------------
 
 
-def describe_loras(loras: Iterable[Lora]) -> list[dict[str, Any]]:
-    """What a run's metadata says of its LoRAs; `differences`: how many tensors are no part of a pair.
+class RecordedLora(Record):
+    """A LoRA as a run's JSON records it."""
+
+    path: Name
+    alpha: Number
+    sha256: Sha256
+    expert: Literal["dit", "dit2"] | None = None  # None: of a model with one network, or for both experts
+    differences: Count | None = None  # the number of tensors that are no part of a pair; None: not applied
+
+    @property
+    def lora(self) -> Lora:
+        """The LoRA to load."""
+        return Lora(Path(self.path), self.alpha, self.expert)
+
+
+def describe_loras(loras: Iterable[Lora]) -> list[RecordedLora]:
+    """Return what a run records of its LoRAs.
 
     Raises:
         InputError: a file isn't there, or can't be read.
     """
     described = []
     for lora in loras:
-        entry = {"path": str(lora.path.absolute()), "alpha": lora.alpha, "sha256": _lora_sha256(lora.path)}
+        entry: dict[str, Any] = {
+            "path": str(lora.path.absolute()),
+            "alpha": lora.alpha,
+            "sha256": _lora_sha256(lora.path),
+        }
         entry |= {} if lora.expert is None else {"expert": lora.expert}
         keys = read_header(lora.path, what="--lora").shapes
         differences = sum(kind_of(key)[0] in DIFFERENCES for key in keys)
-        described.append(entry | ({"differences": differences} if differences else {}))
+        described.append(RecordedLora(**entry | ({"differences": differences} if differences else {})))
     return described
 
 
-def parse_recorded_loras(described: object) -> tuple[Lora, ...]:
-    """The LoRAs of what `describe_loras` made, as metadata has it.
+def loras_of(recorded: Iterable[RecordedLora]) -> tuple[Lora, ...]:
+    """Return the LoRAs to load."""
+    return tuple(each.lora for each in recorded)
+
+
+def lora_entries(loras: Iterable[RecordedLora]) -> list[dict[str, Any]]:
+    """Return recorded LoRAs as JSON has them."""
+    return [each.recorded() for each in loras]
+
+
+def read_recorded_loras(entries: object) -> list[RecordedLora]:
+    """Check LoRAs as JSON gave them, and return them.
 
     Raises:
-        InputError: the metadata says something else.
+        InputError: they are no list of LoRAs.
     """
-    return tuple(lora for lora, _, _ in _recorded_loras(described))
-
-
-def _recorded_loras(described: object) -> list[tuple[Lora, str, bool]]:
-    """Each with the SHA-256 of its file and whether its differences are in; see `parse_recorded_loras`."""
+    if not isinstance(entries, list):
+        entries = [entries]
     loras = []
-    for each in described if isinstance(described, list) else [described]:
-        match each:
-            case {"path": str(path), "alpha": int() | float() as alpha, "sha256": str(sha256), **more}:
-                expert = str(more["expert"]) if "expert" in more else None
-                loras.append((Lora(Path(path), alpha, expert), sha256, "differences" in more))
-            case _:
-                raise InputError(
-                    f"run_metadata.json has {str(each)[:60]!r} as a LoRA, expected path, alpha and sha256; "
-                    "make the prior again"
-                )
+    for each in entries:
+        try:
+            loras.append(RecordedLora.model_validate(each))
+        except ValidationError as error:
+            raise InputError(
+                f"the JSON has {str(each)[:60]!r} as a LoRA, expected path, alpha and sha256; make it again"
+            ) from error
     return loras
 
 
-def summarize_loras(described: object) -> str:
-    """What a person is told of the LoRAs that `describe_loras` described: the same for the same ones."""
-    told = []
-    for lora, sha256, differences in _recorded_loras(described):
-        more = " with its differences" if differences else ""
-        told.append(f"{_word(lora)}{lora.path.name}:{lora.alpha:g} ({sha256[:12]}){more}")
-    return ", ".join(told) or "no LoRA"
+def summarize_loras(loras: Iterable[RecordedLora]) -> str:
+    """Summarize recorded LoRAs in one line, which is the same for the same LoRAs."""
+    parts = []
+    for each in loras:
+        more = " with its differences" if each.differences is not None else ""
+        parts.append(f"{_word(each.lora)}{each.lora.path.name}:{each.alpha:g} ({each.sha256[:12]}){more}")
+    return ", ".join(parts) or "no LoRA"
 
 
-def find_recorded_loras(described: object) -> tuple[Lora, ...]:
-    """The LoRAs that a prior's metadata describes; their files must still be there, and the same.
+def find_recorded_loras(loras: Iterable[RecordedLora]) -> tuple[Lora, ...]:
+    """Return the LoRAs that a prior records; their files must still exist, and be the same.
 
-    A prior may be a stranger's, and name any path. So this is asked for only when a model is to be loaded,
-    and opens nothing but regular .safetensors files of a LoRA's size.
+    A prior may come from an untrusted source, and name any path. So this is called only when a model is to be
+    loaded, and opens nothing but regular .safetensors files of a LoRA's size.
 
     Raises:
-        InputError: they are not, or the metadata says something else.
+        InputError: a file is missing, or is another.
     """
-    loras = _recorded_loras(described)
     hint = "name it with --lora, or give --lora without a file to run without"
-    for lora, sha256, _ in loras:
+    found = []
+    for each in loras:
+        lora = each.lora
         if not (lora.path.is_absolute() and lora.path.suffix == ".safetensors"):
             raise InputError(
                 f"the prior records {lora.path} as a LoRA, which is no .safetensors file; {hint}"
             )
         if not lora.path.is_file():
             raise InputError(f"the prior was made with the LoRA {lora.path}, which is not there; {hint}")
-        if _lora_sha256(lora.path) != sha256:
+        if _lora_sha256(lora.path) != each.sha256:
             raise InputError(f"the prior was made with another {lora.path} than is there now; {hint}")
-    return tuple(lora for lora, _, _ in loras)
+        found.append(lora)
+    return tuple(found)
 
 
 def _lora_sha256(path: Path) -> str:

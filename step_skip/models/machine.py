@@ -75,10 +75,14 @@ def installed_versions() -> dict[str, Any]:
 
 
 def differences_since(
-    metadata: Mapping[str, Any], device: str, names: Iterable[str]
+    then: Mapping[str, Any], device: str, names: Iterable[str]
 ) -> Iterator[tuple[str, Any, Any]]:
-    """What of the machine and the versions is not as when a prior was made: name, now, then."""
-    then, now = metadata["versions"] | metadata, installed_versions() | describe_machine(device)
+    """Yield what differs from when a prior was made: name, now, then.
+
+    Args:
+        then: the recorded entries of `describe_machine` and `installed_versions`.
+    """
+    now = installed_versions() | describe_machine(device)
     for name in names:
         is_known = name in then or name != "attention"  # older priors record none
         if is_known and now[name] != then.get(name):

@@ -257,7 +257,8 @@ def keep_prior_clip(directory: Path, kept: Path) -> PageClip:
     try:
         prior = read_prior(directory)
         names = ("run_id", "prompt", "forwards", "seconds", *SETTINGS)
-        told = {name: prior.metadata[name] for name in names if name in prior.metadata}
+        recorded = prior.metadata.recorded()
+        told = {name: recorded[name] for name in names if name in recorded}
         kept.parent.mkdir(parents=True, exist_ok=True)
         with replacing(kept) as temporary:
             with opened(path, most=largest_file(prior, OUTPUT_FILE)) as source, temporary.open("wb") as copy:

@@ -24,7 +24,7 @@ from step_skip.errors import InputError
 from step_skip.files.bounds import is_number
 from step_skip.infer.measures import describe_measures
 from step_skip.infer.steps import more_steps
-from step_skip.models.lora import summarize_loras
+from step_skip.models.lora import read_recorded_loras, summarize_loras
 from step_skip.page.clips import SETTINGS, PageClip, Section, prior_title
 
 NOTHING: tuple[object, ...] = (None, "", [])  # settings that were not used
@@ -256,7 +256,7 @@ def in_words(key: str, value: object) -> str:
     """A setting as a person says it."""
     if key == "lora":
         try:
-            return summarize_loras(value)
+            return summarize_loras(read_recorded_loras(value))
         except InputError:  # a stranger's
             return str(value)
     if isinstance(value, list):

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from step_skip.errors import InputError
 from step_skip.models.loading import UNVERIFIED, Model
 from step_skip.models.weights import ENCODERS
-from step_skip.pipeline.settings import SCHEDULE_FLAGS
 from step_skip.prior.prior import Prior, step_ranges
 from step_skip.prior.schema import METADATA_FILE
 
@@ -25,7 +24,7 @@ def check_fingerprint(prior: Prior, found: Mapping[str, str]) -> None:
         InputError: they differ.
     """
     for component, digest in () if prior.is_legacy else found.items():
-        recorded = prior.metadata["model_fingerprint"].get(component)
+        recorded = prior.metadata.model_fingerprint.get(component)
         if recorded != digest and (component, recorded) != ("skip_branch", None):
             raise InputError(
                 f"the {component} weights are not those the prior was made with (fingerprint {digest[:12]}, "
@@ -40,10 +39,10 @@ def check_model(model: Model, prior: Prior) -> None:
     Raises:
         InputError: they differ.
     """
-    if model.fingerprint and prior.metadata.get("model_fingerprint"):
+    if model.fingerprint and prior.metadata.model_fingerprint:
         check_fingerprint(prior, model.fingerprint)
         return
-    recorded, found = prior.metadata.get("parameter_fingerprint", {}), model.parameters
+    recorded, found = prior.metadata.parameter_fingerprint, model.parameters
     known = {name for name in found if UNVERIFIED not in (recorded.get(name, UNVERIFIED), found[name])}
     for name in sorted(known - set(ENCODERS)):  # what they made of image and prompts is on disk
         if recorded[name] != found[name]:
@@ -85,11 +84,14 @@ def check_progress(prior: Prior) -> None:
     if prior.kept_steps is not None:
         raise InputError(f"it keeps only steps {step_ranges(prior.kept_steps)}; make it again")
     for key in PROGRESS_KEYS:
-        if key not in m:
+        if key not in m.model_fields_set:
             raise InputError(f"{METADATA_FILE} lacks {key!r}; it is older, or was edited: make it again")
-    lists = {key: m[key] for key in ("seconds_per_step", "forwards_per_step")}
-    if (distances := m.get("formation", {}).get("branch_distances")) is not None:
-        lists["branch_distances"] = distances
+    lists: dict[str, Sequence[float]] = {
+        "seconds_per_step": m.seconds_per_step,
+        "forwards_per_step": m.forwards_per_step,
+    }
+    if m.formation.branch_distances is not None:
+        lists["branch_distances"] = m.formation.branch_distances
     for key, values in lists.items():
         if len(values) < prior.whole_steps:
             raise InputError(f"{METADATA_FILE} has no number for each step in {key}; make it again")
@@ -105,8 +107,12 @@ def check_schedule(prior: Prior, *, timesteps: Iterable[float], sigmas: Iterable
     Raises:
         InputError: they differ, so the latents are not at the noise level the scheduler would assume.
     """
-    for key, computed in (("scheduler_timesteps", timesteps), ("scheduler_sigmas", sigmas)):
-        recorded, computed = prior.metadata[key], list(computed)
+    m = prior.metadata
+    for key, recorded, given in (
+        ("scheduler_timesteps", m.scheduler_timesteps, timesteps),
+        ("scheduler_sigmas", m.scheduler_sigmas, sigmas),
+    ):
+        computed = list(given)
         if len(recorded) != len(computed):
             raise InputError(
                 f"{key}: the prior has {len(recorded)} entries, the installed scheduler {len(computed)}"
@@ -115,7 +121,7 @@ def check_schedule(prior: Prior, *, timesteps: Iterable[float], sigmas: Iterable
             if not math.isclose(old, new, rel_tol=1e-6, abs_tol=1e-9):
                 raise InputError(
                     f"{key}[{step}]: the prior has {old:.6f}, the installed scheduler gives {new:.6f}; "
-                    f"use diffsynth {prior.metadata.get('versions', {}).get('diffsynth', 'as it was then')} "
+                    f"use diffsynth {m.versions.get('diffsynth', 'as it was then')} "
                     "or make the prior again"
                 )
 
@@ -128,5 +134,5 @@ def check_installed_schedule(prior: Prior) -> None:
     """
     from step_skip.pipeline.schedulers import compute_schedule
 
-    timesteps, sigmas = compute_schedule(**{name: prior.metadata[name] for name in SCHEDULE_FLAGS})
+    timesteps, sigmas = compute_schedule(**prior.schedule_settings)
     check_schedule(prior, timesteps=timesteps, sigmas=sigmas)

@@ -72,14 +72,14 @@ def kept_context_path(prior: Prior, text: str, folder: Path | None = None) -> Pa
     Args:
         folder: in which `contexts/` lies; None: the prior's.
     """
-    content = "\0".join([str(text_encoder_of(prior)), str(prior.metadata.get("dtype")), text])
+    content = "\0".join([str(text_encoder_of(prior)), str(prior.metadata.dtype), text])
     name = f"{hashlib.sha256(content.encode()).hexdigest()[:16]}.safetensors"
     return (folder or prior.directory) / CONTEXTS_FOLDER / name
 
 
 def text_encoder_of(prior: Prior) -> str | None:
     """The fingerprint of the text encoder that a prior's contexts come from; an older prior records none."""
-    return prior.metadata.get("model_fingerprint", {}).get("text_encoder")
+    return prior.metadata.model_fingerprint.get("text_encoder")
 
 
 def is_context_known(prior: Prior, text: str, folder: Path | None = None) -> bool:
@@ -109,8 +109,8 @@ def load_context(prior: Prior, text: str, folder: Path | None = None) -> torch.T
         context = safetensors.torch.load(content)["context"]
     except Exception:  # whatever safetensors and torch raise for what is none
         return None
-    own = prior.metadata["shapes"].get(context_file(prior.metadata["prompt"]))  # every text is padded to it
-    alike = (list(context.shape), dtype_name(context)) == (own, prior.metadata["dtype"])
+    own = prior.metadata.shapes.get(context_file(prior.texts[0]))  # every text is padded to it
+    alike = (list(context.shape), dtype_name(context)) == (own, prior.metadata.dtype)
     if not alike or not torch.isfinite(context).all():
         return None
     return context if content == _context_bytes(prior, text, context) else None

@@ -85,13 +85,13 @@ def read_own_file(prior: Prior, name: str) -> bytes:
         raise InputError(f"{METADATA_FILE} lists no {name}; the prior is incomplete: make it again")
     path = prior.directory / name
     content = read_file(path, most=largest_file(prior, name))
-    check_sha256(path, hashlib.sha256(content).hexdigest(), prior.metadata["files"][name])
+    check_sha256(path, hashlib.sha256(content).hexdigest(), prior.metadata.files[name])
     return content
 
 
 def recorded_sha256(prior: Prior, name: str) -> str | None:
     """What the prior says of a file; a legacy prior says nothing."""
-    return prior.metadata.get("files", {}).get(name)
+    return prior.metadata.files.get(name)
 
 
 def largest_file(prior: Prior, name: str) -> int:
@@ -99,13 +99,13 @@ def largest_file(prior: Prior, name: str) -> int:
     m = prior.metadata
     if name.endswith(".pt"):  # a context of Wan2.1 has 8 MiB
         return 2 * 4 * math.prod(prior.latents_shape) + 2**26
-    return m["height"] * m["width"] * 3 * (m["num_frames"] + 1) + 2**22
+    return m.height * m.width * 3 * (m.num_frames + 1) + 2**22
 
 
 def damaged_files(prior: Prior) -> dict[str, str]:
     """What is wrong with the files the prior records, by name; see `check_files`."""
     problems = {}
-    for name in prior.metadata["files"]:
+    for name in prior.metadata.files:
         try:
             check_files(prior, [name])
         except InputError as error:
@@ -125,7 +125,7 @@ def load_latents(prior: Prior, name: str, *, sha256: str | None = None) -> torch
     Raises:
         InputError: not a tensor, wrong shape or dtype, NaN or infinite values, or a pickle with code in it.
     """
-    dtype, sha256 = prior.metadata.get("dtype"), recorded_sha256(prior, name) or sha256
+    dtype, sha256 = prior.metadata.dtype, recorded_sha256(prior, name) or sha256
     return load_tensor(prior.directory / name, shape=prior.latents_shape, dtype=dtype, sha256=sha256)
 
 
@@ -142,7 +142,7 @@ def load_denoised(prior: Prior, step: int, *, dtype: torch.dtype | None = None) 
         load_latents(prior, name).to(dtype=dtype)
         for name in (latents_before_file(step), noise_pred_file(step))
     )
-    return latents - prior.metadata["scheduler_sigmas"][step] * noise_pred
+    return latents - prior.metadata.scheduler_sigmas[step] * noise_pred
 
 
 def load_conditioning(prior: Prior, name: str) -> torch.Tensor:
@@ -151,7 +151,7 @@ def load_conditioning(prior: Prior, name: str) -> torch.Tensor:
     Raises:
         InputError: see `load_latents`; or what is kept of an image can't be what this model takes.
     """
-    m, shape = prior.metadata, tuple(prior.metadata["shapes"][name])
+    m, shape = prior.metadata, tuple(prior.metadata.shapes[name])
     expected = _identity_shapes(prior).get(name, shape)
     if shape != expected:
         raise InputError(
@@ -159,12 +159,12 @@ def load_conditioning(prior: Prior, name: str) -> torch.Tensor:
             "prior again"
         )
     path, sha256 = prior.directory / name, recorded_sha256(prior, name)
-    return load_tensor(path, shape=shape, dtype=m["dtype"], sha256=sha256)
+    return load_tensor(path, shape=shape, dtype=m.dtype, sha256=sha256)
 
 
 def _identity_shapes(prior: Prior) -> dict[str, tuple[int, ...]]:
     """The shapes of what is kept of the images, by file, where the model is a published one."""
-    if prior.metadata["model"] not in MODELS:
+    if prior.metadata.model not in MODELS:
         return {}
     _, _, *sizes = prior.latents_shape
     places = dict(zip("THW", sizes, strict=True))

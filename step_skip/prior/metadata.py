@@ -1,4 +1,4 @@
-"""TODO"""
+"""Read and check run_metadata.json."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from typing import Any
 from step_skip.errors import InputError
 from step_skip.files.bounds import MAX_METADATA_BYTES, MAX_METADATA_DEPTH, short
 from step_skip.files.reading import read_file
-from step_skip.models.families import round_sizes
+from step_skip.models.families import FAMILIES, round_sizes
 from step_skip.prior.prior import Prior, step_files
-from step_skip.prior.schema import METADATA_FILE, Metadata, Schedule, check_entries
+from step_skip.prior.schema import METADATA_FILE, read_entries
 
 FORMAT_VERSION = 1
 SEAL = "metadata_sha256"  # the entry that vouches for all others
@@ -26,7 +26,7 @@ def read_prior(directory: Path) -> Prior:
         InputError: no prior there, an unfinished one, or metadata that says something impossible.
     """
     prior = read_run(directory)
-    if not prior.is_legacy and prior.metadata["status"] == "running":
+    if not prior.is_legacy and prior.metadata.status == "running":
         raise InputError(
             f"{directory} is unfinished ({prior.whole_steps} of {prior.num_inference_steps} steps are "
             "whole): generate_prior.py was interrupted or is still running; wait for it, or finish the prior "
@@ -37,29 +37,26 @@ def read_prior(directory: Path) -> Prior:
 
 def read_run(directory: Path) -> Prior:
     """Like `read_prior`, for whoever goes on with an unfinished one, too."""
-    metadata = _read_metadata(directory / METADATA_FILE)
-    version: type[Schedule]
-    if "format_version" not in metadata and SEAL not in metadata:
-        version = Schedule
-        metadata = {key: value for key, value in metadata.items() if key in Schedule.model_fields}
-    elif metadata.get("format_version") == FORMAT_VERSION:
-        version = Metadata
-        _check_seal(directory, metadata)
-    else:
-        raise InputError(
-            f"{directory} has format_version {short(metadata.get('format_version'))}, "
-            f"expected {FORMAT_VERSION}; use the version of the program that wrote it"
-        )
-    check_entries(metadata, version)
-    sizes = {key: metadata[key] for key in ("height", "width", "num_frames")}
+    entries = _read_entries(directory / METADATA_FILE)
+    is_legacy = "format_version" not in entries and SEAL not in entries
+    if not is_legacy:
+        if entries.get("format_version") != FORMAT_VERSION:
+            raise InputError(
+                f"{directory} has format_version {short(entries.get('format_version'))}, "
+                f"expected {FORMAT_VERSION}; use the version of the program that wrote it"
+            )
+        _check_seal(directory, entries)
+    metadata = read_entries(entries, is_legacy=is_legacy)
+    rounded = round_sizes(**metadata.sizes, family=FAMILIES[metadata.family])
+    if rounded != metadata.sizes:  # other writers may record what was asked for
+        metadata = metadata.model_copy(update=rounded)
     prior = Prior(directory, metadata)
-    metadata |= round_sizes(**sizes, family=prior.family)  # other writers may record what was asked for
     if not prior.is_legacy:
         _check_whole_steps(prior)
     return prior
 
 
-def _read_metadata(path: Path) -> dict[str, Any]:
+def _read_entries(path: Path) -> dict[str, Any]:
     try:
         if not path.parent.is_dir():
             raise InputError(
@@ -115,9 +112,9 @@ def _check_seal(directory: Path, metadata: Mapping[str, Any]) -> None:
 def _check_whole_steps(prior: Prior) -> None:
     """Refuse a prior whose status promises more steps than it lists files of."""
     m = prior.metadata
-    needed = {"complete": m["num_inference_steps"], "stopped": 1, "running": 0}
-    steps = range(needed[m["status"]]) if prior.kept_steps is None else ()  # a pruned one: see make_plan
+    needed = {"complete": m.num_inference_steps, "stopped": 1, "running": 0}
+    steps = range(needed[m.status]) if prior.kept_steps is None else ()  # a pruned one: see make_plan
     for step in steps:
         for name in step_files(step):
-            if name not in m["files"]:
+            if name not in m.files:
                 raise InputError(f"{METADATA_FILE} lists no {name}; the prior is incomplete: make it again")

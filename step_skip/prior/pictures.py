@@ -19,7 +19,7 @@ def read_own_image(prior: Prior, name: str) -> Image:
     Raises:
         InputError: it is missing, damaged, or of another size.
     """
-    size, content = (prior.metadata["width"], prior.metadata["height"]), read_own_file(prior, name)
+    size, content = (prior.metadata.width, prior.metadata.height), read_own_file(prior, name)
     return _open_file(prior.directory / name, label="the prior's image", size=size, content=content)
 
 
@@ -30,17 +30,15 @@ def read_as_before(given: Path | Image, prior: Prior) -> Image:
         InputError: it can't be read.
     """
     m = prior.metadata
-    how = m.get("images", {}).get(IMAGE_FILE, {"fit": "stretch", "background": "white"})
-    image, name = (
-        open_image(given, background=how["background"]),
-        f"{given}" if isinstance(given, Path) else "",
-    )
+    own = m.images.get(IMAGE_FILE)
+    fit, background = ("stretch", "white") if own is None else (own.fit, own.background)
+    image, name = open_image(given, background=background), f"{given}" if isinstance(given, Path) else ""
     return fit_picture(
         image,
-        width=m["width"],
-        height=m["height"],
-        fit=how["fit"],
-        background=how["background"],
+        width=m.width,
+        height=m.height,
+        fit=fit,
+        background=background,
         name=name,
         label=f"--image {name}".rstrip(),
     ).image

@@ -41,10 +41,11 @@ def preview_to(prior: Prior | str | Path, path: str | Path) -> ProgressCallback:
         own = prior if isinstance(prior, Prior) else read_run(Path(prior))
         m = own.metadata
         frames = draw(denoised, colours_of(own))
-        duration = 1000 * m["num_frames"] / m.get("fps", 16) / len(frames)
+        duration = 1000 * m.num_frames / own.fps / len(frames)
         with replacing(Path(path)) as temporary:
-            more = {"append_images": frames[1:], "duration": round(duration)}
-            frames[0].save(temporary, save_all=True, loop=0, **more)
+            frames[0].save(
+                temporary, save_all=True, loop=0, append_images=frames[1:], duration=round(duration)
+            )
 
     return show
 

@@ -1,11 +1,11 @@
-"""TODO"""
+"""Describe a prior: its metadata, the names and shapes of its files, the steps that can be followed."""
 
 from __future__ import annotations
 
 import hashlib
 import math
 import struct
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Final
@@ -13,8 +13,9 @@ from typing import Any, Final
 from step_skip.errors import InputError
 from step_skip.files.tensors import BYTES
 from step_skip.method.steps import nearest_steps, spread_steps
-from step_skip.models.families import DEFAULT_FAMILY, FAMILIES, Family, expert_of, latents_shape
-from step_skip.pipeline.settings import RunSettings, one_or_each
+from step_skip.models.families import FAMILIES, Family, expert_of, latents_shape
+from step_skip.pipeline.settings import SCHEDULE_FLAGS, RunSettings, one_or_each
+from step_skip.prior.schema import Metadata
 
 INITIAL_LATENTS_FILE = "initial_latents.pt"
 IMAGE_FILE = "input_image.png"
@@ -29,43 +30,65 @@ class Prior:
     """A prior's folder and its metadata, checked for form by `read_prior`."""
 
     directory: Path
-    metadata: Mapping[str, Any]
+    metadata: Metadata
 
     @property
     def num_inference_steps(self) -> int:
-        return self.metadata["num_inference_steps"]
+        return self.metadata.num_inference_steps
 
     @property
     def is_legacy(self) -> bool:
         """True for a prior of the pull request's scripts: latents and schedule, nothing else."""
-        return "format_version" not in self.metadata
+        return self.metadata.format_version is None
 
     @property
     def is_complete(self) -> bool:
         """False for a prior that was stopped early (--stop_after) or interrupted."""
-        return self.is_legacy or self.metadata["status"] == "complete"
+        return self.is_legacy or self.metadata.status == "complete"
 
     @property
     def whole_steps(self) -> int:
         """How many steps are recorded, from the first one on, each with latents and velocity."""
         if self.is_legacy or self.kept_steps is not None:
             return self.num_inference_steps
-        return leading_steps(self.metadata["files"], self.num_inference_steps, nega=self.keeps_nega)
+        return leading_steps(self.metadata.files, self.num_inference_steps, nega=self.keeps_nega)
 
     @property
     def keeps_nega(self) -> bool:
         """Whether the velocity of each step's negative branch is saved, too; older priors lack it."""
-        return self.metadata.get("keeps_nega", False)
+        return self.metadata.keeps_nega
 
     @property
     def kept_steps(self) -> list[int] | None:
         """The steps that can be followed of a prior that was pruned to them; None: all."""
-        return self.metadata.get("kept_steps")
+        return self.metadata.kept_steps
 
     @property
     def is_of_clip(self) -> bool:
         """Whether it was made of a clip (clip_prior.py): it can be followed, in the steps that clip took."""
-        return self.metadata.get("prior_kind") == MADE_OF_CLIP
+        return self.metadata.prior_kind == MADE_OF_CLIP
+
+    @property
+    def schedule_settings(self) -> dict[str, Any]:
+        """What its schedule is computed from, by the names of SCHEDULE_FLAGS."""
+        return {name: getattr(self.metadata, name) for name in SCHEDULE_FLAGS}
+
+    @property
+    def texts(self) -> tuple[str, str]:
+        """Its prompt and negative prompt.
+
+        Raises:
+            ValueError: it is of the older format, which records none.
+        """
+        prompt, negative_prompt = self.metadata.prompt, self.metadata.negative_prompt
+        if prompt is None or negative_prompt is None:
+            raise ValueError(f"{self.directory} is of the older format, which records no prompts")
+        return prompt, negative_prompt
+
+    @property
+    def fps(self) -> float:
+        """The frames per second of its own video; 16 if it records none."""
+        return 16 if self.metadata.fps is None else self.metadata.fps
 
     @property
     def settings(self) -> RunSettings:
@@ -74,34 +97,33 @@ class Prior:
 
     def settings_after(self, start_step: int) -> RunSettings:
         """The settings of that run as they are for its steps after this one."""
-        names = {field.name for field in fields(RunSettings)}
-        recorded = {name: value for name, value in self.metadata.items() if name in names}
+        recorded = recorded_settings(self)
         guidance = self.guidance[start_step + 1 :] or self.guidance[-1:]
         return RunSettings(**recorded | {"cfg_scale": one_or_each(guidance)})
 
     @property
     def guidance(self) -> list[float]:
         """The cfg_scale of each of its steps: of two experts each has its own."""
-        own, second = self.metadata["cfg_scale"], self.metadata.get("cfg_scale_2")
+        own, second = self.metadata.cfg_scale, self.metadata.cfg_scale_2
+        if own is None:
+            raise ValueError(f"{self.directory} is of the older format, which records no cfg_scale")
         steps = range(self.num_inference_steps)
         return [own if second is None or self.expert_of(step) == "dit" else second for step in steps]
 
     def expert_of(self, step: int) -> str:
         """The network that takes a step: "dit", or of two experts "dit2" for the less noisy ones."""
-        timestep = self.metadata["scheduler_timesteps"][step]
-        return expert_of(timestep, self.metadata.get("switch_DiT_boundary"))
+        timestep = self.metadata.scheduler_timesteps[step]
+        return expert_of(timestep, self.metadata.switch_DiT_boundary)
 
     @property
     def family(self) -> Family:
         """What its network takes; an older prior names none."""
-        return FAMILIES[self.metadata.get("family", DEFAULT_FAMILY)]
+        return FAMILIES[self.metadata.family]
 
     @property
     def latents_shape(self) -> tuple[int, ...]:
         """[B, C, T, H, W] of the latents."""
-        m = self.metadata
-        sizes = {name: m[name] for name in ("height", "width", "num_frames")}
-        return latents_shape(**sizes, family=self.family)
+        return latents_shape(**self.metadata.sizes, family=self.family)
 
     @property
     def image_files(self) -> list[str]:
@@ -111,7 +133,8 @@ class Prior:
     @property
     def image_name(self) -> str | None:
         """What the file of its image was called; None: it has no image, or doesn't say."""
-        return self.metadata.get("images", {}).get(IMAGE_FILE, {}).get("name") or None
+        image = self.metadata.images.get(IMAGE_FILE)
+        return None if image is None else image.name or None
 
     @property
     def identity_names(self) -> list[str]:
@@ -121,7 +144,13 @@ class Prior:
 
     def has(self, name: str) -> bool:
         """Whether the prior records a file of this name."""
-        return name in self.metadata.get("files", {})
+        return name in self.metadata.files
+
+
+def recorded_settings(prior: Prior) -> dict[str, Any]:
+    """Return what a prior records of the settings of its run, by the names of RunSettings."""
+    names = [field.name for field in fields(RunSettings)]
+    return {name: getattr(prior.metadata, name) for name in names if name in prior.metadata.model_fields_set}
 
 
 # --- names and shapes ---------------------------------------------------------------------------------------
@@ -179,13 +208,13 @@ def context_file(text: str) -> str:
 
 def bytes_of_prior(prior: Prior) -> int:
     """A safe upper bound of what a prior takes on disk, without its videos."""
-    return bytes_of_steps(prior) * 4 // BYTES[prior.metadata["dtype"]] + 32 * 2**20
+    return bytes_of_steps(prior) * 4 // BYTES[prior.metadata.dtype or "float32"] + 32 * 2**20
 
 
 def bytes_of_steps(prior: Prior) -> int:
     """What the latents and velocities of its steps take on disk, about."""
     saved = 3 * prior.num_inference_steps + 4  # of each step, the noise, y
-    return saved * math.prod(prior.latents_shape) * BYTES[prior.metadata["dtype"]]
+    return saved * math.prod(prior.latents_shape) * BYTES[prior.metadata.dtype or "float32"]
 
 
 def identity_file(name: str) -> str:
@@ -215,7 +244,7 @@ def experts_of(steps: Sequence[int], sigmas: Sequence[float] | None, prior: Prio
     """
     if sigmas is None:
         return [prior.expert_of(step) for step in steps]
-    boundary = prior.metadata.get("switch_DiT_boundary")
+    boundary = prior.metadata.switch_DiT_boundary
     return [expert_of(_float32(1000 * _float32(sigma)), boundary) for sigma in sigmas]
 
 
@@ -243,9 +272,10 @@ def choose_guidance(
         InputError: neither one value nor as many as there are steps, or a second one without a use.
     """
     m = prior.metadata
-    first = m.get("cfg_scale", default) if cfg_scale is None else cfg_scale
+    own = default if m.cfg_scale is None else m.cfg_scale
+    first = own if cfg_scale is None else cfg_scale
     values = list(first) if isinstance(first, Sequence) else [first]
-    second = m.get("cfg_scale_2") if cfg_scale is None and cfg_scale_2 is None else cfg_scale_2
+    second = m.cfg_scale_2 if cfg_scale is None and cfg_scale_2 is None else cfg_scale_2
     given = values if second is None else [*values, second]
     if not all(isinstance(value, int | float) and 0 < value < math.inf for value in given):
         raise InputError(f"--cfg_scale {first}: expected numbers above 0")
@@ -253,7 +283,7 @@ def choose_guidance(
         raise InputError(
             f"--cfg_scale: {len(values)} values, and {len(experts)} steps run; give one, or one for each step"
         )
-    if cfg_scale_2 is not None and m.get("switch_DiT_boundary") is None:
+    if cfg_scale_2 is not None and m.switch_DiT_boundary is None:
         raise InputError("--cfg_scale_2 is of two experts' second, and this model has one: leave it out")
     if cfg_scale_2 is not None and len(values) > 1:
         raise InputError("--cfg_scale has a value for each step already: leave --cfg_scale_2 out")

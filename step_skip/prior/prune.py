@@ -66,7 +66,7 @@ def files_to_remove(prior: Prior, steps: Sequence[int]) -> dict[str, int]:
             f"{prior.directory} keeps only steps {step_ranges(prior.kept_steps or [])} "
             f"and lacks {lacking[0]}; keep some of these"
         )
-    extra = [name for name in prior.metadata["files"] if OF_A_STEP.fullmatch(name) and name not in needed]
+    extra = [name for name in prior.metadata.files if OF_A_STEP.fullmatch(name) and name not in needed]
     paths = {name: prior.directory / name for name in extra}
     return {name: path.lstat().st_size if path.exists() else 0 for name, path in paths.items()}
 
@@ -89,11 +89,12 @@ def prune_prior(
         extra = files_to_remove(prior, kept)
         if dry_run:
             return extra
-        metadata = dict(prior.metadata) | {"kept_steps": kept}
-        for entry in ("files", "shapes"):
-            metadata[entry] = {name: value for name, value in metadata[entry].items() if name not in extra}
+        m = prior.metadata
+        files = {name: value for name, value in m.files.items() if name not in extra}
+        shapes = {name: value for name, value in m.shapes.items() if name not in extra}
+        metadata = m.model_copy(update={"kept_steps": kept, "files": files, "shapes": shapes})
         PriorWriter(directory, metadata).write_metadata()
         for path in directory.iterdir():
-            if OF_A_STEP.fullmatch(path.name) and path.name not in metadata["files"]:
+            if OF_A_STEP.fullmatch(path.name) and path.name not in files:
                 path.unlink()  # one of an interrupted prune before, too
     return extra

@@ -1,97 +1,49 @@
-"""What run_metadata.json may say: one schema, checked once, when it is read.
+"""Describe what run_metadata.json may hold: one schema, checked once, when the file is read.
 
-Anybody may have written it. So every entry that this program uses is here with its type, range and length,
-and what uses it later need not look again. Entries that are not here are left alone: a later version may add
-some. One that it adds is a line in `Metadata`, with a default, since older priors lack it.
+The file may come from an untrusted source. So every entry that this program uses is here with its type, range
+and length, and code that uses it later need not check it again. Entries that are not here are kept as they
+are: a later version may add some. A new entry is a line in `Metadata` with a default, since older priors lack
+it.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, ValidationError, model_validator
+from pydantic import AfterValidator, ValidationError, model_validator
 
 from step_skip.errors import InputError
-from step_skip.files.bounds import LIMITS, MAX_NAME, MAX_PIXELS, MAX_STEPS, is_number, is_utf8, short
+from step_skip.files.bounds import LIMITS, MAX_PIXELS, MAX_STEPS, is_number, short
+from step_skip.files.schema import (
+    Count,
+    Few,
+    Name,
+    NotNegative,
+    PerFile,
+    PerStep,
+    Positive,
+    Record,
+    Recorded,
+    Seconds,
+    Sha256,
+    TensorShape,
+    Text,
+    in_range,
+    must,
+)
 from step_skip.models.families import DEFAULT_FAMILY, FAMILIES
-
-T = TypeVar("T")
+from step_skip.models.lora import RecordedLora
 
 METADATA_FILE = "run_metadata.json"
 CALLED = {"lora": "a LoRA", "files": "the SHA-256 of {}", "shapes": "the shape of {}"}  # in errors
 EXPECTED = {"model_type": "a JSON object"}  # by pydantic's type of error
 
-
-def _must(expected: str, holds: Callable[[Any], bool]) -> Callable[[Any], Any]:
-    """A check for pydantic; the error says what was expected."""
-
-    def check(value: Any) -> Any:
-        if not holds(value):
-            raise ValueError(expected)
-        return value
-
-    return check
-
-
-def _between(least: float, most: float) -> AfterValidator:
-    return AfterValidator(_must(f"{least} to {most}", lambda value: least <= value <= most))
-
-
-def _at_most(entries: int) -> BeforeValidator:
-    """For a list or an object: looked at before its entries are, each of which may cost an error."""
-    return BeforeValidator(
-        _must(
-            f"at most {entries} entries",
-            lambda value: not isinstance(value, list | dict) or len(value) <= entries,
-        )
-    )
-
-
-def _is_shape(value: list) -> bool:
-    return len(value) <= 8 and all(type(size) is int and 0 < size < 2**31 for size in value)
-
-
-Text = Annotated[str, AfterValidator(_must("text that is UTF-8", is_utf8))]
-Name = Annotated[
-    Text, AfterValidator(_must(f"at most {MAX_NAME} characters", lambda text: len(text) <= MAX_NAME))
-]
-Number = Annotated[float, BeforeValidator(_must("a number", is_number))]
-Positive = Annotated[
-    float, BeforeValidator(_must("a number above 0", lambda value: is_number(value) and value > 0))
-]
-NotNegative = Annotated[
-    float, BeforeValidator(_must("a number from 0 on", lambda value: is_number(value) and value >= 0))
-]
-Seconds = Annotated[NotNegative, _between(0, 1e9)]
-Count = Annotated[int, _between(0, 2**63 - 1)]
-Sha256 = Annotated[
-    str, AfterValidator(_must("64 hex digits", lambda text: re.fullmatch("[0-9a-f]{64}", text)))
-]
 KnownFamily = Annotated[
-    str, AfterValidator(_must(f"one of {', '.join(FAMILIES)}", lambda name: name in FAMILIES))
+    str, AfterValidator(must(f"one of {', '.join(FAMILIES)}", lambda name: name in FAMILIES))
 ]
-TensorShape = Annotated[list, AfterValidator(_must("sizes above 0", _is_shape))]
-PerStep = Annotated[list[T], _at_most(MAX_STEPS)]
-PerFile = Annotated[dict[str, T], _at_most(10 * MAX_STEPS)]
-Few = Annotated[T, _at_most(100)]
-
-
-class Record(BaseModel):
-    """A part of the metadata: JSON's own types, nothing converted, and entries of other versions."""
-
-    model_config = ConfigDict(strict=True, extra="allow")
-
-
-class RecordedLora(Record):
-    """A LoRA the prior was made with."""
-
-    path: Name
-    alpha: Number
-    sha256: Sha256
-    expert: Literal["dit", "dit2"] | None = None
 
 
 class RecordedImage(Record):
@@ -102,7 +54,7 @@ class RecordedImage(Record):
     box: PerStep[int]
     fit: Literal["crop", "pad", "stretch"]
     background: Annotated[
-        str, AfterValidator(_must("a colour, #rrggbb", lambda text: re.fullmatch("#[0-9a-f]{6}", text)))
+        str, AfterValidator(must("a colour, #rrggbb", lambda text: re.fullmatch("#[0-9a-f]{6}", text)))
     ]
     sha256: Sha256 | None = None  # of its file
 
@@ -114,55 +66,51 @@ class Formation(Record):
     text_moves: PerStep[NotNegative] | None = None
 
 
-class Schedule(Record):
-    """What a prior of the pull request's scripts records; everything else in it goes unread."""
+# the entries that a prior of the pull request's scripts records; everything else in it goes unread
+SCHEDULE = (
+    *("run_id", "num_inference_steps", "scheduler_timesteps", "scheduler_sigmas", "denoising_strength"),
+    *("sigma_shift", "height", "width", "num_frames"),
+)
+# the entries that every prior of version 1 records
+REQUIRED = (
+    *SCHEDULE,
+    *("status", "files", "shapes", "model", "model_fingerprint", "prompt", "negative_prompt", "cfg_scale"),
+    *("start_step", "fps", "dtype", "tiled", "seed", "versions"),
+)
 
-    run_id: Name
-    num_inference_steps: Annotated[int, _between(1, MAX_STEPS)]
-    scheduler_timesteps: PerStep[Any]
+
+class Metadata(Record):
+    """What a prior records. Entries with a default were added later, or are not recorded by older priors.
+
+    A planned prior has those that are known before its run. A prior of the pull request's scripts, of the
+    older format, has those of SCHEDULE alone.
+    """
+
+    num_inference_steps: Annotated[int, in_range(1, MAX_STEPS)]
+    scheduler_timesteps: PerStep[Any]  # floats; `check_schedule` looks at each
     scheduler_sigmas: PerStep[Any]
-    denoising_strength: Annotated[Positive, AfterValidator(_must("at most 1", lambda value: value <= 1))]
+    denoising_strength: Annotated[Positive, AfterValidator(must("at most 1", lambda value: value <= 1))]
     sigma_shift: Positive
-    height: Annotated[int, _between(*LIMITS["height"])]
-    width: Annotated[int, _between(*LIMITS["width"])]
-    num_frames: Annotated[int, _between(*LIMITS["num_frames"])]
-
-    @model_validator(mode="after")
-    def check_schedule(self) -> Schedule:
-        for key in ("scheduler_timesteps", "scheduler_sigmas"):
-            values = getattr(self, key)
-            numbers = sum(map(is_number, values))
-            if not len(values) == numbers == self.num_inference_steps:
-                raise ValueError(
-                    f"has {numbers} finite numbers among {len(values)} entries in {key}, expected "
-                    f"{self.num_inference_steps}; make the prior again"
-                )
-        if self.height * self.width * self.num_frames > MAX_PIXELS:
-            raise ValueError(
-                f"has {self.num_frames} frames of {self.height} x {self.width} pixels, expected at most "
-                f"{MAX_PIXELS} pixels together"
-            )
-        return self
-
-
-class Metadata(Schedule):
-    """What a prior of version 1 records; what has a default was added later, and may be absent."""
-
-    status: Literal["running", "stopped", "complete"]
-    files: PerFile[Sha256]
-    shapes: PerFile[TensorShape]
-    model: Name
+    height: Annotated[int, in_range(*LIMITS["height"])]
+    width: Annotated[int, in_range(*LIMITS["width"])]
+    num_frames: Annotated[int, in_range(*LIMITS["num_frames"])]
+    run_id: Name = ""
+    format_version: int | None = None  # None: the older format
+    status: Literal["running", "stopped", "complete"] = "running"
+    files: PerFile[Sha256] = {}
+    shapes: PerFile[TensorShape] = {}
+    model: Name = ""
     family: KnownFamily = DEFAULT_FAMILY
-    model_fingerprint: Few[dict[str, Name]]
-    prompt: Text
-    negative_prompt: Text
-    cfg_scale: Positive
-    start_step: int
-    fps: Annotated[Positive, _between(*LIMITS["fps"])]
-    dtype: Literal["bfloat16", "float16", "float32"]
-    tiled: bool
-    seed: Annotated[int, _between(*LIMITS["seed"])]
-    versions: Few[dict[str, Name]]
+    model_fingerprint: Few[dict[str, Name]] = {}
+    prompt: Recorded[Text] = None
+    negative_prompt: Recorded[Text] = None
+    cfg_scale: Recorded[Positive] = None
+    start_step: Recorded[int] = None
+    fps: Recorded[Annotated[Positive, in_range(*LIMITS["fps"])]] = None
+    dtype: Recorded[Literal["bfloat16", "float16", "float32"]] = None
+    tiled: bool = True
+    seed: Recorded[Annotated[int, in_range(*LIMITS["seed"])]] = None
+    versions: Few[dict[str, Name]] = {}
     created: Name = ""
     prior_kind: Name = ""
     parameter_fingerprint: Few[dict[str, Name]] = {}
@@ -177,9 +125,9 @@ class Metadata(Schedule):
     expected_closeness: Positive | None = None  # of one that was made of a clip, dB
     cfg_scale_2: Positive | None = None  # of two experts, as the next
     switch_DiT_boundary: (
-        Annotated[Positive, AfterValidator(_must("at most 1", lambda value: value <= 1))] | None
+        Annotated[Positive, AfterValidator(must("at most 1", lambda value: value <= 1))] | None
     ) = None
-    skip_cache: Annotated[int, _between(2, MAX_STEPS)] | None = None
+    skip_cache: Annotated[int, in_range(2, MAX_STEPS)] | None = None
     tea_cache_l1_thresh: Positive | None = None
     tea_cache_model_id: Name = ""
     vram: Name = ""
@@ -196,9 +144,37 @@ class Metadata(Schedule):
     seconds: Few[dict[str, Seconds]] = {}
     seconds_per_step: PerStep[Seconds] = []
 
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Height and width in pixels, and the number of frames."""
+        return {"height": self.height, "width": self.width, "num_frames": self.num_frames}
+
+    @property
+    def machine(self) -> dict[str, Any]:
+        """What is recorded of the machine and the versions that made it, by name."""
+        names = ("device", "device_name", "num_threads", "attention")
+        return self.versions | {name: getattr(self, name) for name in names if name in self.model_fields_set}
+
+    @model_validator(mode="after")
+    def check_schedule(self) -> Metadata:
+        for key in ("scheduler_timesteps", "scheduler_sigmas"):
+            values = getattr(self, key)
+            numbers = sum(map(is_number, values))
+            if not len(values) == numbers == self.num_inference_steps:
+                raise ValueError(
+                    f"has {numbers} finite numbers among {len(values)} entries in {key}, expected "
+                    f"{self.num_inference_steps}; make the prior again"
+                )
+        if self.height * self.width * self.num_frames > MAX_PIXELS:
+            raise ValueError(
+                f"has {self.num_frames} frames of {self.height} x {self.width} pixels, expected at most "
+                f"{MAX_PIXELS} pixels together"
+            )
+        return self
+
     @model_validator(mode="after")
     def check_steps(self) -> Metadata:
-        if not 0 <= self.start_step < self.num_inference_steps:
+        if self.start_step is not None and not 0 <= self.start_step < self.num_inference_steps:
             raise ValueError(f"has start_step = {short(self.start_step)}, beyond its own steps")
         if self.stop_after is not None and not 0 <= self.stop_after < self.num_inference_steps:
             raise ValueError(f"has stop_after = {short(self.stop_after)}, expected a step; make it again")
@@ -221,34 +197,42 @@ class Metadata(Schedule):
         return self
 
 
-def check_entries(metadata: Mapping[str, Any], schema: type[Record]) -> None:
-    """Hold metadata, as JSON gave it, against its schema.
+def read_entries(entries: Mapping[str, Any], *, is_legacy: bool) -> Metadata:
+    """Check metadata, as JSON gave it, against the schema, and return it.
+
+    Args:
+        is_legacy: it is of the older format; entries that it doesn't define go unread.
 
     Raises:
-        InputError: an entry that is missing or can't be; the first.
+        InputError: an entry is missing, or has a value that can't be; names the first.
     """
+    for name in SCHEDULE if is_legacy else REQUIRED:
+        if name not in entries:
+            raise InputError(
+                f"{METADATA_FILE} lacks {name!r}; it was not written by generate_prior.py, or was edited"
+            )
+    if is_legacy:
+        entries = {name: entries[name] for name in SCHEDULE}
     try:
-        schema.model_validate(metadata)
+        return Metadata.model_validate(entries)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        raise InputError(f"{METADATA_FILE} {_tell(first)}") from error
+        raise InputError(f"{METADATA_FILE} {_describe(first)}") from error
 
 
-def _tell(error: Mapping[str, Any]) -> str:
-    """One of pydantic's errors in this program's words."""
-    place, value, raised = error["loc"], short(error["input"]), error.get("ctx", {}).get("error")
-    if not place:  # a validator of the whole has said it all
+def _describe(error: Mapping[str, Any]) -> str:
+    """Describe one of pydantic's errors: what was found, what was expected, what to do."""
+    path, value, raised = error["loc"], short(error["input"]), error.get("ctx", {}).get("error")
+    if not path:  # a validator of the whole has said it all
         return str(raised)
     missing = error["type"] == "missing"
-    if missing and len(place) == 1:
-        return f"lacks {place[0]!r}; it was not written by generate_prior.py, or was edited"
     expected = raised or EXPECTED.get(error["type"], error["msg"].removeprefix("Input should be "))
-    expected = f"one with {place[-1]}" if missing else expected
-    if place[0] == "lora" or (place[0] in CALLED and place[1:]):
-        called = CALLED[place[0]].format(*place[1:])
+    expected = f"one with {path[-1]}" if missing else expected
+    if path[0] == "lora" or (path[0] in CALLED and path[1:]):
+        called = CALLED[path[0]].format(*path[1:])
         return f"has {value} as {called}, expected {expected}; make the prior again"
-    where = "".join(f"[{short(part)}]" for part in place[1:])
-    return f"has {place[0]}{where} = {value}, expected {expected}"
+    where = "".join(f"[{short(part)}]" for part in path[1:])
+    return f"has {path[0]}{where} = {value}, expected {expected}"
 
 
 FORMATION_KEY = "formation"  # in a prior's metadata

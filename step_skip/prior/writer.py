@@ -21,7 +21,7 @@ from step_skip.files.reading import sha256_file
 from step_skip.files.writing import replacing, write_json
 from step_skip.prior.metadata import FORMAT_VERSION, sealed
 from step_skip.prior.prior import Prior
-from step_skip.prior.schema import METADATA_FILE
+from step_skip.prior.schema import METADATA_FILE, Metadata
 
 if TYPE_CHECKING:
     import torch
@@ -35,13 +35,19 @@ class PriorWriter:
 
     Args:
         directory: the prior's folder.
-        metadata: of a new prior without, of an interrupted one with what it has already.
+        metadata: of a new prior without files, of an interrupted one with those it has already.
     """
 
-    def __init__(self, directory: Path, metadata: dict[str, Any]):
+    def __init__(self, directory: Path, metadata: Metadata):
         self.directory = directory
-        empty = {"format_version": FORMAT_VERSION, "status": "running", "files": {}, "shapes": {}}
-        self.metadata = metadata | {key: metadata.get(key, value) for key, value in empty.items()}
+        self.metadata = metadata.model_copy(
+            update={
+                "format_version": FORMAT_VERSION,
+                "status": metadata.status,
+                "files": dict(metadata.files),
+                "shapes": dict(metadata.shapes),
+            }
+        )
 
     @property
     def prior(self) -> Prior:
@@ -50,7 +56,7 @@ class PriorWriter:
 
     def write_metadata(self) -> None:
         """Bring the metadata on disk up to date."""
-        write_json(self.directory / METADATA_FILE, sealed(self.metadata))
+        write_json(self.directory / METADATA_FILE, sealed(self.metadata.recorded()))
 
     def save_tensor(self, name: str, tensor: torch.Tensor) -> None:
         """Save one tensor as it is (no change of dtype) and record its checksum and shape."""
@@ -60,7 +66,7 @@ class PriorWriter:
         content = io.BytesIO()
         torch.save(tensor.detach().cpu().contiguous().clone(), content)
         self.save(name, lambda path: path.write_bytes(content.getbuffer()))
-        self.metadata["shapes"][name] = list(tensor.shape)
+        self.metadata.shapes[name] = list(tensor.shape)
 
     def save(self, name: str, write: Callable[[Path], object]) -> None:
         """Let `write(path)` make the file `name`, then record its checksum.
@@ -71,21 +77,22 @@ class PriorWriter:
         with replacing(self.directory / name) as temporary:
             write(temporary)
             digest = sha256_file(temporary)
-            if self.metadata["files"].get(name, digest) != digest:
+            if self.metadata.files.get(name, digest) != digest:
                 raise RunError(
                     f"{self.directory / name} came out other than the prior records it, so it was not "
                     "replaced; make the prior again"
                 )
-        self.metadata["files"][name] = digest
+        self.metadata.files[name] = digest
 
     def record(self, step: int, **values: object) -> None:
         """Keep a value of a step under each name, in a list with one for every step so far."""
         for name, value in values.items():
-            self.metadata.setdefault(name, [])[step:] = [value]
+            setattr(self.metadata, name, [*getattr(self.metadata, name)[:step], value])
 
     def finish(self, status: str, **metadata: Any) -> None:
         """Add what is known only at the end and declare the prior "complete" or "stopped"."""
-        self.metadata |= metadata | {"status": status}
+        for name, value in (metadata | {"status": status}).items():
+            setattr(self.metadata, name, value)
         self.write_metadata()
 
 

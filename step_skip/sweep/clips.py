@@ -24,6 +24,7 @@ from step_skip.infer.choices import AUTO, Choices
 from step_skip.infer.inputs import Source, texts_of
 from step_skip.infer.plan import Plan, make_plan
 from step_skip.models.families import MODEL_NAMES
+from step_skip.models.lora import lora_entries
 from step_skip.models.weights import model_defaults
 from step_skip.prior.files import check_way
 from step_skip.prior.metadata import SEAL, read_prior
@@ -32,9 +33,10 @@ from step_skip.prior.schema import FORMATION_KEY, METADATA_FILE
 from step_skip.sweep.outputs import check_output, clip_name
 
 # Entries of a prior that no plan depends on; of its files a plan depends on the names alone.
-NEVER_PLANNED: Final = frozenset(
-    ("run_id", "created", "seconds", "seconds_per_step", "forwards_per_step", "images", "latents_sha256")
-) | {"peak_memory", "files", FORMATION_KEY, SEAL}
+NEVER_PLANNED: Final = {
+    *("run_id", "created", "seconds", "seconds_per_step", "forwards_per_step", "images", "latents_sha256"),
+    *("peak_memory", "files", FORMATION_KEY, SEAL),
+}
 
 
 @dataclass(slots=True)
@@ -91,7 +93,7 @@ def by_weights(groups: Iterable[Group]) -> list[list[Group]]:
     alike: dict[str, list[Group]] = {}
     for group in groups:
         plan = group.jobs[0].plan
-        weights = (plan.model, plan.dtype, plan.lora, plan.quantize, plan.compile)
+        weights = (plan.model, plan.dtype, lora_entries(plan.lora), plan.quantize, plan.compile)
         alike.setdefault(json.dumps(weights), []).append(group)
     return list(alike.values())
 
@@ -203,10 +205,10 @@ def plan_bank(
 
 def what_decides_plans(prior: Prior, choices: Iterable[Choices]) -> str:
     """Return all entries of a prior that its plans depend on, as text."""
-    entries: dict[str, Any] = {k: v for k, v in prior.metadata.items() if k not in NEVER_PLANNED}
-    entries["files"] = sorted(prior.metadata.get("files", {}))
+    entries: dict[str, Any] = prior.metadata.model_dump(exclude_unset=True, exclude=NEVER_PLANNED)
+    entries["files"] = sorted(prior.metadata.files)
     if any(each.start_step == AUTO for each in choices):
-        entries[FORMATION_KEY] = prior.metadata.get(FORMATION_KEY)
+        entries[FORMATION_KEY] = prior.metadata.formation.recorded()
     return json.dumps(entries, sort_keys=True)
 
 
@@ -235,7 +237,7 @@ def sweep_groups(planned: Sequence[tuple[list[Prior], dict[str, Plan]]], folder:
         InputError: the folder is a prior, or two priors have the same run_id.
     """
     named: dict[str, list[tuple[Prior, dict[str, Plan]]]] = {}
-    prefixes = [slug(bank[0].metadata["run_id"]) for bank, _ in planned]
+    prefixes = [slug(bank[0].metadata.run_id) for bank, _ in planned]
     for prefix, ([prior, *_], plans) in zip(prefixes, planned, strict=True):
         for other, its_plans in named.setdefault(prefix, []):
             if plans.keys() & its_plans.keys():
@@ -260,7 +262,7 @@ def sweep_groups(planned: Sequence[tuple[list[Prior], dict[str, Plan]]], folder:
 
 def groups_by_lora(bank: Sequence[Prior], jobs: Iterable[Job]) -> Iterator[Group]:
     """Yield a group for each strength of the LoRAs: each needs other weights."""
-    for _, alike in itertools.groupby(jobs, key=lambda job: job.plan.lora):
+    for _, alike in itertools.groupby(jobs, key=lambda job: lora_entries(job.plan.lora)):
         yield make_group(bank, list(alike))
 
 

@@ -16,11 +16,11 @@ from step_skip.sweep.clips import Group, Job
 def expected_seconds(job: Job) -> float | None:
     """Return the seconds of denoising and decoding, by the prior's own run; None: it recorded none."""
     recorded = job.prior.metadata
-    if not recorded.get("seconds_per_step"):
+    if not recorded.seconds_per_step:
         return None
-    per_step = statistics.median(recorded["seconds_per_step"])
-    per_forward = per_step / (1 if recorded["cfg_scale"] == 1 else 2)
-    return per_forward * job.plan.forwards + recorded.get("seconds", {}).get("decode", 0.0)
+    per_step = statistics.median(recorded.seconds_per_step)
+    per_forward = per_step / (1 if recorded.cfg_scale == 1 else 2)
+    return per_forward * job.plan.forwards + recorded.seconds.get("decode", 0.0)
 
 
 def expected_seconds_of_each(jobs: Collection[Job]) -> list[float] | None:

@@ -41,7 +41,7 @@ from step_skip.infer.warnings import warn_before_run
 from step_skip.media.videos import video_bytes
 from step_skip.models.families import MODELS
 from step_skip.models.loading import Model, load_told, loaded_first
-from step_skip.models.lora import describe_loras, distilled_hint, find_recorded_loras, parse_recorded_loras
+from step_skip.models.lora import describe_loras, distilled_hint, find_recorded_loras, loras_of
 from step_skip.models.lora_file import Lora
 from step_skip.models.machine import pick_device
 from step_skip.models.memory import check_download, describe_peak, peak_memory, say_what_each_mode_takes
@@ -316,7 +316,7 @@ def prepare(
     """
     jobs = all_jobs(groups)
     device = machine.device_of(jobs[0].plan.model)
-    loras = find_loras(groups) if recorded_loras else parse_recorded_loras(jobs[0].plan.lora)
+    loras = find_loras(groups) if recorded_loras else loras_of(jobs[0].plan.lora)
     dtype, failed = check_first_prior(groups)
     if machine.model is None:
         options = load_options(
@@ -410,7 +410,7 @@ def log_what_it_takes(sweep: Sweep, *, device: str | None, vram: str, model_dir:
             dtype=plan.dtype or model_defaults(plan.model, model_dir).dtype,
             vram=vram,
             model_dir=model_dir,
-            loras=parse_recorded_loras(plan.lora),
+            loras=loras_of(plan.lora),
         )
         check_download(options, components)
         say_what_each_mode_takes(options, loaded_first(components))

@@ -397,7 +397,7 @@ def make_one(job: PriorJob, model: Model, run: PriorRun) -> None:
             callback_on_step_end=run.callback,
             **dataclasses.asdict(choices),
         )
-        job.directory, steps = prior.directory, len(prior.metadata["seconds_per_step"])
+        job.directory, steps = prior.directory, len(prior.metadata.seconds_per_step)
     if run.on_made is not None:
         run.on_made(prior, steps or 0)
 

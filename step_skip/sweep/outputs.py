@@ -49,7 +49,7 @@ def check_output(path: Path, prior: Prior) -> None:
         raise InputError(
             f"--output: a name of {len(path.name.encode())} bytes is too long; use a shorter one"
         )
-    own = {METADATA_FILE, OUTPUT_FILE, *prior.metadata.get("files", {})}
+    own = {METADATA_FILE, OUTPUT_FILE, *prior.metadata.files}
     inside = path.parent.exists() and path.parent.samefile(prior.directory)
     if inside and own & {path.name.lower(), report.name.lower()}:  # some file systems ignore case
         raise InputError(f"--output {path} would replace a file of the prior itself; choose another name")
@@ -86,7 +86,7 @@ def clip_name(plan: Plan) -> str:
     else:
         start = f"{len(plan.steps_to_run)}steps"
     start = f"nearest-{start}" if plan.nearest_of else start
-    strengths = [lora["alpha"] for lora in plan.lora]
+    strengths = [lora.alpha for lora in plan.lora]
     if any(strength != 1 for strength in strengths):
         start += "_lora" + "-".join(f"{strength:g}" for strength in strengths)
     digest = hashlib.sha256(json.dumps(describe_choices(plan)).encode()).hexdigest()[:8]

@@ -35,7 +35,7 @@ from step_skip.models.weights import (
 )
 from step_skip.prior.metadata import read_run
 from step_skip.prior.prior import END_IMAGE_FILE, IMAGE_FILE, LABELS, Prior
-from step_skip.prior.schema import METADATA_FILE
+from step_skip.prior.schema import METADATA_FILE, Metadata
 from step_skip.prior.writer import check_run_id
 
 log = logging.getLogger(__name__)
@@ -189,14 +189,18 @@ def plan_jobs(
         except InputError as error:
             job.error = error
             continue
-        planned = plan(sized) | {"seed": job.choices.seed}
+        planned = plan(sized).model_copy(update={"seed": job.choices.seed})
         job.planned = Prior(Path(job.name), planned)
-        given = {name: planned[name] for name in ("height", "width", "num_frames") if getattr(choices, name)}
-        job.choices = replace(job.choices, **given)  # rounded as the model needs
+        job.choices = replace(  # the sizes that were given, rounded as the model needs
+            job.choices,
+            height=planned.height if choices.height else job.choices.height,
+            width=planned.width if choices.width else job.choices.width,
+            num_frames=planned.num_frames if choices.num_frames else job.choices.num_frames,
+        )
     return jobs
 
 
-def what_all_record(planned: Mapping[str, Any], choices: PriorChoices, *, any_size: bool) -> dict[str, Any]:
+def what_all_record(planned: Metadata, choices: PriorChoices, *, any_size: bool) -> dict[str, Any]:
     """Return what all priors of a batch record besides image, prompt and seed, as JSON gives it.
 
     Args:
@@ -208,7 +212,7 @@ def what_all_record(planned: Mapping[str, Any], choices: PriorChoices, *, any_si
         left_out |= {"width", "height"}
     if choices.tiled == "auto":  # goes by the size
         left_out |= {"tiled"}
-    kept = {name: value for name, value in planned.items() if name not in left_out}
+    kept = {name: value for name, value in planned.recorded().items() if name not in left_out}
     return json.loads(json.dumps(kept)) | {"expected_closeness": None}  # which one made of a clip has
 
 
@@ -300,9 +304,9 @@ class Known:
 
     def is_alike(self, prior: Prior) -> bool:
         """Return whether a prior has the batch's settings and, as far as they are known, its weights."""
-        m = prior.metadata
-        return all(m.get(name) == value for name, value in self.expected.items()) and all(
-            m["model_fingerprint"].get(name) == digest for name, digest in self.weights().items()
+        recorded = prior.metadata.recorded()
+        return all(recorded.get(name) == value for name, value in self.expected.items()) and all(
+            prior.metadata.model_fingerprint.get(name) == digest for name, digest in self.weights().items()
         )
 
     def key_of_job(self, job: PriorJob) -> object:
@@ -324,9 +328,9 @@ def state_of(prior: Prior) -> int:
         InputError: it lacks files and can't be finished as what it is; this is logged.
     """
     m = prior.metadata
-    lacking = sorted(m["files"].keys() - set(os.listdir(prior.directory)))  # noqa: PTH208  half the time
+    lacking = sorted(m.files.keys() - set(os.listdir(prior.directory)))  # noqa: PTH208  half the time
     is_pruned = prior.kept_steps is not None
-    if lacking and (is_pruned or m["status"] == "stopped"):
+    if lacking and (is_pruned or m.status == "stopped"):
         what = "was pruned" if is_pruned else "is a draft"
         remedy = "prior_utils.py rm removes it" if is_pruned else "generate_prior.py --resume finishes it"
         problem = (
@@ -334,7 +338,7 @@ def state_of(prior: Prior) -> int:
         )
         log.warning(problem)
         raise InputError(problem)
-    if lacking or m["status"] == "running":
+    if lacking or m.status == "running":
         return BEGUN
     return PRUNED if is_pruned else WHOLE
 
@@ -352,9 +356,9 @@ def bases_of(run_id: str) -> Iterator[str]:
 
 def key_of_prior(prior: Prior) -> object:
     """Return what decides a prior besides the settings; see `Known.key_of_job`."""
-    images = prior.metadata.get("images", {}).items()
-    sources = [(file, each.get("sha256"), each["fit"], each["background"]) for file, each in images]
-    return prior.metadata.get("prompt"), prior.metadata.get("seed"), tuple(sources)
+    images = prior.metadata.images.items()
+    sources = [(file, each.sha256, each.fit, each.background) for file, each in images]
+    return prior.metadata.prompt, prior.metadata.seed, tuple(sources)
 
 
 # --- what it costs ------------------------------------------------------------------------------------------
@@ -363,7 +367,7 @@ def key_of_prior(prior: Prior) -> object:
 def bytes_of(job: PriorJob) -> int:
     """Return the most that the prior of a job takes on disk, in bytes."""
     prior = job.prior
-    estimates = prior.num_inference_steps if prior.metadata["save_decoded_videos"] else 0
+    estimates = prior.num_inference_steps if prior.metadata.save_decoded_videos else 0
     return bytes_needed(prior, videos=1 + estimates)
 
 
@@ -373,7 +377,7 @@ def forwards_of(prior: Prior, *, whole: bool = False) -> int:
     Args:
         whole: count the whole run even if it is to be stopped early.
     """
-    last_step = None if whole else prior.metadata["stop_after"]
+    last_step = None if whole else prior.metadata.stop_after
     guidance = prior.guidance[: None if last_step is None else last_step + 1]
     return sum(1 if scale == 1 else 2 for scale in guidance)
 
@@ -385,7 +389,7 @@ def describe_prior_job(job: PriorJob) -> str:
         prior = job.prior
         data |= {
             **dataclasses.asdict(prior.settings),
-            "model": prior.metadata["model"],
+            "model": prior.metadata.model,
             "forwards": forwards_of(prior),
             "bytes_at_most": bytes_of(job),
             "prior_dir": None if job.directory is None else str(job.directory),

@@ -98,7 +98,7 @@ def describe_seconds(seconds: Mapping[str, float], *, prior: Prior | None = None
         prior: the one a clip was made from; the seconds of its own run are given beside the clip's.
     """
     beside = ""
-    if prior is not None and (recorded := prior.metadata.get("seconds_per_step")):
+    if prior is not None and (recorded := prior.metadata.seconds_per_step):
         beside = f" (the prior's run: {sum(recorded):.1f} s)"
     parts = [f"network {seconds.get('denoise', 0.0):.1f} s{beside}"]
     parts += [f"{name} {seconds[name]:.1f} s" for name in ("encode", "decode", "load") if name in seconds]

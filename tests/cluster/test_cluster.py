@@ -226,8 +226,8 @@ def test_priors_of_a_folder_are_those_of_one_process(
     assert sorted(here) == sorted(path.name for path in output.iterdir()) == ["run_ann", "run_ben"]
     for name, metadata in here.items():
         made = read_prior(output / name)
-        assert made.metadata["files"] == metadata["files"] and not damaged_files(made)
-        assert made.metadata["run_id"] == name.removeprefix("run_")
+        assert made.metadata.files == metadata["files"] and not damaged_files(made)
+        assert made.metadata.run_id == name.removeprefix("run_")
         assert {path.name for path in made.directory.iterdir()} == {
             path.name for path in (tmp_path / "priors" / name).iterdir()
         }
@@ -236,7 +236,7 @@ def test_priors_of_a_folder_are_those_of_one_process(
     options = LoadOptions("tiny", "cpu", "float32", model_dir=model_dir)
     asked = {"num_inference_steps": 2, "output_dir": tmp_path / "python", "ray": address, "workers": 1}
     [made] = generate_priors(options, photos / "ben.png", [PROMPT], **asked)
-    assert made.metadata["files"] == here["run_ben"]["files"]
+    assert made.metadata.files == here["run_ben"]["files"]
 
 
 def test_each_worker_has_a_gpu_of_its_own_where_there_are_any():

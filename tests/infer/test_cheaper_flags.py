@@ -16,7 +16,7 @@ from step_skip.cli.prompts import read_choices
 from step_skip.infer.clip import between
 from step_skip.infer.inputs import load_inputs
 from step_skip.infer.plan import latents_files, part_of_step
-from step_skip.models.lora import describe_loras
+from step_skip.models.lora import describe_loras, lora_entries
 from step_skip.models.lora_file import Lora
 from step_skip.prior.metadata import read_prior
 from step_skip.sweep.clips import Group, Job, make_plans
@@ -185,7 +185,7 @@ def test_sigmas_begin_on_the_straight_line_between_two_steps(prior, sigma, step)
     ends = [group.inputs.tensors[name] for name in latents_files(plan, recorded)]
     begin = between(ends[0], ends[-1], part_of_step(plan, recorded))
     noise_pred = torch.load(prior / f"noise_pred_{step:04d}.pt", weights_only=True)
-    expected = ends[0] + (sigma - recorded.metadata["scheduler_sigmas"][step]) * noise_pred
+    expected = ends[0] + (sigma - recorded.metadata.scheduler_sigmas[step]) * noise_pred
     torch.testing.assert_close(begin, expected, atol=1e-5, rtol=0)
 
 
@@ -270,7 +270,7 @@ def test_a_priors_lora_goes_with_it(generate, infer, image, lora_file, tmp_path)
 
 
 def test_a_priors_lora_that_is_gone_or_another_is_refused(prior_copy, infer, lora_file, refused):
-    described = describe_loras([Lora(lora_file, 0.5)])
+    described = lora_entries(describe_loras([Lora(lora_file, 0.5)]))
     edit_metadata(prior_copy, lora=described)
     lora_file.write_bytes(lora_file.read_bytes()[:-4] + b"else")
     refused(lambda: infer(prior_copy), "another", "--lora")
@@ -294,7 +294,8 @@ def test_a_recorded_path_that_is_no_lora_is_never_opened(
         path.write_bytes(b"secret")
     if kind == "sparse":
         os.truncate(path, 2**40)
-    recorded = describe_loras([Lora(lora_file)])[0] | {"path": path.name if kind == "relative" else str(path)}
+    [recorded] = lora_entries(describe_loras([Lora(lora_file)]))
+    recorded["path"] = path.name if kind == "relative" else str(path)
     edit_metadata(prior_copy, lora=[recorded])
     monkeypatch.chdir(path.parent)
     signal.alarm(100)

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import FRAMES, OTHER_PROMPT, PROMPT, SIZE, edit_metadata, read_json
+from helpers import FRAMES, OTHER_PROMPT, PROMPT, SIZE, edit_metadata, metadata_with, read_json
 
 from step_skip.errors import InputError
 from step_skip.generate import formation, run
@@ -90,10 +90,10 @@ def test_the_branches_are_compared_in_float32_and_handed_on_as_they_are(dtype):
 
 
 def test_a_step_that_runs_again_replaces_what_was_recorded_from_there():
-    metadata = {}
+    metadata = metadata_with(sigmas=[1.0, 0.5])
     for index, distance in ((0, 1.0), (1, 2.0), (2, 3.0), (1, 4.0)):
         record_branch_distance(metadata, types.SimpleNamespace(index=index, branch_distance=distance))
-    assert metadata == {"formation": {"branch_distances": [1.0, 4.0]}}
+    assert metadata.recorded()["formation"] == {"branch_distances": [1.0, 4.0]}
 
 
 # --- in a prior ---------------------------------------------------------------------------------------------
@@ -214,11 +214,9 @@ def test_the_record_grows_with_the_steps(generate, image, monkeypatch):
 
 
 def prior_with(moves, *, sigmas=SIGMAS, cfg_scale=5.0) -> Prior:
-    metadata = {"num_inference_steps": len(sigmas), "scheduler_sigmas": list(sigmas), "cfg_scale": cfg_scale}
-    return Prior(
-        Path("prior"),
-        metadata | {"format_version": 1, "status": "complete", "formation": {"text_moves": moves}},
-    )
+    formation = {"text_moves": moves}
+    metadata = metadata_with(sigmas=sigmas, cfg_scale=cfg_scale, formation=formation)
+    return Prior(Path("prior"), metadata)
 
 
 @pytest.mark.parametrize(("share", "step"), [(0.01, 2), (0.3, 2), (0.31, 1), (0.6, 1), (0.61, 0), (0.9, 0)])

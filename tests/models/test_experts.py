@@ -71,10 +71,10 @@ def test_a_prior_is_the_same_made_expert_by_expert(prior_of, make, image, in_mem
     in_memory.clear()
     prior = make(family, *flags, "--dtype", dtype).path
     recorded = read_json(prior / "run_metadata.json")
-    tensors = {name: digest for name, digest in pair.metadata["files"].items() if name.endswith(".pt")}
+    tensors = {name: digest for name, digest in pair.metadata.files.items() if name.endswith(".pt")}
     assert {name: recorded["files"][name] for name in tensors} == tensors
     assert in_memory == [(["dit"], 1), (["dit2"], 1)]
-    assert recorded["parameter_fingerprint"] == pair.metadata["parameter_fingerprint"]
+    assert recorded["parameter_fingerprint"] == pair.metadata.parameter_fingerprint
     assert recorded["model_fingerprint"]["dit"] != recorded["model_fingerprint"]["dit2"]
     expected = {"I2V-A14B": (0.9, 3.5, None), "T2V-A14B": (0.875, 4.0, 3.0)}[family]
     assert tuple(recorded[name] for name in ("switch_DiT_boundary", "cfg_scale", "cfg_scale_2")) == expected
@@ -126,7 +126,7 @@ def test_a_sweep_runs_expert_by_expert_with_the_latents_of_the_pair(
 @pytest.mark.parametrize("family", FAMILIES)
 def test_only_the_expert_that_is_needed_is_loaded(prior_of, folder_of, run, loads, family):
     prior, first_low = prior_of(family), FIRST_LOW[family]
-    expected = prior.metadata["latents_sha256"]
+    expected = prior.metadata.latents_sha256
     for start_step, components in (
         (first_low, [["dit2", "vae"]]),
         (first_low - 1, [["dit2", "vae"]]),
@@ -163,7 +163,7 @@ def test_the_other_expert_never_takes_a_step_silently(prior_of, folder_of, missi
         with pytest.raises(InputError, match=kind):
             infer(**choice)
     if missing == "dit":
-        assert sha256_tensor(infer(start_step=4).latents) == prior.metadata["latents_sha256"]
+        assert sha256_tensor(infer(start_step=4).latents) == prior.metadata.latents_sha256
 
 
 def test_the_low_noise_expert_as_the_first_is_refused(prior_of, folder_of):
@@ -251,14 +251,13 @@ def test_each_expert_has_its_own_lora(make, run, folder_of, prior_of, loras, tmp
     model = step_skip.load("tiny", model_dir=folder, lora=own)
     choice = {"num_inference_steps": 4, "output_dir": tmp_path / "pair", "progress": False}
     pair = step_skip.generate_prior(model, None, PROMPT, **choice)
-    assert pair.metadata["latents_sha256"] == made["own"]["latents_sha256"]
+    assert pair.metadata.latents_sha256 == made["own"]["latents_sha256"]
     assert len({each["latents_sha256"] for each in made.values()}) == 3
     report = run(*infer_flags(pair.directory, folder, "--start_step", 0)).report
-    assert report["latents_sha256"] == pair.metadata["latents_sha256"]
+    assert report["latents_sha256"] == pair.metadata.latents_sha256
     others = ("--lora", *reversed(own))
-    assert (
-        run(*infer_flags(pair.directory, folder, "--start_step", 0, *others)).report["latents_sha256"]
-        == (pair.metadata["latents_sha256"])
+    assert run(*infer_flags(pair.directory, folder, "--start_step", 0, *others)).report["latents_sha256"] == (
+        pair.metadata.latents_sha256
     )
 
 

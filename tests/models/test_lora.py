@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from step_skip.errors import InputError
 from step_skip.models.loading import load_pipeline
-from step_skip.models.lora import check_loras, parse_lora, parse_strengths
+from step_skip.models.lora import check_loras, parse_lora, parse_strengths, read_recorded_loras
 from step_skip.models.lora import describe_loras as describe
 from step_skip.models.lora import find_recorded_loras as recorded
 from step_skip.models.lora_file import Lora
@@ -434,7 +434,7 @@ def test_sizes_that_the_file_does_not_hold_are_refused(dit_files, tmp_path):
 def test_what_a_run_records_is_found_again_or_refused(make_lora):
     path = make_lora()
     described = describe([Lora(path, 0.5)])
-    assert set(described[0]) == {"path", "alpha", "sha256"}
+    assert set(described[0].recorded()) == {"path", "alpha", "sha256"}
     assert recorded(described) == (Lora(path, 0.5),)
     assert recorded([]) == ()
     path.write_bytes(b"another")
@@ -444,7 +444,7 @@ def test_what_a_run_records_is_found_again_or_refused(make_lora):
     with pytest.raises(InputError, match="not there"):
         recorded(described)
     with pytest.raises(InputError, match="as a LoRA"):
-        recorded([{"path": 3}])
+        read_recorded_loras([{"path": 3}])
 
 
 # --- by the command line ------------------------------------------------------------------------------------

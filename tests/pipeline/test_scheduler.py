@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import read_json
+from helpers import metadata_with, read_json
 
 from step_skip.errors import InputError
 from step_skip.method.steps import (
@@ -115,16 +115,18 @@ def test_resuming_takes_the_same_steps_to_the_bit(dtype, steps):
 
 def test_a_schedule_that_differs_in_one_entry_is_refused(tmp_path):
     timesteps, sigmas = schedule()
-    metadata = {"scheduler_timesteps": timesteps, "scheduler_sigmas": sigmas}
-    check_schedule(Prior(tmp_path, metadata), timesteps=timesteps, sigmas=sigmas)
-    for key in metadata:
-        for place in range(10):
-            altered = list(metadata[key])
-            altered[place] *= 1.00001
-            with pytest.raises(InputError, match=rf"{key}\[{place}\]"):
-                check_schedule(Prior(tmp_path, metadata | {key: altered}), timesteps=timesteps, sigmas=sigmas)
+    recorded = {"scheduler_timesteps": timesteps, "scheduler_sigmas": sigmas}
+    prior = Prior(tmp_path, metadata_with(sigmas=sigmas, scheduler_timesteps=timesteps))
+    check_schedule(prior, timesteps=timesteps, sigmas=sigmas)
+    for key, values in recorded.items():
+        for step in range(10):
+            altered = list(values)
+            altered[step] *= 1.00001
+            other = Prior(tmp_path, prior.metadata.model_copy(update={key: altered}))
+            with pytest.raises(InputError, match=rf"{key}\[{step}\]"):
+                check_schedule(other, timesteps=timesteps, sigmas=sigmas)
     with pytest.raises(InputError, match="10 entries, the installed scheduler 9"):
-        check_schedule(Prior(tmp_path, metadata), timesteps=timesteps[:9], sigmas=sigmas)
+        check_schedule(prior, timesteps=timesteps[:9], sigmas=sigmas)
 
 
 def test_a_schedule_that_repeats_itself_is_refused():

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import FRAMES, PROMPT, PUBLISHED_KEYS, SIZE, listing, read_json
+from helpers import FRAMES, PROMPT, PUBLISHED_KEYS, SIZE, listing, metadata_with, read_json
 
 from step_skip.errors import InputError
 from step_skip.files.tensors import load_tensor, sha256_tensor
@@ -56,7 +56,7 @@ def test_tensors_come_back_as_they_were(tmp_path, dtype):
     latents.flatten()[:4] = torch.tensor([0.0, -0.0, torch.finfo(dtype).tiny, torch.finfo(dtype).max]).to(
         dtype
     )
-    writer = PriorWriter(tmp_path, {})
+    writer = PriorWriter(tmp_path, metadata_with(sigmas=[1.0]))
     writer.save_tensor("step_0000.pt", latents)
     name = str(dtype).removeprefix("torch.")
     back = load_tensor(tmp_path / "step_0000.pt", shape=shape, dtype=name)
@@ -67,7 +67,7 @@ def test_tensors_come_back_as_they_were(tmp_path, dtype):
 
 def test_a_view_is_saved_alone_and_contiguous(tmp_path):
     whole = torch.arange(24.0).reshape(2, 3, 4)
-    writer = PriorWriter(tmp_path, {})
+    writer = PriorWriter(tmp_path, metadata_with(sigmas=[1.0]))
     writer.save_tensor("view.pt", whole[:, 1, ::2].t())
     back = torch.load(tmp_path / "view.pt", weights_only=True)
     assert torch.equal(back, whole[:, 1, ::2].t())

@@ -6,10 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from helpers import OTHER_PROMPT, PROMPT, Outcome, listing, read_json
+from helpers import OTHER_PROMPT, PROMPT, Outcome, edit_metadata, listing, read_json
 
 from step_skip.prior.metadata import read_prior
-from step_skip.prior.writer import PriorWriter
 
 
 @pytest.fixture
@@ -111,6 +110,5 @@ def test_what_is_no_whole_prior_is_refused(stopped, older_prior, prior_copy, pru
 
 @pytest.mark.parametrize("kept", [[], [3, 2], [10], [-1], "all"])
 def test_forged_kept_steps_are_refused(prior_copy: Path, prune, refused, kept) -> None:
-    metadata = read_json(prior_copy / "run_metadata.json") | {"kept_steps": kept, "prompt": PROMPT}
-    PriorWriter(prior_copy, metadata).write_metadata()
+    edit_metadata(prior_copy, kept_steps=kept, prompt=PROMPT)
     refused(lambda: prune(prior_copy), "kept_steps")

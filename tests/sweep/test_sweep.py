@@ -25,6 +25,7 @@ from step_skip.prior.contexts import kept_context_path, load_context, save_conte
 from step_skip.prior.files import load_conditioning
 from step_skip.prior.metadata import read_prior
 from step_skip.prior.prior import context_file
+from step_skip.prior.schema import Formation
 from step_skip.sweep import finished, make_clips
 from step_skip.sweep.clips import make_groups, what_decides_plans
 from step_skip.sweep.outputs import sweep_folder
@@ -226,15 +227,16 @@ def test_plans_are_shared_between_priors_but_for_what_is_their_own(prior, second
     one, other = groups
     assert not left_out
     assert all(a is b for a, b in zip(one.plans, other.plans, strict=True)) is (
-        read_prior(prior).metadata["seed"] == read_prior(second).metadata["seed"]
+        read_prior(prior).metadata.seed == read_prior(second).metadata.seed
     )
     own = what_decides_plans(one.prior, choices)
     for name, value in (("prompt", "another"), ("cfg_scale", 9.0), ("lora", [1]), ("num_inference_steps", 4)):
-        edited = replace(one.prior, metadata={**one.prior.metadata, name: value})
+        edited = replace(one.prior, metadata=one.prior.metadata.model_copy(update={name: value}))
         assert what_decides_plans(edited, choices) != own
-    pruned = replace(one.prior, metadata={**one.prior.metadata, "files": {}})
+    pruned = replace(one.prior, metadata=one.prior.metadata.model_copy(update={"files": {}}))
     assert what_decides_plans(pruned, choices) != own
-    renamed = replace(one.prior, metadata={**one.prior.metadata, "run_id": "x", "formation": {}})
+    update = {"run_id": "x", "formation": Formation(text_moves=[1.0])}
+    renamed = replace(one.prior, metadata=one.prior.metadata.model_copy(update=update))
     assert what_decides_plans(renamed, choices) == own
     assert what_decides_plans(renamed, [Choices(start_step="auto")]) != own
 
