@@ -24,9 +24,9 @@ import contextlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-import prior_utils
 from step_skip.cli import clip_flags, flags, prompts
 from step_skip.cli.like import take_over
+from step_skip.cli.manage import verify
 from step_skip.cli.terminal import run_script
 from step_skip.cluster.clips import ClipCluster
 from step_skip.cluster.driver import connected
@@ -130,7 +130,7 @@ def main(argv: list[str] | None = None) -> Path | str | Iterable[str]:
     """Make one clip and return its path, or a sweep of them and return its folder."""
     args = parse_args(argv)
     if args.verify:
-        return prior_utils.verify(args.prior_dir)
+        return verify(args.prior_dir)
     sweep = plan_sweep(
         args.prior_dir,
         prompts.read_choices(args),

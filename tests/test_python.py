@@ -94,7 +94,7 @@ def test_priors_of_a_folder_on_a_pipeline_of_ones_own(own_pipe, own_prior, image
     priors = step_skip.generate_priors(own_pipe, photos, **asked)
     assert [each.directory for each in priors] == [each.directory for each in made]
     assert [prior.metadata.prompt for prior in priors] == [PROMPT, OTHER_PROMPT]
-    assert priors[0].metadata["files"] == own_prior.metadata.files
+    assert priors[0].metadata.files == own_prior.metadata.files
     assert state_of(own_pipe) == before
     with torch.no_grad():
         next(own_pipe.dit.parameters()).add_(0.01)

@@ -8,8 +8,10 @@ from typing import Any
 
 from step_skip.cli import flags, prompts
 from step_skip.errors import InputError
-from step_skip.infer.report import STEP_FLAGS, find_prior, flags_of, read_clip
+from step_skip.infer.report import STEP_FLAGS, flags_of, read_clip
+from step_skip.infer.schema import find_prior
 from step_skip.prior.metadata import read_prior
+from step_skip.prior.schema import METADATA_FILE
 
 
 def take_over(args: argparse.Namespace, given: Collection[str]) -> None:
@@ -25,10 +27,10 @@ def take_over(args: argparse.Namespace, given: Collection[str]) -> None:
     where = f"--like {args.like}"
     if "--prior_dir" not in given:
         args.prior_dir = [find_prior(report, args.like)]
-    try:
-        flags = flags_of(report, read_prior(args.prior_dir[0]))
-    except (KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{where} is no clip of infer_from_prior.py: it lacks {error}") from error
+        if not (args.prior_dir[0] / METADATA_FILE).is_file():
+            place = report.prior_dir or "the folder of the clip"
+            raise InputError(f"{where}: its prior is not at {place}; name it with --prior_dir")
+    flags = flags_of(report, read_prior(args.prior_dir[0]))
     if {f"--{name}" for name in (*prompts.METHOD_FLAGS, "num_steps_after")} & set(given):
         flags = {name: value for name, value in flags.items() if name not in STEP_FLAGS.values()}
     if {"--prompt", "--prompts_file"} & set(given):

@@ -44,6 +44,7 @@ def short(value: object) -> str:
 
 MAX_HEADER_BYTES = 2**24  # of a safetensors file; those of a 14B model and of its LoRAs have some 100 KB
 MAX_METADATA_BYTES = 16 * 2**20
+MAX_REPORT_BYTES = 2**20  # of a clip's JSON; one has some 5 KB
 MAX_METADATA_DEPTH = 10  # objects in objects; so nothing that walks through them can overflow
 
 MAX_PICKLE_BYTES = 2**16

@@ -91,3 +91,11 @@ def check_sha256(path: Path, found: str, expected: str) -> None:
             f"{path} is damaged: its SHA-256 is {found[:12]}..., expected {expected[:12]}...; "
             "copy the prior again or make it again"
         )
+
+
+def is_deeper(value: object, levels: int) -> bool:
+    """Return whether a value from JSON holds objects or lists nested deeper than so many levels."""
+    if not isinstance(value, dict | list):
+        return False
+    inner = value.values() if isinstance(value, dict) else value
+    return levels == 0 or any(is_deeper(each, levels - 1) for each in inner)

@@ -10,9 +10,9 @@ import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, PlainValidator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, PlainValidator, ValidationError
 
-from step_skip.files.bounds import MAX_NAME, MAX_STEPS, is_number, is_utf8
+from step_skip.files.bounds import MAX_NAME, MAX_STEPS, is_number, is_utf8, short
 
 T = TypeVar("T")
 
@@ -83,3 +83,27 @@ class Record(BaseModel):
     def recorded(self) -> dict[str, Any]:
         """Return the entries that are recorded, as JSON has them; not those that have a default only."""
         return self.model_dump(exclude_unset=True)
+
+
+def describe_error(error: ValidationError) -> str:
+    """Describe the first of pydantic's errors: what was found, and what was expected."""
+    path, value, expected = first_error(error)
+    where = "".join(f"[{short(part)}]" for part in path[1:])
+    return f"has {path[0]}{where} = {value}, expected {expected}" if path else expected
+
+
+def first_error(error: ValidationError) -> tuple[tuple[int | str, ...], str, str]:
+    """Return where the first of pydantic's errors is, what was found there, and what was expected.
+
+    An error of a record as a whole is nowhere: its text says what was found, too.
+    """
+    first = error.errors(include_url=False)[0]
+    path, raised = first["loc"], first.get("ctx", {}).get("error")
+    if raised is not None:
+        return path, short(first["input"]), str(raised)
+    if first["type"] == "missing":
+        return path[:-1], short(first["input"]), f"one with {path[-1]}"
+    expected = {"model_type": "a JSON object"}.get(
+        first["type"], first["msg"].removeprefix("Input should be ")
+    )
+    return path, short(first["input"]), expected

@@ -15,7 +15,7 @@ import itertools
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 from step_skip.files.bounds import is_number
 
@@ -109,6 +109,6 @@ def flicker(frames: Sequence[np.ndarray], back: Sequence[np.ndarray], ahead: Seq
     return math.sqrt(np.mean(squares))
 
 
-def describe_measures(report: Mapping[str, Any]) -> list[str]:
+def describe_measures(report: Mapping[str, object]) -> list[str]:
     """What is known of a clip by its JSON, which may be anybody's, for people."""
     return [words.format(report[name]) for name, words in WORDS.items() if is_number(report.get(name))]

@@ -13,21 +13,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from step_skip.errors import InputError
-from step_skip.files.bounds import MAX_EMBEDDED_BYTES, MAX_METADATA_BYTES, is_number
-from step_skip.files.reading import read_file, remembered_sha256
+from step_skip.files.bounds import MAX_EMBEDDED_BYTES
+from step_skip.files.reading import remembered_sha256
 from step_skip.files.tensors import sha256_tensor
 from step_skip.infer.inputs import Source
 from step_skip.infer.plan import Plan, describe_choices, input_files, settings_of
+from step_skip.infer.schema import TO_REPEAT, ClipReport, parse_entries, parse_report, read_report_entries
 from step_skip.models.compute import OFF
 from step_skip.models.loading import Model
-from step_skip.models.lora import lora_entries, lora_text, read_recorded_loras
+from step_skip.models.lora import lora_entries, lora_text, loras_of
 from step_skip.models.machine import describe_machine, installed_versions
 from step_skip.models.memory import peak_memory
 from step_skip.models.weights import COMPONENTS, model_defaults
 from step_skip.pipeline.results import RunResult
 from step_skip.prior.files import recorded_sha256
 from step_skip.prior.prior import Prior, choose_guidance, experts_of, number_of_steps
-from step_skip.prior.schema import METADATA_FILE
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -63,7 +63,8 @@ def describe_clip(source: Source, plan: Plan, model: Model, result: RunResult) -
         "latents_sha256": sha256_tensor(result.latents),
         "versions": installed_versions(),
     }
-    return report | {"command": command_of(report, prior)}
+    as_read = parse_report(json.loads(json.dumps(report)), "the clip", required=TO_REPEAT)
+    return report | {"command": command_of(as_read, prior)}
 
 
 def describe_settings(source: Source, plan: Plan) -> dict[str, Any]:
@@ -131,17 +132,12 @@ EMBEDDED = (
 )
 
 
-def flags_of(report: Mapping[str, Any], prior: Prior) -> dict[str, Any]:
-    """What a clip was asked for beyond what its prior gives by itself, by flag; its steps as they ran.
-
-    Raises:
-        KeyError, TypeError: the report is no clip's.
-    """
-    m, defaults = prior.metadata, model_defaults(report["model"])
-    steps, sigmas = report["steps_run"], report.get("sigmas")
-    method = STEP_FLAGS[report["method"]]
-    flags = {"prompt": report["prompt"], method: report["steps_run" if method == "steps" else method]}
-    experts = experts_of(steps, sigmas, prior)
+def flags_of(report: ClipReport, prior: Prior) -> dict[str, Any]:
+    """Return by flag what a clip was asked for beyond what its prior gives; its steps as they ran."""
+    m, defaults = prior.metadata, model_defaults(report.model)
+    flag = STEP_FLAGS[report.method or "differential"]
+    flags = {"prompt": report.prompt, flag: report.steps_run if flag == "steps" else getattr(report, flag)}
+    experts = experts_of(report.steps_run, report.sigmas, prior)
     usual = choose_guidance(
         prior, cfg_scale=None, cfg_scale_2=None, default=defaults.cfg_scale, experts=experts
     )
@@ -154,23 +150,21 @@ def flags_of(report: Mapping[str, Any], prior: Prior) -> dict[str, Any]:
         ("tea_cache_model_id", ""),
         ("model_dir", None),
     ):
-        given = report.get(name)
-        given = list(given) if isinstance(given, tuple) else given
-        if given not in (None, default):
+        if (given := getattr(report, name)) not in (None, default):
             flags[name] = given
-    if (tiled := report.get("tiled", True)) != m.tiled:
-        flags["vae_tiling"] = "on" if tiled else "off"
+    if report.tiled != m.tiled:
+        flags["vae_tiling"] = "on" if report.tiled else "off"
     for name in ("quantize", "compile"):
-        if (given := report.get(name)) != getattr(m, name):
+        if (given := getattr(report, name)) != getattr(m, name):
             flags[name] = given or OFF
     if prior.is_legacy:
-        flags |= {name: report[name] for name in ("image", "model")}
-    if (loras := report.get("lora", [])) != lora_entries(m.lora):
-        flags["lora"] = [lora_text(each.lora) for each in read_recorded_loras(loras)]
+        flags |= {"image": report.image, "model": report.model}
+    if lora_entries(report.lora) != lora_entries(m.lora):
+        flags["lora"] = [lora_text(lora) for lora in loras_of(report.lora)]
     return flags
 
 
-def command_of(report: Mapping[str, Any], prior: Prior) -> str:
+def command_of(report: ClipReport, prior: Prior) -> str:
     """The command line that makes a clip again, for a shell."""
     words = ["python", "infer_from_prior.py", "--prior_dir", str(prior.directory)]
     for name, value in flags_of(report, prior).items():
@@ -197,68 +191,21 @@ def video_tags(report: Mapping[str, Any]) -> dict[str, str]:
     return {name: text.decode() for name, text in plain.items() if len(text) <= MAX_EMBEDDED_BYTES}
 
 
-REPORT_KEYS: Mapping[str, Any] = {  # what the page needs of a result's JSON
-    "prior_dir": str,
-    "prior_run_id": str,
-    "method": str,
-    "start_step": (int, type(None)),
-    "steps_run": list,
-    "prompt": str,
-    "num_inference_steps": int,
-    "num_frames": int,
-    "fps": (int, float),
-    "forwards": int,
-    "seconds": dict,
-}
-
-
-def read_report(path: Path) -> dict[str, Any]:
-    """A result's JSON.
+def read_clip(path: Path) -> ClipReport:
+    """Read what is recorded beside a clip or, for an .mp4 without a .json, in the .mp4 itself.
 
     Raises:
-        InputError: it is missing, no JSON, or lacks what the page needs.
-    """
-    if not path.is_file():
-        raise InputError(f"{path.name} is missing")
-    try:
-        report = json.loads(read_file(path, most=MAX_METADATA_BYTES))
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path.name} cannot be read ({error})") from error
-    if not isinstance(report, dict):
-        raise InputError(f"{path.name} is not a result's JSON")
-    for key, kind in REPORT_KEYS.items():
-        if not isinstance(report.get(key, ...), kind):
-            raise InputError(f"{path.name} is not a result's JSON: {key} is missing or of another type")
-    if not (all(map(is_number, [report["fps"], *report["steps_run"]])) and report["fps"] > 0):
-        raise InputError(f"{path.name} was edited: fps or steps_run are no numbers")
-    sigmas = report.get("sigmas") or []
-    if not (isinstance(sigmas, list) and all(map(is_number, sigmas))):
-        raise InputError(f"{path.name} was edited: sigmas are no numbers")
-    if report["method"] != "differential" and report["start_step"] is None:
-        raise InputError(f"{path.name} was edited: a resume without a start_step")
-    return report
-
-
-def read_clip(path: Path) -> dict[str, Any]:
-    """What is written beside a clip, or, of an .mp4 without a .json, in it.
-
-    Raises:
-        InputError: neither is.
+        InputError: neither is there, or it can't make the clip again.
     """
     beside = path.with_suffix(".json")
-    if path.suffix == ".mp4" and not beside.is_file():
-        text = read_comment(path)
-    else:
-        if not beside.is_file():
-            raise InputError(f"--like {path} is not a file; name a clip's .json or .mp4")
-        text = read_file(beside, most=MAX_METADATA_BYTES).decode(errors="replace")
     try:
-        report = json.loads(text)
-    except (ValueError, RecursionError):
-        report = None
-    if not isinstance(report, dict):
-        raise InputError(f"--like {path} says nothing of how it was made; name a clip's .json or .mp4")
-    return report
+        if path.suffix == ".mp4" and not beside.is_file():
+            entries = parse_entries(read_comment(path).encode(errors="replace"), path.name)
+        else:
+            entries = read_report_entries(beside)
+        return parse_report(entries, path.name, required=TO_REPEAT)
+    except InputError as error:
+        raise InputError(f"--like {path}: {error}; name a clip's .json or .mp4") from error
 
 
 def read_comment(path: Path) -> str:
@@ -281,17 +228,3 @@ def read_comment(path: Path) -> str:
         if comment is None
         else re.sub(rb"\\(.)", rb"\1", comment[1], flags=re.DOTALL).decode("utf-8", "replace")
     )
-
-
-def find_prior(report: Mapping[str, Any], path: Path) -> Path:
-    """The prior that a clip was made from: where it was, or where the clip lies in its outputs.
-
-    Raises:
-        InputError: it is in neither place.
-    """
-    recorded = report.get("prior_dir")
-    places = [Path(recorded)] if isinstance(recorded, str) else []
-    for place in (*places, *path.absolute().parents[1:3]):
-        if (place / METADATA_FILE).is_file():
-            return place
-    raise InputError(f"--like {path}: its prior is not at {recorded or 'hand'}; name it with --prior_dir")

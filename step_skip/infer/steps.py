@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 from step_skip.errors import InputError
 from step_skip.infer.choices import AUTO
+from step_skip.infer.schema import ClipReport
 from step_skip.method.closeness import CLOSENESS, DEFAULT_CLOSENESS, FIT
 from step_skip.method.formation import DEFAULT_TEXT_SHARE, AutoStep, latest_step, say_left
 from step_skip.method.steps import (
@@ -74,14 +75,14 @@ def choose_steps(choices: Choices, prior: Prior) -> dict[str, Any]:
     }
 
 
-def more_steps(report: Mapping[str, Any]) -> dict[str, int] | None:
+def more_steps(report: ClipReport) -> dict[str, int] | None:
     """The choice that gives a clip more steps, by its JSON; None: there are no more, or they are its own."""
-    if report["method"] == "differential":
-        more = next((number for number in MORE if number > len(report["steps_run"])), math.inf)
-        most = report.get("prior_steps", report["num_inference_steps"])
+    if report.method == "differential":
+        more = next((number for number in MORE if number > len(report.steps_run)), math.inf)
+        most = report.num_inference_steps if report.prior_steps is None else report.prior_steps
         return {"num_steps": int(more)} if more <= most else None
-    if report["method"] == "resume" and report["start_step"] > 0:
-        return {"start_step": report["start_step"] // 2}
+    if report.method == "resume" and report.start_step:
+        return {"start_step": report.start_step // 2}
     return None
 
 

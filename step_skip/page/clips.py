@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from step_skip.errors import InputError
-from step_skip.files.bounds import MAX_METADATA_BYTES, is_number
+from step_skip.files.bounds import MAX_METADATA_BYTES
 from step_skip.files.names import slug
 from step_skip.files.reading import check_sha256, opened, read_file, sha256_file
 from step_skip.files.writing import replacing, write_json
-from step_skip.infer.report import read_report
+from step_skip.infer.schema import ClipReport, find_prior, parse_report, read_report
 from step_skip.method.steps import is_late
 from step_skip.page.posters import find_poster, kept_folder
 from step_skip.prior.files import largest_file, recorded_sha256
@@ -55,32 +55,35 @@ class PageClip:
     """A video, what is recorded of it, and what is wrong with either."""
 
     path: Path
-    report: Mapping[str, Any] = field(default_factory=dict)  # a result's JSON or a prior's metadata
+    report: ClipReport = field(default_factory=ClipReport)  # likewise of a prior, as far as it records it
     poster: Path | None = None  # none where the video can't be shown
     shape: tuple[int, int] = (1, 1)  # width and height of its frames
     problem: str | None = None
 
     @property
+    def is_recorded(self) -> bool:
+        """Whether its JSON could be read."""
+        return bool(self.report.model_fields_set)
+
+    @property
     def steps(self) -> str:
         """The steps of a result in words, by which it finds its column."""
-        if sigmas := self.report.get("sigmas"):
+        if sigmas := self.report.sigmas:
             return "sigmas " + " ".join(f"{sigma:.4g}" for sigma in sigmas)
-        if self.report["method"] == "resume":
-            return f"after step {self.report['start_step']}"
-        return "steps " + " ".join(map(str, self.report["steps_run"]))
+        if self.report.method == "resume":
+            return f"after step {self.report.start_step}"
+        return "steps " + " ".join(map(str, self.report.steps_run))
 
     @property
     def seconds(self) -> float | None:
         """What it took; None for an older prior, which doesn't record it."""
-        seconds = self.report.get("seconds")
-        if not (isinstance(seconds, dict) and all(map(is_number, seconds.values()))):
-            return None
-        return sum(seconds.values())
+        seconds = self.report.seconds
+        return None if seconds is None else sum(seconds.values())
 
     @property
     def cost(self) -> str:
         """Forwards and seconds in words; empty where they are unknown."""
-        return "" if self.seconds is None else f"{self.report.get('forwards')} forwards, {self.seconds:.1f} s"
+        return "" if self.seconds is None else f"{self.report.forwards} forwards, {self.seconds:.1f} s"
 
 
 @dataclass(frozen=True)
@@ -93,7 +96,7 @@ class Section:
     @property
     def title(self) -> str:
         """What the prior is called; of several all their names."""
-        return ", ".join(dict.fromkeys(clip.report["prior_run_id"] for clip in self.clips))
+        return ", ".join(dict.fromkeys(clip.report.prior_run_id for clip in self.clips))
 
     @property
     def name(self) -> str:
@@ -103,7 +106,7 @@ class Section:
     @property
     def prompts(self) -> list[str]:
         """The rows, as they were asked for."""
-        return list(dict.fromkeys(clip.report["prompt"] for clip in self.clips))
+        return list(dict.fromkeys(clip.report.prompt or "" for clip in self.clips))
 
     @property
     def columns(self) -> list[str]:
@@ -117,33 +120,33 @@ class Section:
     def is_late(self, clip: PageClip) -> bool:
         """Whether a new prompt came in when the prior had settled most of its motion."""
         report = clip.report
-        if report["method"] == "differential" or report["prompt"] == self.prior_of(clip).report.get("prompt"):
+        is_own = report.prompt == self.prior_of(clip).report.prompt
+        if report.method == "differential" or is_own or report.start_step is None:
             return False
-        return is_late(report["start_step"], report["num_inference_steps"])
+        return is_late(report.start_step, report.num_inference_steps)
 
 
 def prior_title(prior: PageClip) -> str:
     """What a prior's own video shows."""
-    prompt = prior.report.get("prompt")  # an older prior records none
+    prompt = prior.report.prompt  # an older prior records none
     return "prior" if prompt is None else f"prior: {prompt or 'no motion asked'}"
 
 
 def column_order(clip: PageClip) -> tuple[bool, bool, int, int, list[int]]:
     """A sort key, see `Section.columns`."""
-    start_step, steps = clip.report["start_step"], clip.report["steps_run"]
-    own_sigmas = bool(clip.report.get("sigmas"))
+    start_step, steps = clip.report.start_step, clip.report.steps_run
+    own_sigmas = bool(clip.report.sigmas)
     return own_sigmas, start_step is None, start_step or 0, len(steps), steps
 
 
-def prior_key(report: Mapping[str, Any]) -> tuple[str, str]:
+def prior_key(report: ClipReport) -> tuple[str, str]:
     """What tells the prior of one result from another's."""
-    return report["prior_dir"], report["prior_run_id"]
+    return report.prior_dir, report.prior_run_id
 
 
-def section_key(report: Mapping[str, Any]) -> tuple[str, ...]:
+def section_key(report: ClipReport) -> tuple[str, ...]:
     """Results of one key stand together: of one prior, or of the same bank of them."""
-    bank = report.get("nearest_of")
-    return tuple(map(str, bank)) if isinstance(bank, list) and bank else prior_key(report)
+    return tuple(report.nearest_of) if report.nearest_of else prior_key(report)
 
 
 def section_digest(key: tuple[str, ...]) -> str:
@@ -196,11 +199,11 @@ def read_page_clip(path: Path) -> PageClip | None:
     return look_at(path, report=report)
 
 
-def look_at(path: Path, *, report: Mapping[str, Any] | None = None, problem: str | None = None) -> PageClip:
+def look_at(path: Path, *, report: ClipReport | None = None, problem: str | None = None) -> PageClip:
     """A clip with its poster, or what is wrong with its video."""
-    report = report or {}
+    report = report or ClipReport()
     try:
-        poster, shape = find_poster(path, num_frames=report.get("num_frames"))
+        poster, shape = find_poster(path, num_frames=report.num_frames)
     except InputError as error:
         return PageClip(path=path, report=report, problem=problem or str(error))
     return PageClip(path=path, report=report, poster=poster, shape=shape, problem=problem)
@@ -221,33 +224,23 @@ def by_prior(
     for clip in clips:
         sections.setdefault(section_key(clip.report), []).append(clip)
         if (key := prior_key(clip.report)) not in known:
-            known[key] = read_prior_clip(folder, clip.report)
+            known[key] = read_prior_clip(folder, clip)
     return [
         Section({prior_key(clip.report): known[prior_key(clip.report)] for clip in group}, group)
         for group in sections.values()
     ]
 
 
-def read_prior_clip(folder: Path, report: Mapping[str, Any]) -> PageClip:
+def read_prior_clip(folder: Path, of: PageClip) -> PageClip:
     """The own video of a result's prior: the one that the page keeps, or the prior's, which is kept then."""
-    name = f"prior_{slug(report['prior_run_id'])}_{section_digest(prior_key(report))}.mp4"
+    name = f"prior_{slug(of.report.prior_run_id)}_{section_digest(prior_key(of.report))}.mp4"
     kept = kept_folder(folder) / name
-    with contextlib.suppress(InputError, ValueError, RecursionError):
-        metadata = json.loads(read_file(kept.with_suffix(".json"), most=MAX_METADATA_BYTES))
-        if isinstance(metadata, dict) and isinstance(metadata.get("num_frames"), int):
-            clip = look_at(kept, report=metadata)
-            if clip.problem is None:
-                return clip
-    return keep_prior_clip(find_prior(folder, report), kept)
-
-
-def find_prior(folder: Path, report: Mapping[str, Any]) -> Path:
-    """The folder of a result's prior: one that holds the results, moved with them, or the one recorded."""
-    recorded = Path(report["prior_dir"])
-    for parent in folder.resolve().parents:
-        if parent.name == recorded.name and (parent / METADATA_FILE).is_file():
-            return parent
-    return recorded
+    with contextlib.suppress(InputError):
+        report = read_report(kept.with_suffix(".json"), required=["num_frames"])
+        clip = look_at(kept, report=report)
+        if clip.problem is None:
+            return clip
+    return keep_prior_clip(find_prior(of.report, of.path), kept)
 
 
 def keep_prior_clip(directory: Path, kept: Path) -> PageClip:
@@ -267,8 +260,8 @@ def keep_prior_clip(directory: Path, kept: Path) -> PageClip:
                 check_sha256(path, sha256_file(temporary), recorded_sha256(prior, OUTPUT_FILE) or "")
         write_json(kept.with_suffix(".json"), told)
     except InputError as error:
-        return PageClip(path=path, report=told, problem=str(error))
-    clip = look_at(kept, report=told)
+        return PageClip(path=path, report=parse_report(told, OUTPUT_FILE, required=()), problem=str(error))
+    clip = look_at(kept, report=parse_report(told, OUTPUT_FILE, required=()))
     if clip.poster is None:
         for each in (kept, kept.with_suffix(".json")):
             each.unlink()

@@ -17,14 +17,12 @@ from dataclasses import dataclass
 from functools import cache
 from html import escape
 from pathlib import Path
-from typing import Any
 from urllib.parse import quote
 
-from step_skip.errors import InputError
-from step_skip.files.bounds import is_number
 from step_skip.infer.measures import describe_measures
+from step_skip.infer.schema import ClipReport
 from step_skip.infer.steps import more_steps
-from step_skip.models.lora import read_recorded_loras, summarize_loras
+from step_skip.models.lora import RecordedLora, summarize_loras
 from step_skip.page.clips import SETTINGS, PageClip, Section, prior_title
 
 NOTHING: tuple[object, ...] = (None, "", [])  # settings that were not used
@@ -73,7 +71,7 @@ def page_html(
         title=escaped(title),
         summary=summary,
         links=links,
-        fps=max((clip.report["fps"] for clip in clips), default=16),
+        fps=max((clip.report.fps or 16 for clip in clips), default=16),
         running="" if running is None else f' data-until="{time.time() + running.patience:.0f}"',
         sorts="".join(f"<option value={key}>{SORTS[key]}</option>" for key in known_sorts(clips)),
         sections="\n".join(parts),
@@ -87,7 +85,7 @@ def page_html(
 def summarize(clips: Sequence[PageClip], running: Running | None = None) -> str:
     """How many results there are, and what they cost."""
     progress = f" of {running.expected} so far" if running else ""
-    return f"{len(clips)} videos{progress}, {sum(clip.report['forwards'] for clip in clips)} forwards."
+    return f"{len(clips)} videos{progress}, {sum(clip.report.forwards for clip in clips)} forwards."
 
 
 @cache
@@ -108,8 +106,7 @@ def known_sorts(clips: Iterable[PageClip]) -> list[str]:
 
 def sort_value(clip: PageClip, key: str) -> float | None:
     """The number that a video is sorted by."""
-    value = clip.seconds if key == "seconds" else clip.report.get(key)
-    return value if is_number(value) else None
+    return clip.seconds if key == "seconds" else getattr(clip.report, key)
 
 
 # --- sections -----------------------------------------------------------------------------------------------
@@ -117,7 +114,7 @@ def sort_value(clip: PageClip, key: str) -> float | None:
 
 def section_html(base: Path, section: Section) -> str:
     """The priors, their settings, then the grid of prompt x steps; where there is one column, cards."""
-    reports = [clip.report for clip in (*section.priors.values(), *section.clips) if clip.report]
+    reports = [clip.report for clip in (*section.priors.values(), *section.clips) if clip.is_recorded]
     varying = varying_settings(reports)
     priors = "".join(
         figure_html(base, prior, title=prior_title(prior), keys=varying, name=run_id)
@@ -141,7 +138,7 @@ def grid_html(base: Path, section: Section, keys: Sequence[str]) -> str:
     cells: dict[tuple[str, str], list[str]] = {}
     for clip in section.clips:
         figure = clip_html(base, section, clip, keys)
-        cells.setdefault((clip.report["prompt"], clip.steps), []).append(figure)
+        cells.setdefault((clip.report.prompt or "", clip.steps), []).append(figure)
     if len(columns) == 1:
         figures = "".join("".join(cells[prompt, columns[0]]) for prompt in section.prompts)
         return f'<div class="cards named">{figures}</div>'
@@ -158,11 +155,11 @@ def clip_html(base: Path, section: Section, clip: PageClip, keys: Iterable[str])
     notes = [LATE_NOTE] if section.is_late(clip) else []
     if len(section.priors) > 1:
         prior = section.prior_of(clip)
-        said = prior.report.get("prompt")
-        run_id = clip.report["prior_run_id"]
+        said = prior.report.prompt
+        run_id = clip.report.prior_run_id
         notes.append(f"follows {run_id}" + (f": {said}" if said else ""))
     return figure_html(
-        base, clip, title=clip.steps, keys=keys, name=clip.report["prompt"], notes=notes, is_result=True
+        base, clip, title=clip.steps, keys=keys, name=clip.report.prompt or "", notes=notes, is_result=True
     )
 
 
@@ -195,9 +192,9 @@ def figure_html(
 <figcaption dir=auto>{heading}<b class="steps">{escaped(title)}</b>{details}</figcaption></figure>"""
 
 
-def measures_html(report: Mapping[str, Any]) -> str:
+def measures_html(report: ClipReport) -> str:
     """What was measured of a result; no measure is broken over two lines."""
-    told = escaped(", ".join(describe_measures(report)))
+    told = escaped(", ".join(describe_measures(report.recorded())))
     unbroken = told.replace(", ", ",</span> <span>")
     return f'<span class="measures"><span>{unbroken}</span></span>' if told else ""
 
@@ -229,36 +226,32 @@ def video_html(base: Path, clip: PageClip, *, label: str) -> str:
 # --- words --------------------------------------------------------------------------------------------------
 
 
-def shown_settings(report: Mapping[str, Any]) -> dict[str, str]:
+def shown_settings(report: ClipReport) -> dict[str, str]:
     """The settings that a result or a prior was made with, in words by what they are called."""
     told = {
-        label: in_words(key, report[key])
+        label: in_words(getattr(report, key))
         for key, label in SETTINGS.items()
-        if report.get(key) not in NOTHING and (key, report[key]) != ("denoising_strength", 1)
+        if getattr(report, key) not in NOTHING and (key, getattr(report, key)) != ("denoising_strength", 1)
     }
     told |= (
         {"size": f"{told.pop('width')} x {told.pop('height')}"} if {"width", "height"} <= told.keys() else {}
     )
-    frames, fps = report.get("num_frames", 0), report.get("fps", 0)
-    if is_number(frames) and is_number(fps) and fps > 0:
-        told["length"] = f"{frames / fps:.1f} s"
+    if report.num_frames and report.fps:
+        told["length"] = f"{report.num_frames / report.fps:.1f} s"
     return told
 
 
-def varying_settings(reports: Sequence[Mapping[str, Any]]) -> list[str]:
+def varying_settings(reports: Sequence[ClipReport]) -> list[str]:
     """What the settings are called in which reports differ."""
     told = [shown_settings(report) for report in reports]
     labels = dict.fromkeys(label for each in told for label in each)
     return [label for label in labels if len({each.get(label) for each in told}) > 1]
 
 
-def in_words(key: str, value: object) -> str:
-    """A setting as a person says it."""
-    if key == "lora":
-        try:
-            return summarize_loras(read_recorded_loras(value))
-        except InputError:  # a stranger's
-            return str(value)
+def in_words(value: object) -> str:
+    """Return the value of a setting as text."""
+    if isinstance(value, list) and value and isinstance(value[0], RecordedLora):
+        return summarize_loras(value)
     if isinstance(value, list):
         return " ".join(map(str, value))
     return f"{value:g}" if isinstance(value, float) else str(value)
@@ -267,18 +260,18 @@ def in_words(key: str, value: object) -> str:
 def command_to_copy(clip: PageClip) -> str | None:
     """The command line that makes a clip again, quoted anew: whatever its JSON says, it is our script's."""
     try:
-        words = shlex.split(str(clip.report.get("command", "")))
+        words = shlex.split(clip.report.command)
     except ValueError:
         return None
     own = words[:2] == ["python", "infer_from_prior.py"] and all(word.isprintable() for word in words)
     return shlex.join(words) if own else None
 
 
-def with_more_steps(command: str, report: Mapping[str, Any]) -> str | None:
+def with_more_steps(command: str, report: ClipReport) -> str | None:
     """The same with more steps; None where there are no more, or each has a guidance of its own."""
     words, more = shlex.split(command), more_steps(report)
-    flag = {"differential": "--steps", "resume": "--start_step"}.get(report["method"])
-    if more is None or flag not in words or isinstance(report.get("cfg_scale"), list):
+    flag = {"differential": "--steps", "resume": "--start_step"}.get(report.method or "")
+    if more is None or flag not in words or isinstance(report.cfg_scale, list):
         return None
     begin = words.index(flag)
     end = begin + 1

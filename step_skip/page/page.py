@@ -69,8 +69,8 @@ class SweepPage:
 
     def write(self, running: Running | None = None) -> None:
         """Write the page, or the index and the page of every prior; without `running` the sheet, too."""
-        strays = [clip for clip in self.clips.values() if not clip.report]
-        results = [clip for clip in self.clips.values() if clip.report]
+        strays = [clip for clip in self.clips.values() if not clip.is_recorded]
+        results = [clip for clip in self.clips.values() if clip.is_recorded]
         sections = by_prior(self.folder, results, self.priors)
         if running is None:
             write_sheet(self.folder, sections, strays)

@@ -65,7 +65,7 @@ def sheet_rows(sections: Sequence[Section], strays: Sequence[PageClip]) -> list[
             rows.append((f"{run_id}, {prior_title(prior)}", [(prior.cost, prior)]))
         cells: dict[tuple[str, str], list[PageClip]] = {}
         for clip in section.clips:
-            cells.setdefault((clip.report["prompt"], clip.steps), []).append(clip)
+            cells.setdefault((clip.report.prompt or "", clip.steps), []).append(clip)
         for number, prompt in enumerate(section.prompts, 1):
             tiles: list[tuple[str, PageClip | None]] = []
             for steps in section.columns:

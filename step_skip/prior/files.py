@@ -37,7 +37,14 @@ from step_skip.files.reading import check_sha256, read_file, sha256_file
 from step_skip.files.tensors import load_tensor
 from step_skip.files.writing import folder_inside
 from step_skip.models.families import MODELS
-from step_skip.prior.prior import Prior, identity_file, latents_before_file, noise_pred_file
+from step_skip.prior.prior import (
+    INITIAL_LATENTS_FILE,
+    Prior,
+    identity_file,
+    latents_before_file,
+    noise_pred_file,
+    step_file,
+)
 from step_skip.prior.schema import METADATA_FILE
 
 if TYPE_CHECKING:
@@ -102,12 +109,28 @@ def largest_file(prior: Prior, name: str) -> int:
     return m.height * m.width * 3 * (m.num_frames + 1) + 2**22
 
 
-def damaged_files(prior: Prior) -> dict[str, str]:
-    """What is wrong with the files the prior records, by name; see `check_files`."""
+def recorded_files(prior: Prior) -> list[str]:
+    """Return the names of the files that a prior consists of, besides its metadata."""
+    if prior.is_legacy:
+        return [step_file(step) for step in range(prior.num_inference_steps)]
+    return list(prior.metadata.files)
+
+
+def damaged_files(prior: Prior, *, load: bool = False) -> dict[str, str]:
+    """Check every file of a prior; return by name what is wrong with it.
+
+    Args:
+        load: load each tensor, too: of a legacy prior, which records no SHA-256, nothing else tells.
+    """
     problems = {}
-    for name in prior.metadata.files:
+    for name in recorded_files(prior):
         try:
-            check_files(prior, [name])
+            if not (load and name.endswith(".pt")):
+                check_files(prior, [name])
+            elif name.startswith(("step_", "noise_pred_", INITIAL_LATENTS_FILE)):
+                load_latents(prior, name)
+            else:
+                load_conditioning(prior, name)
         except InputError as error:
             problems[name] = str(error)
     return problems

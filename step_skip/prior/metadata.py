@@ -10,7 +10,7 @@ from typing import Any
 
 from step_skip.errors import InputError
 from step_skip.files.bounds import MAX_METADATA_BYTES, MAX_METADATA_DEPTH, short
-from step_skip.files.reading import read_file
+from step_skip.files.reading import is_deeper, read_file
 from step_skip.models.families import FAMILIES, round_sizes
 from step_skip.prior.prior import Prior, step_files
 from step_skip.prior.schema import METADATA_FILE, read_entries
@@ -82,16 +82,9 @@ def _read_entries(path: Path) -> dict[str, Any]:
         raise InputError(
             f"{path} holds a {type(metadata).__name__}, expected a JSON object; make the prior again"
         )
-    if _is_deeper(metadata, MAX_METADATA_DEPTH):
+    if is_deeper(metadata, MAX_METADATA_DEPTH):
         raise InputError(f"{path} is nested deeper than {MAX_METADATA_DEPTH} levels; make the prior again")
     return metadata
-
-
-def _is_deeper(value: object, levels: int) -> bool:
-    if not isinstance(value, dict | list):
-        return False
-    inner = value.values() if isinstance(value, dict) else value
-    return levels == 0 or any(_is_deeper(each, levels - 1) for each in inner)
 
 
 def sealed(metadata: Mapping[str, Any]) -> dict[str, Any]:

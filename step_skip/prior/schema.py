@@ -31,6 +31,8 @@ from step_skip.files.schema import (
     Sha256,
     TensorShape,
     Text,
+    describe_error,
+    first_error,
     in_range,
     must,
 )
@@ -39,7 +41,6 @@ from step_skip.models.lora import RecordedLora
 
 METADATA_FILE = "run_metadata.json"
 CALLED = {"lora": "a LoRA", "files": "the SHA-256 of {}", "shapes": "the shape of {}"}  # in errors
-EXPECTED = {"model_type": "a JSON object"}  # by pydantic's type of error
 
 KnownFamily = Annotated[
     str, AfterValidator(must(f"one of {', '.join(FAMILIES)}", lambda name: name in FAMILIES))
@@ -216,23 +217,13 @@ def read_entries(entries: Mapping[str, Any], *, is_legacy: bool) -> Metadata:
     try:
         return Metadata.model_validate(entries)
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        raise InputError(f"{METADATA_FILE} {_describe(first)}") from error
-
-
-def _describe(error: Mapping[str, Any]) -> str:
-    """Describe one of pydantic's errors: what was found, what was expected, what to do."""
-    path, value, raised = error["loc"], short(error["input"]), error.get("ctx", {}).get("error")
-    if not path:  # a validator of the whole has said it all
-        return str(raised)
-    missing = error["type"] == "missing"
-    expected = raised or EXPECTED.get(error["type"], error["msg"].removeprefix("Input should be "))
-    expected = f"one with {path[-1]}" if missing else expected
-    if path[0] == "lora" or (path[0] in CALLED and path[1:]):
-        called = CALLED[path[0]].format(*path[1:])
-        return f"has {value} as {called}, expected {expected}; make the prior again"
-    where = "".join(f"[{short(part)}]" for part in path[1:])
-    return f"has {path[0]}{where} = {value}, expected {expected}"
+        path, value, expected = first_error(error)
+        if path and (path[0] == "lora" or (path[0] in CALLED and path[1:])):
+            called = CALLED[str(path[0])].format(*path[1:])
+            problem = f"has {value} as {called}, expected {expected}; make the prior again"
+        else:
+            problem = describe_error(error)
+        raise InputError(f"{METADATA_FILE} {problem}") from error
 
 
 FORMATION_KEY = "formation"  # in a prior's metadata

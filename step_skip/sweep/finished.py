@@ -14,14 +14,13 @@ import json
 import os
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any
 
 from step_skip.errors import InputError
-from step_skip.files.bounds import MAX_METADATA_BYTES
-from step_skip.files.reading import read_file, sha256_file
+from step_skip.files.reading import sha256_file
 from step_skip.infer.inputs import check_inputs
 from step_skip.infer.plan import settings_of
 from step_skip.infer.report import describe_settings
+from step_skip.infer.schema import ClipReport, parse_report, read_report_entries
 from step_skip.media.videos import video_bytes
 from step_skip.sweep.clips import Group, Job
 from step_skip.sweep.outputs import free_path, is_taken, names_from
@@ -57,25 +56,28 @@ def find_existing(groups: Collection[Group]) -> dict[Path, Exception]:
 def is_finished(job: Job, group: Group) -> bool:
     """Return whether the clip is whole, and by its JSON the one that this job would make."""
     try:  # the folder may come from an untrusted source
-        found = json.loads(read_file(job.report_path, most=MAX_METADATA_BYTES))
+        found = read_report_entries(job.report_path)
         expected = json.loads(json.dumps(describe_settings(group, job.plan)))  # tuples become lists
         same = all(found[name] == value for name, value in expected.items())
-        saved = not job.save_prior or Path(found["saved_prior"]).is_dir()
-        return same and saved and is_whole(job, found)
-    except (ValueError, TypeError, KeyError, RecursionError):
+        if not same:
+            return False
+        report = parse_report(found, job.report_path.name, required=("video_sha256",))
+        saved = not job.save_prior or Path(report.saved_prior or "").is_dir()
+        return saved and is_whole(job, report)
+    except (InputError, KeyError):
         return False
 
 
-def is_whole(job: Job, report: dict[str, Any]) -> bool:
+def is_whole(job: Job, report: ClipReport) -> bool:
     """Return whether an .mp4 is the one its JSON was written for: by size and time, else by its SHA-256."""
     try:
         video, beside = os.lstat(job.path), os.lstat(job.report_path)
     except OSError:
         return False
-    if video.st_size == report.get("video_bytes") and video.st_mtime_ns <= beside.st_mtime_ns:
+    if video.st_size == report.video_bytes and video.st_mtime_ns <= beside.st_mtime_ns:
         return not job.path.is_symlink()
     most = 4 * video_bytes(settings_of(job.plan, job.prior).size) + 2**22
-    return report["video_sha256"] == sha256_file(job.path, most=most)
+    return report.video_sha256 == sha256_file(job.path, most=most)
 
 
 def settle_single(group: Group, *, output: Path | None, overwrite: bool) -> None:

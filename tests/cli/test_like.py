@@ -155,20 +155,20 @@ def test_like_a_clip_of_an_older_version_and_format(older_prior, infer, run, ima
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (None, "is not a file"),
-        ("no JSON", "says nothing of how it was made"),
-        ("[]", "says nothing of how it was made"),
-        ("{}", "name it with --prior_dir"),
-        ('{"prior_dir": "HERE"}', "is no clip of infer_from_prior.py"),
+        (None, "clip.json is missing"),
+        ("no JSON", "cannot be read"),
+        ("[]", "is not a clip's JSON"),
+        ("{}", "it lacks 'prompt'"),
+        ('{"prior_dir": "HERE"}', "it lacks 'prompt'"),
         (
             '{"prior_dir": "HERE", "model": "tiny", "prompt": 3, "method": "resume", "start_step": 7, '
             '"steps_run": [8, 9], "lora": []}',
-            "prompt is 3",
+            "prompt = 3, expected",
         ),
         (
             '{"prior_dir": "HERE", "model": "tiny", "prompt": "", "method": "resume", "start_step": "x", '
             '"steps_run": [8, 9], "lora": []}',
-            "start_step is 'x'",
+            "start_step = 'x', expected",
         ),
     ],
 )

@@ -198,9 +198,9 @@ def test_a_prior_that_was_stopped_is_finished_as_if_it_had_not(make, run, folder
     early = make("T2V-A14B", "--stop_after", stop_after).path
     assert run("generate_prior", "--resume", early, "--model_dir", folder_of("T2V-A14B")).code == 0
     found, expected = read_json(early / "run_metadata.json"), prior_of("T2V-A14B").metadata
-    assert found["latents_sha256"] == expected["latents_sha256"]
+    assert found["latents_sha256"] == expected.latents_sha256
     assert {n: d for n, d in found["files"].items() if n.endswith(".pt")} == {
-        n: d for n, d in expected["files"].items() if n.endswith(".pt")
+        n: d for n, d in expected.files.items() if n.endswith(".pt")
     }
 
 

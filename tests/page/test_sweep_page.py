@@ -28,9 +28,17 @@ HOSTILE = (
     '"><img src=x onerror="window.injected = 1">',
     "' onmouseover='window.injected = 1' x='",
     "</b></figcaption></table></style><svg onload=window.injected=1>",
-    "&lt;b&gt; ${1} $title {count} \\ \0 \u202e \ud800 %3Cscript%3E",
+    "&lt;b&gt; ${1} $title {count} \\ \0 \u202e %3Cscript%3E",
 )
 SCREENS = ((1280, 2400), (390, 844))  # all videos at once; some at a time
+
+
+LORA = {"path": "/a.safetensors", "alpha": 1.0, "sha256": "0" * 64}
+
+
+def nested(levels: int) -> list:
+    """Return lists in lists."""
+    return [nested(levels - 1)] if levels else []
 
 
 class Tags(HTMLParser):
@@ -160,11 +168,9 @@ def hostile_folder(results: Path) -> Path:
     """Results whose texts and names try to become markup, a scheme or an escape."""
     for number, text in enumerate(HOSTILE):
         add_result(
-            results, f"hostile {number}", prompt=text, negative_prompt=text, device_name=text, seed=text
+            results, f"hostile {number}", prompt=text, negative_prompt=text, device_name=text, model=text
         )
-        add_result(
-            results, f"of another prior {number}", prior_run_id=text, prior_dir=f"/{text}", model=[text]
-        )
+        add_result(results, f"of another prior {number}", prior_run_id=text, prior_dir=f"/{text}", dtype=text)
     for name in (
         "javascript:alert(1)",
         "50% \"of\" '#1?' <b>&amp;",
@@ -200,13 +206,19 @@ def test_nothing_in_it_is_taken_for_markup(page, results):
         (lambda folder: add_result(folder, "late", num_frames=13), "9 frames, expected 13"),
         (lambda folder: (folder / "late.json").unlink(), "late.json is missing"),
         (lambda folder: cut(folder / "late.json"), "late.json cannot be read ("),
-        (lambda folder: (folder / "late.json").write_bytes(b"\xff"), "late.json cannot be read ('utf-8'"),
+        (lambda folder: (folder / "late.json").write_bytes(b"\xff"), "late.json cannot be read ("),
         (lambda folder: (folder / "late.json").write_text("[" * 10**5), "late.json cannot be read (maximum"),
-        (lambda folder: (folder / "late.json").write_text("[]"), "late.json is not a result's JSON"),
-        (lambda folder: add_result(folder, "late", prompt=...), "prompt is missing or of another type"),
-        (lambda folder: add_result(folder, "late", seconds=3), "seconds is missing or of another type"),
-        (lambda folder: add_result(folder, "late", fps=float("nan")), "fps or steps_run are no numbers"),
-        (lambda folder: add_result(folder, "late", steps_run=[{}]), "fps or steps_run are no numbers"),
+        (lambda folder: (folder / "late.json").write_text("[]"), "late.json is not a clip's JSON"),
+        (lambda folder: add_result(folder, "late", prompt=...), "it lacks 'prompt'"),
+        (lambda folder: add_result(folder, "late", seconds=3), "seconds = 3, expected"),
+        (lambda folder: add_result(folder, "late", fps=float("nan")), "fps = nan, expected a number above 0"),
+        (lambda folder: add_result(folder, "late", steps_run=[{}]), "steps_run[0] = {}, expected"),
+        (lambda folder: add_result(folder, "late", prompt="\ud800"), "expected text that is UTF-8"),
+        (lambda folder: add_result(folder, "late", sigmas="0.9 0.5"), "sigmas = '0.9 0.5', expected"),
+        (lambda folder: add_result(folder, "late", steps_run=[0] * 10**5), "at most 10000 entries"),
+        (lambda folder: add_result(folder, "late", lora=[LORA | {"alpha": 10**400}]), "expected a number"),
+        (lambda folder: add_result(folder, "late", deep=nested(300)), "late.json is not a clip's JSON"),
+        (lambda folder: add_result(folder, "late", large="x" * 2**20), "late.json is too large"),
         (lambda folder: add_result(folder, "late", start_step=None), "a resume without a start_step"),
         (lambda folder: add_result(folder, "late", prior_dir="/gone"), "/gone is not a folder"),
     ],
@@ -232,9 +244,14 @@ def blank(path: Path) -> None:
 
 
 def test_odd_numbers_are_no_trouble(page, results):
-    """Of a JSON that someone wrote by hand."""
-    add_result(results, "odd", seconds={"denoise": "soon"}, forwards=10**400, fps=0.5, start_step=10**400)
-    assert f"after step {10**400}" in page().text
+    """A number that can't be costs its own clip, in one line."""
+    add_result(results, "odd", fps=0.5, forwards=10**15)
+    for name, value in (("forwards", 10**400), ("start_step", 10**400), ("seconds", {"denoise": "soon"})):
+        add_result(results, name, **{name: value})
+    text = page().text
+    assert f"{10**15} forwards" in text
+    for name in ("forwards", "start_step", "seconds"):
+        assert f"{name}.json is not a clip's JSON: it has {name}" in text
 
 
 def test_other_files_are_left_out(page, results):
@@ -497,7 +514,7 @@ def test_commands_to_copy(page, results):
 
     own = read_page_clip(results / "own.mp4")
     command = command_to_copy(own)
-    assert command == own.report["command"]
+    assert command == own.report.command
     assert with_more_steps(command, own.report) == command.replace("--steps 0 7", "--num_steps 3")
     early = read_page_clip(results / "early.mp4")
     assert "--start_step 1" in with_more_steps(command_to_copy(early), early.report)
