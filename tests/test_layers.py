@@ -19,7 +19,6 @@ TWINS = {
     "generate_prior": {"step_skip.diffusers", "step_skip.generate.generate"},
     "infer_from_prior": {"step_skip.diffusers", "step_skip.infer.infer"},
 }
-TWINS_FOR_NOW = {"attempt", "check_first", "find_prior", "make_all"}  # to be removed, and then this list
 
 
 def names_of(node: ast.stmt) -> list[str]:
@@ -102,7 +101,7 @@ def test_the_method_knows_neither_files_nor_diffsynth():
 def test_no_two_modules_define_one_name():
     homes: dict[str, set[str]] = defaultdict(set)
     for name, tree in TREES.items():
-        for each in defined_by(tree) - OWN_EVERYWHERE - TWINS_FOR_NOW:
+        for each in defined_by(tree) - OWN_EVERYWHERE:
             homes[each].add(name)
     assert {each: found for each, found in homes.items() if len(found) > 1} == TWINS
 

@@ -103,7 +103,7 @@ def check_prior_choices(choices: PriorChoices) -> None:
 def choose_size(
     choices: PriorChoices, size: tuple[int, int], *, defaults: Defaults, family: Family
 ) -> PriorChoices:
-    """Where no size is given, the image's own aspect ratio at the model's area, as Wan's own scripts have it.
+    """Choose the size that isn't given: the image's aspect ratio at the model's area, as Wan's scripts do.
 
     A model that was made for one size keeps it.
 

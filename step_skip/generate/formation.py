@@ -55,7 +55,7 @@ def draw_formation(prior: Prior, record: Mapping[str, Any], path: Path) -> None:
 
 
 def measure_formation(prior: Prior) -> dict[str, list[float] | None]:
-    """The whole record of a prior whose steps are all saved; one number a step in every list.
+    """Measure the formation of a prior whose steps are all saved; every list has one number for each step.
 
     Returns:
         branch_distances and text_moves: None where cfg_scale is 1; still_distances; moving_distances: None
@@ -133,7 +133,7 @@ def plot_formation(
 
 
 def estimates_of(prior: Prior) -> dict[int, Image.Image]:
-    """What some of the steps point at, by step; nothing where the prior's image doesn't tell the colours."""
+    """Return pictures of some denoised estimates, by step; none without an image to take the colours from."""
     last = prior.num_inference_steps - 1
     count = min(MOST_PICTURES, last + 1)
     chosen = sorted({round(place * last / max(1, count - 1)) for place in range(count)})
@@ -149,7 +149,7 @@ def estimates_of(prior: Prior) -> dict[int, Image.Image]:
 
 
 def place_pictures(axes: Any, pictures: Mapping[int, Image.Image], *, steps: int) -> None:
-    """Each under its step, as wide as there is room."""
+    """Place each picture under its step, as wide as there is room."""
     import numpy as np
 
     axes.axis("off")

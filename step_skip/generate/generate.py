@@ -1,4 +1,4 @@
-"""TODO"""
+"""Make one prior on a loaded pipeline: the Python function."""
 
 from __future__ import annotations
 
@@ -117,5 +117,5 @@ def generate_prior(
 
 
 def pipeline_images(images: Mapping[str, Image]) -> dict[str, Image]:
-    """The images of a prior, by file, under the names of the pipeline's arguments."""
+    """Return the images of a prior under the names of the pipeline's arguments."""
     return {Path(name).stem: image for name, image in images.items()}

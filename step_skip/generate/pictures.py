@@ -33,7 +33,7 @@ def read_pictures(
     defaults: Defaults,
     family: Family,
 ) -> tuple[PriorChoices, dict[str, Picture]]:
-    """The images of one prior, and its choices with the size that comes of the first.
+    """Read the images of one prior; return them, and its choices with the size that follows from the first.
 
     Args:
         given: by the prior's file names, the first frame first; a Picture stays as it is, None is none.
@@ -66,6 +66,6 @@ def read_pictures(
 
 
 def id_of(pictures: Mapping[str, Picture], prompt: str) -> str:
-    """A run id made of the name of the image's file, without an image of the prompt; "" of no letters."""
+    """Return a run id after the image's file or, without one, the prompt; "" if that has no letters."""
     image = pictures.get(IMAGE_FILE)
     return id_from_name(prompt if image is None else Path(image.name).stem)

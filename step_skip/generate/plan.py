@@ -1,6 +1,6 @@
-"""One prior to make, as data: every choice, checked, and the metadata it begins with.
+"""Plan one prior: check every choice, and compute the metadata it begins with.
 
-Nothing is loaded; plan.py does the same for a video to make from a prior.
+Nothing is loaded. infer/plan.py does the same for a clip.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from step_skip.prior.prior import Prior, bytes_of_prior
 from step_skip.prior.schema import Metadata
 
 log = logging.getLogger(__name__)
-DIFFSYNTH_BOUNDARY = 0.875  # WanVideoPipeline's own switch_DiT_boundary, for a pipeline of somebody's own
+DIFFSYNTH_BOUNDARY = 0.875  # WanVideoPipeline's own switch_DiT_boundary, for a pipeline of the user's own
 
 
 def plan_prior(options: LoadOptions, choices: PriorChoices, *, family: str) -> Metadata:
@@ -89,7 +89,7 @@ def plan_prior(options: LoadOptions, choices: PriorChoices, *, family: str) -> M
 
 
 def choose_experts(choices: PriorChoices, chosen: Mapping[str, Any], family: str) -> dict[str, Any]:
-    """What is recorded of two experts: where the second takes over, and its guidance if it is another.
+    """Return what is recorded of two experts: the boundary between them, and the second one's guidance.
 
     Args:
         chosen: the choices, with the model's defaults.

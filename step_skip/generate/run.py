@@ -1,8 +1,8 @@
 """Run what is missing of a prior, from wherever it stands.
 
-`what_is_left` compares what the metadata name with what is complete: nothing yet, some steps, all but a
-video. `run_what_is_left` runs the rest and saves each part as it comes. What was lost since it was recorded
-is made again, and has to come out the same.
+`what_is_left` compares the files that the metadata names with those that are complete: nothing yet, some
+steps, all but a video. `run_what_is_left` runs what is left and saves each part as it comes. A file that was
+lost since it was recorded is made again, and must have the recorded SHA-256.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-# --- what there is, what there should be --------------------------------------------------------------------
+# --- what is complete, and what is left --------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +79,7 @@ class Left:
 
 
 def start_files(prior: Prior) -> dict[str, str]:
-    """The file of the initial latents and of each tensor of Conditioning."""
+    """Return the names of the files of the initial latents and of each tensor of Conditioning."""
     prompt, negative_prompt = prior.texts
     files = {
         "latents": INITIAL_LATENTS_FILE,
@@ -92,7 +92,7 @@ def start_files(prior: Prior) -> dict[str, str]:
 
 
 def video_files(metadata: Metadata, last_step: int) -> dict[str, int | None]:
-    """The videos of a prior that ends with `last_step`; one stopped early shows what that step points at."""
+    """Return the videos of a prior that ends with `last_step`, each with its step; None: clean latents."""
     stopped = last_step < metadata.num_inference_steps - 1
     estimates = range(last_step + 1) if metadata.save_decoded_videos else [last_step] if stopped else []
     videos: dict[str, int | None] = {} if stopped else {OUTPUT_FILE: None}
@@ -209,7 +209,7 @@ def run_steps_left(
 
 
 def parts_by_expert(prior: Prior, left: Left) -> dict[str, int]:
-    """The last step of each expert, among those that are left, in their order."""
+    """Return the last step of each expert among the steps that are left, in their order."""
     return {prior.expert_of(step): step for step in left.steps}
 
 
@@ -254,7 +254,7 @@ def save_start(writer: PriorWriter, latents: torch.Tensor, conditioning: Conditi
 
 
 def load_start(prior: Prior) -> tuple[torch.Tensor, Conditioning]:
-    """The initial latents, [B, C, T, H, W], and the conditioning, as they were saved."""
+    """Load the initial latents, [B, C, T, H, W], and the conditioning, as they were saved."""
     from step_skip.pipeline.conditioning import Conditioning
 
     tensors = {name: load_conditioning(prior, file) for name, file in start_files(prior).items()}

@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from step_skip.pipeline.conditioning import Conditioning
     from step_skip.pipeline.schedulers import Step
 
-# what of the followed prior's metadata is true of its own run alone
+# Entries of the followed prior's metadata that hold for its own run alone.
 NOT_TAKEN_OVER: Final = frozenset(
     ("run_id", "status", "files", "shapes", "metadata_sha256", FORMATION_KEY, "seconds_per_step")
 ) | {"peak_memory", "start_step_chosen"}
@@ -84,7 +84,7 @@ def check_clip_prior(plan: Plan, prior: Prior) -> None:
 
 
 def guidance_by_expert(plan: Plan, prior: Prior) -> dict[str, float]:
-    """The cfg_scale of each expert that ran; of a single network "dit".
+    """Return the cfg_scale of each expert that ran; a single network is "dit".
 
     Raises:
         InputError: it differs from step to step of one of them.
@@ -161,7 +161,7 @@ def describe_walk(walk: Walk, report: Mapping[str, Any], seconds: Mapping[str, f
 
 
 def tensors_of(walk: Walk) -> dict[str, Any]:
-    """Every tensor of the prior by its file: the path, and what the network saw besides."""
+    """Return every tensor of the prior by its file: the path, the contexts and the identity."""
     plan, conditioning = walk.plan, walk.conditioning
     files = {context_file(plan.prompt): conditioning.context_posi}
     if conditioning.context_nega is not None:

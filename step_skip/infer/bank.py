@@ -1,8 +1,8 @@
-"""Several priors of one identity as one thing: a new prompt follows the one that is nearest to it.
+"""Follow the nearest of several priors of one identity: a bank.
 
 Priors of the same image, size, seed, schedule and model begin at the same latents and see the same besides
-their prompts. So a new prompt's first velocity, evaluated once, can be held against each prior's own
-(closeness.py); which of them is followed costs nothing.
+their prompts. So a new prompt's first velocity, evaluated once, can be compared with each prior's own
+(method/closeness.py); to choose the nearest costs nothing.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def check_one_bank(priors: Sequence[Prior]) -> None:
 
 
 def describe_beginning(prior: Prior) -> str:
-    """All that priors share which differ only in their prompt.
+    """Return as text what priors share that differ only in their prompt.
 
     Raises:
         InputError: it is of an older format, or was stopped early.
@@ -83,7 +83,7 @@ def describe_beginning(prior: Prior) -> str:
 
 
 def narrowed(bank: Sequence[Prior]) -> Prior:
-    """The first of a bank, with only those of its steps that all of them keep.
+    """Return the first prior of a bank, with only the steps that all of them keep.
 
     Raises:
         InputError: there are none.
@@ -100,12 +100,12 @@ def narrowed(bank: Sequence[Prior]) -> Prior:
 
 
 def plan_clip(choices: Choices, bank: Sequence[Prior]) -> Plan:
-    """The plan of one clip of a prior or a bank; see `make_plan` and `plan_for_bank`."""
+    """Plan one clip of a prior or a bank; see `make_plan` and `plan_for_bank`."""
     return plan_for_bank(make_plan(choices, narrowed(bank)), bank)
 
 
 def plan_for_bank(plan: Plan, bank: Sequence[Prior]) -> Plan:
-    """The plan of the first of a bank, for all of it.
+    """Return the plan of a bank's first prior as a plan for the whole bank.
 
     Raises:
         InputError: it doesn't begin where the priors do.

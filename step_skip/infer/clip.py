@@ -1,4 +1,4 @@
-"""One clip: run a plan along its prior, and keep what came of it."""
+"""Make one clip: run a plan along its prior, and keep the result."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ class Clip:
         )
 
     def report_of(self, path: Path) -> dict[str, Any]:
-        """What is written beside the .mp4 that was made of it."""
+        """Return the JSON to write beside the .mp4 of the clip."""
         made = {"video_sha256": sha256_file(path), "video_bytes": path.stat().st_size}
         return self.report | {"seconds": self.seconds} | made
 
@@ -126,7 +126,7 @@ def make_clip(
 
 
 def walk_of(source: Source, plan: Plan, result: RunResult) -> Walk | None:
-    """What makes a prior of the clip of a differential resume."""
+    """Return what it takes to make the clip of a differential resume a prior; None for other clips."""
     if result.first_look is None:
         return None
     followed = source.members[result.first_look.nearest].prior
@@ -192,7 +192,7 @@ def run_plan(
 
 
 def first_look(source: Source, plan: Plan) -> FirstLook:
-    """The paths that a differential resume may take, of a prior or of each of a bank."""
+    """Return the paths that a differential resume may take, of a prior or of each prior of a bank."""
     paths = [tuple(plan.steps_to_run)] if plan.paths is None else plan.paths
     trajectories = [
         {len(steps): trajectory_of(member, plan, steps) for steps in paths} for member in source.members
@@ -206,7 +206,7 @@ def first_look(source: Source, plan: Plan) -> FirstLook:
 
 
 def trajectory_of(source: Source, plan: Plan, steps: Sequence[int]) -> Trajectory:
-    """A prior's own path at these of its steps."""
+    """Return a prior's own path at these of its steps."""
     from step_skip.method.differential import Trajectory
 
     prior, tensors = source.prior, source.inputs.tensors
@@ -219,7 +219,7 @@ def trajectory_of(source: Source, plan: Plan, steps: Sequence[int]) -> Trajector
 
 
 def guidance_of(prior: Prior, steps: Sequence[int], negas: Sequence[torch.Tensor]) -> dict[str, Any]:
-    """What a Trajectory says of the prior's guidance, as far as it is recorded."""
+    """Return the entries of a Trajectory on the prior's guidance, as far as it is recorded."""
     sigmas = prior.metadata.scheduler_sigmas
     distances = prior.metadata.formation.branch_distances or []
     if not negas or len(distances) != len(sigmas):
@@ -233,12 +233,12 @@ def guidance_of(prior: Prior, steps: Sequence[int], negas: Sequence[torch.Tensor
 
 
 def between(begin: torch.Tensor, end: torch.Tensor, part: float) -> torch.Tensor:
-    """Latents a part of the way from one to the other: an Euler step goes straight. All [B, C, T, H, W]"""
+    """Interpolate linearly between two latents, as an Euler step does. All [B, C, T, H, W]"""
     return begin if part == 0 else begin.float().lerp(end.float(), part).to(begin.dtype)
 
 
 def conditioning_of(plan: Plan, source: Source) -> Conditioning:
-    """What the network sees besides latents: the prior's identity and the plan's prompts."""
+    """Return what the network sees besides latents: the prior's identity and the plan's prompts."""
     from step_skip.pipeline.conditioning import Conditioning
 
     tensors, contexts = source.inputs.tensors | source.inputs.encoded, source.inputs.contexts

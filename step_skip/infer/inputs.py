@@ -1,6 +1,6 @@
-"""What a prior gives to its videos: its files checked, then its tensors, read just before they are needed.
+"""Read what a prior gives to its clips: its files are checked, its tensors read just before they are needed.
 
-Of a sweep's priors only the one whose videos are made is in memory.
+Of a sweep's priors only the one whose clips are being made is in memory.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 @dataclass(kw_only=True)
 class Inputs:
-    """What a prior's plans need besides the model: inputs.py reads it, and what it lacks is encoded."""
+    """What a prior's plans need besides the model: read from the prior, or encoded if the prior lacks it."""
 
     prior_files: dict[str, str] = field(default_factory=dict)  # SHA-256 by name
     image: Image | None = None
@@ -152,8 +152,6 @@ def read_identity_image(image: Path | Image, prior: Prior) -> Image:
     return found
 
 
-# --- encoding -----------------------------------------------------------------------------------------------
-
 # --- encoded prompts ----------------------------------------------------------------------------------------
 
 
@@ -192,7 +190,7 @@ def unknown_texts(source: Source, texts: Iterable[str], store: ContextStore) -> 
 def encode_new(source: Source, plans: Sequence[Plan], model: Model, store: ContextStore) -> None:
     """Encode what the source's priors don't hold, each prompt encoded once.
 
-    What one prior's folder holds is never given to another: it may come from a stranger.
+    What one prior's folder holds is never given to another prior: it may come from an untrusted source.
     """
     for text in know_contexts(source, texts_of(plans), store):
         source.inputs.contexts[text] = encode_text(source.prior, text, model, store)
@@ -200,7 +198,7 @@ def encode_new(source: Source, plans: Sequence[Plan], model: Model, store: Conte
 
 
 def encode_text(prior: Prior, text: str, model: Model, store: ContextStore) -> torch.Tensor:
-    """A prompt's context, on the CPU: VRAM is for what runs."""
+    """Encode a prompt and return its context, on the CPU: VRAM is for what runs."""
     from step_skip.pipeline.run import encode_prompt
 
     def encode(text: str) -> torch.Tensor:
@@ -211,7 +209,7 @@ def encode_text(prior: Prior, text: str, model: Model, store: ContextStore) -> t
 
 
 def encode_identity(source: Source, plans: Sequence[Plan], model: Model) -> None:
-    """What the network sees of an older prior's image, which holds only latents."""
+    """Encode the image of an older prior, which holds only latents."""
     from step_skip.pipeline.run import encode_image
 
     prior, own = source.prior, source.inputs

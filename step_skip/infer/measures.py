@@ -1,9 +1,9 @@
-"""Whether a clip came out, as far as its frames tell: nothing is downloaded, no truth is known.
+"""Measure a clip by its own frames: nothing is downloaded, no reference is needed.
 
-    identity    dB: how well the first frame, carried along the motion, gives the late ones. What is lost has
-                changed in another way than by moving; small where much is uncovered, too
+    identity    PSNR in dB of the late frames to the first frame warped along the motion: how much changed in
+                another way than by moving; also low where the motion uncovers much
     movement    how far the tenth of the picture that moves most goes, in heights of the frame
-    flicker     8-bit levels: what the frames before and after, moved to a frame, leave of it
+    flicker     8-bit levels: the difference of a frame to the frames before and after, warped to it
 
 The motion is that of OpenCV's dense inverse search, from frame to frame, on frames of at most SIDE pixels.
 docs/measures.md has how far each agrees with a truth that is known, and what none of them can tell.
@@ -38,7 +38,7 @@ WORDS: Final[Mapping[str, str]] = {  # of a result's JSON: what people are told 
 
 
 def measures_of(frames: Sequence[Image]) -> dict[str, float]:
-    """What `measure_frames` finds; nothing, and a warning, where it fails: no clip is lost over it."""
+    """Measure a clip by `measure_frames`; if that fails, warn and return nothing: no clip is lost over it."""
     try:
         return measure_frames(frames)
     except Exception as error:  # cv2.error, a missing package, no memory
@@ -47,7 +47,7 @@ def measures_of(frames: Sequence[Image]) -> dict[str, float]:
 
 
 def measure_frames(frames: Sequence[Image]) -> dict[str, float]:
-    """The measures of a clip by name, see above; of less than three frames none."""
+    """Return the measures of a clip by name, see above; none for less than three frames."""
     import cv2
     import numpy as np
 
@@ -77,7 +77,7 @@ def measure_frames(frames: Sequence[Image]) -> dict[str, float]:
 
 
 def shrink(frame: np.ndarray) -> np.ndarray:
-    """A frame, [H, W, 3] uint8, whose shorter side has at most SIDE pixels."""
+    """Shrink a frame, [H, W, 3] uint8, so that its shorter side has at most SIDE pixels."""
     import cv2
 
     height, width, _ = frame.shape
@@ -88,7 +88,7 @@ def shrink(frame: np.ndarray) -> np.ndarray:
 
 
 def moved(values: np.ndarray, flow: np.ndarray) -> np.ndarray:
-    """At each place the value from where the flow leads, which is [H, W, 2] in pixels; values: [H, W, C]."""
+    """Warp values, [H, W, C], backwards along a flow, [H, W, 2] in pixels."""
     import cv2
     import numpy as np
 
@@ -98,7 +98,7 @@ def moved(values: np.ndarray, flow: np.ndarray) -> np.ndarray:
 
 
 def flicker(frames: Sequence[np.ndarray], back: Sequence[np.ndarray], ahead: Sequence[np.ndarray]) -> float:
-    """The second difference in time along the motion: root mean square, 8-bit levels."""
+    """Compute the second difference in time along the motion: root mean square, 8-bit levels."""
     import numpy as np
 
     squares = []
@@ -110,5 +110,5 @@ def flicker(frames: Sequence[np.ndarray], back: Sequence[np.ndarray], ahead: Seq
 
 
 def describe_measures(report: Mapping[str, object]) -> list[str]:
-    """What is known of a clip by its JSON, which may be anybody's, for people."""
+    """Describe the measures in a clip's JSON, each in a few words."""
     return [words.format(report[name]) for name, words in WORDS.items() if is_number(report.get(name))]

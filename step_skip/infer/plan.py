@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Plan:
-    """One video to make from a prior: every choice, nothing loaded."""
+    """One clip to make from a prior: every choice, nothing loaded."""
 
     method: str  # "resume": all steps after start_step; "differential": a few chosen; "sigmas": its own
     start_step: int | None  # None for a differential resume; with sigmas the one before they begin, or -1
@@ -175,7 +175,7 @@ def check_kept(plan: Plan, prior: Prior) -> None:
 
 
 def knows_first_nega(plan: Plan, prior: Prior) -> bool:
-    """Whether the first step's negative branch is one the prior evaluated: same latents, text and network."""
+    """Return whether the prior evaluated the first step's negative branch: same latents, text and network."""
     return (
         prior.keeps_nega
         and plan.method in ("differential", "resume")
@@ -190,7 +190,7 @@ def knows_first_nega(plan: Plan, prior: Prior) -> bool:
 
 
 def choose_tiling(choices: Choices, prior: Prior, model: str) -> bool | None:
-    """Whether the video is decoded in tiles; None: as the prior's own."""
+    """Return whether the clip is decoded in tiles; None: as the prior's own video."""
     if choices.tiled is None:
         return None
     tiled = in_tiles(choices.tiled, model, prior.metadata.sizes, model_dir=choices.model_dir)
@@ -198,7 +198,7 @@ def choose_tiling(choices: Choices, prior: Prior, model: str) -> bool | None:
 
 
 def settings_of(plan: Plan, prior: Prior) -> RunSettings:
-    """The prior's settings, and of the plan what it decides itself."""
+    """Return the settings of a clip's run: the prior's, and those that the plan decides itself."""
     recorded = recorded_settings(prior)
     own = {name: getattr(plan, name) for name in _SETTINGS if name in _PLAN}
     if plan.tiled is None:
@@ -207,7 +207,7 @@ def settings_of(plan: Plan, prior: Prior) -> RunSettings:
 
 
 def describe_choices(plan: Plan) -> dict[str, Any]:
-    """A plan's entries that decide the video, as they stand in a result's JSON; the image has a checksum."""
+    """Return the entries of a plan that decide the clip, as its JSON has them."""
     entries = {name: getattr(plan, name) for name in _PLAN}
     for name in ("image", "auto", "knows_nega", "choices"):  # none of them changes the latents
         del entries[name]
@@ -222,9 +222,9 @@ def describe_choices(plan: Plan) -> dict[str, Any]:
 
 
 def latents_files(plan: Plan, prior: Prior) -> list[str]:
-    """The latents a plan starts from; for a differential resume those before each step, and the clean.
+    """Return the files of the latents a plan needs; a differential resume needs those before each step.
 
-    Two where it starts between them, on the straight line the prior took.
+    A resume on custom sigmas may need two, to begin on the straight line between them.
     """
     if plan.start_step is None:  # a differential resume
         last = step_file(prior.num_inference_steps - 1)
@@ -234,26 +234,26 @@ def latents_files(plan: Plan, prior: Prior) -> list[str]:
 
 
 def part_of_step(plan: Plan, prior: Prior) -> float:
-    """How far into the step after start_step a resume on its own sigmas begins, 0 ... 1."""
+    """Return how far into the step after start_step a resume on custom sigmas begins, 0 ... 1."""
     if plan.sigmas is None:
         return 0.0
     return place_on_path(plan.sigmas[0], prior.metadata.scheduler_sigmas)[1]
 
 
 def velocity_files(plan: Plan) -> list[str]:
-    """The prior's velocities a plan needs: those of the steps of a differential resume."""
+    """Return the files of the prior's velocities that a differential resume needs."""
     return list(map(noise_pred_file, plan.steps_to_read))
 
 
 def nega_files(plan: Plan, prior: Prior) -> list[str]:
-    """The prior's velocities of the negative branch that a plan needs."""
+    """Return the files of the prior's velocities of the negative branch that a plan needs."""
     if plan.method == "differential" and prior.keeps_nega and plan.cfg_scale != 1:
         return list(map(noise_pred_nega_file, plan.steps_to_read))
     return [noise_pred_nega_file(plan.steps_to_run[0])] if plan.knows_nega else []
 
 
 def conditioning_files(plan: Plan, prior: Prior) -> list[str]:
-    """The prior's conditioning a plan needs; contexts of other prompts are not there."""
+    """Return the files of the prior's conditioning that a plan needs and the prior has."""
     if prior.is_legacy or not plan.steps_to_run:
         return []
     names = dict.fromkeys(map(context_file, plan.texts))
@@ -261,13 +261,13 @@ def conditioning_files(plan: Plan, prior: Prior) -> list[str]:
 
 
 def input_files(plan: Plan, prior: Prior) -> list[str]:
-    """The prior's files a plan needs."""
+    """Return all files of the prior that a plan needs."""
     tensors = [*latents_files(plan, prior), *velocity_files(plan), *nega_files(plan, prior)]
     return [*tensors, *conditioning_files(plan, prior)]
 
 
 def needed_components(plan: Plan, prior: Prior, *, known: Set[str]) -> list[str]:
-    """The parts of the model a plan needs: encoders only for what is not encoded already.
+    """Return the parts of the model a plan needs: encoders only for what is not encoded already.
 
     Args:
         known: the prompts whose contexts are there.

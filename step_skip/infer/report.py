@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 
 def describe_clip(source: Source, plan: Plan, model: Model, result: RunResult) -> dict[str, Any]:
-    """Everything needed to make the video again, and what it cost."""
+    """Return everything needed to make the clip again, and what it cost."""
     look, options = result.first_look, model.options
     prior = source.members[look.nearest if look else 0].prior
     report = {
@@ -68,7 +68,7 @@ def describe_clip(source: Source, plan: Plan, model: Model, result: RunResult) -
 
 
 def describe_settings(source: Source, plan: Plan) -> dict[str, Any]:
-    """The entries of a result's JSON that decide the video."""
+    """Return the entries of a clip's JSON that decide the clip."""
     settings = dict(vars(settings_of(plan, source.prior)))
     if settings["switch_DiT_boundary"] is None:  # one network: as it was before there were two
         del settings["switch_DiT_boundary"]
@@ -83,7 +83,7 @@ def describe_settings(source: Source, plan: Plan) -> dict[str, Any]:
 
 
 def describe_files(source: Source, plan: Plan) -> dict[str, str | None]:
-    """The SHA-256 of every file of the prior that a plan needs; of a bank's by run id and name."""
+    """Return the SHA-256 of every file of the prior that a plan needs; of a bank's by run id and name."""
     return {
         f"{member.prior.metadata.run_id}/{name}" if source.others else name: recorded_sha256(
             member.prior, name
@@ -95,7 +95,7 @@ def describe_files(source: Source, plan: Plan) -> dict[str, str | None]:
 
 
 def sha256_image(image: Path | Image) -> str:
-    """SHA-256 of an image's file, or of its pixels where it has none, in hex."""
+    """Return the SHA-256 of an image's file, or of its pixels if it has none, in hex."""
     if not isinstance(image, Path):
         return hashlib.sha256(image.tobytes()).hexdigest()
     return remembered_sha256(image)
@@ -103,7 +103,7 @@ def sha256_image(image: Path | Image) -> str:
 
 # the flag that chooses the steps of each method
 STEP_FLAGS: Final = {"resume": "start_step", "differential": "steps", "sigmas": "sigmas"}
-# what stands in a video's own metadata: all that decides it, nothing of the machine or the time it took
+# The entries of an .mp4's own metadata: all that decides the clip, nothing of the machine or of its time.
 EMBEDDED = (
     "prompt",
     "negative_prompt",
@@ -165,7 +165,7 @@ def flags_of(report: ClipReport, prior: Prior) -> dict[str, Any]:
 
 
 def command_of(report: ClipReport, prior: Prior) -> str:
-    """The command line that makes a clip again, for a shell."""
+    """Return the command line that makes a clip again, quoted for a shell."""
     words = ["python", "infer_from_prior.py", "--prior_dir", str(prior.directory)]
     for name, value in flags_of(report, prior).items():
         values = [str(each) for each in value] if isinstance(value, list) else [str(value)]
@@ -177,7 +177,7 @@ def command_of(report: ClipReport, prior: Prior) -> str:
 
 
 def video_tags(report: Mapping[str, Any]) -> dict[str, str]:
-    """A video's own metadata, by MP4's names, but for what is too long; the prior is named, not its place."""
+    """Return the metadata of a clip's .mp4 by MP4's names, without the prior's path or too long entries."""
     told = {name: report[name] for name in EMBEDDED if report.get(name) is not None}
     words = shlex.split(report["command"])
     place = words.index("--prior_dir") + 1
@@ -209,7 +209,7 @@ def read_clip(path: Path) -> ClipReport:
 
 
 def read_comment(path: Path) -> str:
-    """The comment in a video's own metadata; "" where there is none.
+    """Read the comment in an .mp4's own metadata; "" if there is none.
 
     Raises:
         InputError: no such file.

@@ -31,7 +31,7 @@ MORE: Final = (1, 2, 3, 4, 6, 8, 12, 16, 25, 50)  # numbers of steps, of which t
 
 
 def choose_steps(choices: Choices, prior: Prior) -> dict[str, Any]:
-    """Method, start_step, steps_to_run and sigmas of a plan, and auto where that chose them.
+    """Choose method, start_step, steps_to_run and sigmas of a plan, and record how auto chose them.
 
     Raises:
         InputError: a step the prior doesn't have, or a prior without what a differential resume needs.
@@ -76,7 +76,7 @@ def choose_steps(choices: Choices, prior: Prior) -> dict[str, Any]:
 
 
 def more_steps(report: ClipReport) -> dict[str, int] | None:
-    """The choice that gives a clip more steps, by its JSON; None: there are no more, or they are its own."""
+    """Return the choice that gives a clip more steps; None: there are no more, or its sigmas are custom."""
     if report.method == "differential":
         more = next((number for number in MORE if number > len(report.steps_run)), math.inf)
         most = report.num_inference_steps if report.prior_steps is None else report.prior_steps
@@ -87,7 +87,7 @@ def more_steps(report: ClipReport) -> dict[str, int] | None:
 
 
 def auto_paths(choices: Choices, prior: Prior) -> tuple[tuple[int, ...], ...]:
-    """The paths among which the first evaluation chooses, few steps first.
+    """Return the paths among which the first evaluation chooses, few steps first.
 
     Raises:
         InputError: what runs in two parts can't have them, or the prior has none of them.
@@ -105,7 +105,7 @@ def auto_paths(choices: Choices, prior: Prior) -> tuple[tuple[int, ...], ...]:
 
 
 def own_sigmas(sigmas: Sequence[float], prior: Prior) -> dict[str, Any]:
-    """A resume on sigmas of its own, from where the prior's path is at the first of them.
+    """Return the steps of a resume on custom sigmas, from where the prior's path is at the first of them.
 
     Raises:
         InputError: they don't decrease, or begin where the prior holds nothing.
@@ -135,7 +135,7 @@ def own_sigmas(sigmas: Sequence[float], prior: Prior) -> dict[str, Any]:
 
 
 def remaining_steps(start_step: int, prior: Prior, *, num_steps: int | None) -> dict[str, Any]:
-    """A resume after a step, in the steps that are left or in so many others.
+    """Return the steps of a resume after a step: those that are left, or so many others.
 
     Raises:
         InputError: none are left.
@@ -156,7 +156,7 @@ def remaining_steps(start_step: int, prior: Prior, *, num_steps: int | None) -> 
 
 
 def resolve_start_step(choice: int | None, prior: Prior) -> int:
-    """The step of this prior that a --start_step means; None: the prior's recommendation, or its last step.
+    """Return the step that a --start_step means; None: the prior's recommendation, or its last step.
 
     Raises:
         InputError: the prior has no such step.
@@ -172,7 +172,7 @@ def resolve_start_step(choice: int | None, prior: Prior) -> int:
 
 
 def differential_steps(choices: Choices, prior: Prior) -> list[int]:
-    """The steps of a differential resume: those given, or so many at their places in the schedule.
+    """Return the steps of a differential resume: those given, or the usual ones of so many.
 
     Raises:
         InputError: the prior has no such steps.
@@ -189,7 +189,7 @@ def differential_steps(choices: Choices, prior: Prior) -> list[int]:
 
 
 def choose_start_step(prior: Prior, text_share: float = DEFAULT_TEXT_SHARE) -> AutoStep:
-    """The latest step after which at least `text_share` (0 ... 1) of the text's say is left.
+    """Choose the latest step after which at least `text_share` (0 ... 1) of the text's influence remains.
 
     Raises:
         InputError: the prior doesn't say what the text had to say, or no step leaves as much.
@@ -205,7 +205,7 @@ def choose_start_step(prior: Prior, text_share: float = DEFAULT_TEXT_SHARE) -> A
 
 
 def read_text_moves(prior: Prior) -> list[float]:
-    """The prior's text_moves, one number a step.
+    """Read the prior's text_moves, one number for each step.
 
     Raises:
         InputError: it has none, or what it has is none.

@@ -1,4 +1,4 @@
-"""What a user is warned of before a clip is made: what differs from the prior, what comes too late."""
+"""Warn before a clip is made: of what differs from the prior, and of a prompt that comes in too late."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def warn_before_run(
 
 
 def what_differs(plan: Plan, prior: Prior) -> Iterator[str]:
-    """Where the prior was made in another way, so that its own prompt won't give its own video."""
+    """Yield how the prior was made in another way, so that its own prompt won't give its own video."""
     own, given = (summarize_loras(each) for each in (prior.metadata.lora, plan.lora))
     if own != given:
         yield f"runs with {given}, and the prior was made with {own}: a mix of two models, as asked for"
@@ -70,7 +70,7 @@ def what_differs(plan: Plan, prior: Prior) -> Iterator[str]:
         value = getattr(prior.metadata, name)
         if value is not None and value != getattr(plan, name):
             yield (
-                f"the prior was made with --{name} {value}, which is not taken over; give it, too, to have "
+                f"the prior was made with --{name} {value}, which is not inherited; give it, too, to have "
                 "steps as cheap, and without it the prior's own prompt gives nearly the prior's video"
             )
 
@@ -107,7 +107,7 @@ def warn_of_old_motion(start_step: int, prior: Prior) -> None:
 
 
 def late_start(plan: Plan, prior: Prior) -> int | None:
-    """The step after which a plan brings a new prompt in, if most of the motion is settled by then."""
+    """Return the step after which a plan brings a new prompt in, if most of the motion is settled by then."""
     step = plan.start_step
     if step is None or plan.prompt == prior.metadata.prompt:
         return None
@@ -115,7 +115,7 @@ def late_start(plan: Plan, prior: Prior) -> int | None:
 
 
 def doubts_of(plan: Plan, prior: Prior, *, device: str) -> Iterator[str]:
-    """What could not be checked, or what differs from when the prior was made and may change bits."""
+    """Yield what could not be checked, and what differs from when the prior was made and may change bits."""
     if prior.is_legacy:
         yield (
             f"{prior.directory} is of an older format, so these could not be checked: model "

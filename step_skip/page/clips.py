@@ -1,6 +1,6 @@
-"""What a page shows, as data: the videos of a folder with what is recorded of them, by prior.
+"""Collect what a page shows, as data: the clips of a folder with their records, by prior.
 
-Nothing is taken on trust: the folder, its JSON files and the priors they name may be anybody's.
+Nothing is trusted: the folder, its JSON files and the priors they name may come from an untrusted source.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ SETTINGS: Mapping[
 
 @dataclass(frozen=True, kw_only=True)
 class PageClip:
-    """A video, what is recorded of it, and what is wrong with either."""
+    """A clip, its record, and what is wrong with either."""
 
     path: Path
     report: ClipReport = field(default_factory=ClipReport)  # likewise of a prior, as far as it records it
@@ -114,11 +114,11 @@ class Section:
         return list(dict.fromkeys(clip.steps for clip in sorted(self.clips, key=column_order)))
 
     def prior_of(self, clip: PageClip) -> PageClip:
-        """The prior that a video follows."""
+        """Return the prior that a clip follows."""
         return self.priors[prior_key(clip.report)]
 
     def is_late(self, clip: PageClip) -> bool:
-        """Whether a new prompt came in when the prior had settled most of its motion."""
+        """Return whether a new prompt came in when the prior had settled most of its motion."""
         report = clip.report
         is_own = report.prompt == self.prior_of(clip).report.prompt
         if report.method == "differential" or is_own or report.start_step is None:
@@ -127,30 +127,30 @@ class Section:
 
 
 def prior_title(prior: PageClip) -> str:
-    """What a prior's own video shows."""
+    """Return the title of a prior's own video."""
     prompt = prior.report.prompt  # an older prior records none
     return "prior" if prompt is None else f"prior: {prompt or 'no motion asked'}"
 
 
 def column_order(clip: PageClip) -> tuple[bool, bool, int, int, list[int]]:
-    """A sort key, see `Section.columns`."""
+    """Return a sort key, see `Section.columns`."""
     start_step, steps = clip.report.start_step, clip.report.steps_run
     own_sigmas = bool(clip.report.sigmas)
     return own_sigmas, start_step is None, start_step or 0, len(steps), steps
 
 
 def prior_key(report: ClipReport) -> tuple[str, str]:
-    """What tells the prior of one result from another's."""
+    """Return a key that identifies the prior of a clip."""
     return report.prior_dir, report.prior_run_id
 
 
 def section_key(report: ClipReport) -> tuple[str, ...]:
-    """Results of one key stand together: of one prior, or of the same bank of them."""
+    """Return a key that clips of one prior, or of the same bank of priors, share."""
     return tuple(report.nearest_of) if report.nearest_of else prior_key(report)
 
 
 def section_digest(key: tuple[str, ...]) -> str:
-    """A part of a file name, another for every key."""
+    """Return a part of a file name that differs for every key."""
     return hashlib.sha256(repr(key).encode(errors="backslashreplace")).hexdigest()[:8]
 
 
@@ -158,7 +158,7 @@ def section_digest(key: tuple[str, ...]) -> str:
 
 
 def read_clips(folder: Path) -> dict[Path, PageClip]:
-    """The results in a folder, in their order, and the videos without a JSON that can be read.
+    """Read the clips in a folder, in their order, also those whose JSON can't be read.
 
     Raises:
         InputError: no folder, a prior, or no video in it.
@@ -175,7 +175,7 @@ def read_clips(folder: Path) -> dict[Path, PageClip]:
 
 
 def in_order(folder: Path, paths: Iterable[Path]) -> list[Path]:
-    """As they were asked for where that is recorded, then by name."""
+    """Sort clips as they were asked for, if that is recorded, then by name."""
     order: object = None
     with contextlib.suppress(InputError, ValueError, RecursionError):  # none, or a stranger's
         order = json.loads(read_file(kept_folder(folder) / ORDER_FILE, most=MAX_METADATA_BYTES))
@@ -191,7 +191,7 @@ def keep_order(folder: Path, names: Sequence[str]) -> None:
 
 
 def read_page_clip(path: Path) -> PageClip | None:
-    """A result from its video and the JSON beside it; None where there is neither, but another JSON."""
+    """Read a clip from its .mp4 and the JSON beside it; None if there is only some other JSON."""
     try:
         report = read_report(path.with_suffix(".json"))
     except InputError as error:
@@ -200,7 +200,7 @@ def read_page_clip(path: Path) -> PageClip | None:
 
 
 def look_at(path: Path, *, report: ClipReport | None = None, problem: str | None = None) -> PageClip:
-    """A clip with its poster, or what is wrong with its video."""
+    """Return a clip with its poster, or with what is wrong with its .mp4."""
     report = report or ClipReport()
     try:
         poster, shape = find_poster(path, num_frames=report.num_frames)
@@ -215,7 +215,7 @@ def look_at(path: Path, *, report: ClipReport | None = None, problem: str | None
 def by_prior(
     folder: Path, clips: Iterable[PageClip], known: dict[tuple[str, str], PageClip]
 ) -> list[Section]:
-    """The results in sections, each with the priors that they follow.
+    """Group clips into sections, each with the priors that they follow.
 
     Args:
         known: the priors that were looked at; those that were not are added.
@@ -232,7 +232,7 @@ def by_prior(
 
 
 def read_prior_clip(folder: Path, of: PageClip) -> PageClip:
-    """The own video of a result's prior: the one that the page keeps, or the prior's, which is kept then."""
+    """Read the own video of a clip's prior: the page's copy or, if there is none, the prior's."""
     name = f"prior_{slug(of.report.prior_run_id)}_{section_digest(prior_key(of.report))}.mp4"
     kept = kept_folder(folder) / name
     with contextlib.suppress(InputError):

@@ -55,7 +55,7 @@ def page_html(
     links: str = "",
     running: Running | None = None,
 ) -> str:
-    """A page that lies in `base`.
+    """Return the HTML of a page in the folder `base`.
 
     Args:
         strays: videos without a JSON.
@@ -83,29 +83,29 @@ def page_html(
 
 
 def summarize(clips: Sequence[PageClip], running: Running | None = None) -> str:
-    """How many results there are, and what they cost."""
+    """Summarize how many clips there are, and what they cost."""
     progress = f" of {running.expected} so far" if running else ""
     return f"{len(clips)} videos{progress}, {sum(clip.report.forwards for clip in clips)} forwards."
 
 
 @cache
 def asset(name: str) -> str:
-    """A file of the page's, as it lies beside this one."""
+    """Return the content of one of the page's files beside this module."""
     return Path(__file__).with_name(name).read_text(encoding="utf-8")
 
 
 def csp_hash(text: str) -> str:
-    """The hash by which a page's policy lets a script or a style pass."""
+    """Return the hash by which the page's content security policy allows a script or a style."""
     return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
 
 
 def known_sorts(clips: Iterable[PageClip]) -> list[str]:
-    """What at least one of the videos has a number for."""
+    """Return the sort keys for which at least one clip has a number."""
     return [key for key in SORTS if any(sort_value(clip, key) is not None for clip in clips)]
 
 
 def sort_value(clip: PageClip, key: str) -> float | None:
-    """The number that a video is sorted by."""
+    """Return the number that a clip is sorted by; None: it isn't known."""
     return clip.seconds if key == "seconds" else getattr(clip.report, key)
 
 
@@ -113,7 +113,7 @@ def sort_value(clip: PageClip, key: str) -> float | None:
 
 
 def section_html(base: Path, section: Section) -> str:
-    """The priors, their settings, then the grid of prompt x steps; where there is one column, cards."""
+    """Return the priors, their settings, then the grid of prompt x steps; cards if there is one column."""
     reports = [clip.report for clip in (*section.priors.values(), *section.clips) if clip.is_recorded]
     varying = varying_settings(reports)
     priors = "".join(
@@ -151,7 +151,7 @@ def grid_html(base: Path, section: Section, keys: Sequence[str]) -> str:
 
 
 def clip_html(base: Path, section: Section, clip: PageClip, keys: Iterable[str]) -> str:
-    """A result: among several priors it says which it followed."""
+    """Return the HTML of a clip; among several priors it names the one that it followed."""
     notes = [LATE_NOTE] if section.is_late(clip) else []
     if len(section.priors) > 1:
         prior = section.prior_of(clip)
@@ -173,7 +173,7 @@ def figure_html(
     notes: Sequence[str] = (),
     is_result: bool = False,
 ) -> str:
-    """A video with what it cost and the settings in which it differs from others, or what is wrong."""
+    """Return the HTML of a clip with its cost and the settings in which it differs, or with its problem."""
     problem = f'<p class="problem" dir=auto>{escaped(clip.problem)}</p>' if clip.problem else ""
     settings = shown_settings(clip.report)
     told = [
@@ -193,14 +193,14 @@ def figure_html(
 
 
 def measures_html(report: ClipReport) -> str:
-    """What was measured of a result; no measure is broken over two lines."""
+    """Return the HTML of a clip's measures; no measure is broken over two lines."""
     told = escaped(", ".join(describe_measures(report.recorded())))
     unbroken = told.replace(", ", ",</span> <span>")
     return f'<span class="measures"><span>{unbroken}</span></span>' if told else ""
 
 
 def data_of(base: Path, clip: PageClip, *, name: str, title: str) -> str:
-    """What the script needs of a result, as attributes."""
+    """Return what the script needs of a clip, as attributes."""
     again = command_to_copy(clip)
     values = {
         "result": clip.path.name,
@@ -213,7 +213,7 @@ def data_of(base: Path, clip: PageClip, *, name: str, title: str) -> str:
 
 
 def video_html(base: Path, clip: PageClip, *, label: str) -> str:
-    """The video over its poster, where there is one to play; a link to it where no script runs."""
+    """Return the HTML of a video over its poster; without scripts it is a link."""
     if clip.poster is None:
         return ""
     width, height = clip.shape  # their ratio keeps the place until the video is there
@@ -227,7 +227,7 @@ def video_html(base: Path, clip: PageClip, *, label: str) -> str:
 
 
 def shown_settings(report: ClipReport) -> dict[str, str]:
-    """The settings that a result or a prior was made with, in words by what they are called."""
+    """Return the settings of a clip or a prior as text, by their labels."""
     told = {
         label: in_words(getattr(report, key))
         for key, label in SETTINGS.items()
@@ -242,7 +242,7 @@ def shown_settings(report: ClipReport) -> dict[str, str]:
 
 
 def varying_settings(reports: Sequence[ClipReport]) -> list[str]:
-    """What the settings are called in which reports differ."""
+    """Return the labels of the settings in which reports differ."""
     told = [shown_settings(report) for report in reports]
     labels = dict.fromkeys(label for each in told for label in each)
     return [label for label in labels if len({each.get(label) for each in told}) > 1]
@@ -258,7 +258,7 @@ def in_words(value: object) -> str:
 
 
 def command_to_copy(clip: PageClip) -> str | None:
-    """The command line that makes a clip again, quoted anew: whatever its JSON says, it is our script's."""
+    """Return the command line that makes a clip again, quoted anew; None unless it is one of our script."""
     try:
         words = shlex.split(clip.report.command)
     except ValueError:
@@ -268,7 +268,7 @@ def command_to_copy(clip: PageClip) -> str | None:
 
 
 def with_more_steps(command: str, report: ClipReport) -> str | None:
-    """The same with more steps; None where there are no more, or each has a guidance of its own."""
+    """Return the command line with more steps; None: there are no more, or each has its own guidance."""
     words, more = shlex.split(command), more_steps(report)
     flag = {"differential": "--steps", "resume": "--start_step"}.get(report.method or "")
     if more is None or flag not in words or isinstance(report.cfg_scale, list):
@@ -282,18 +282,18 @@ def with_more_steps(command: str, report: ClipReport) -> str | None:
 
 
 def differences(clip: PageClip, others: Iterable[PageClip]) -> list[str]:
-    """The settings in which a clip differs from any of the others, in words."""
+    """Return the settings in which a clip differs from any of the others, as text."""
     settings = shown_settings(clip.report)
     varying = varying_settings([each.report for each in others])
     return [f"{key} {settings[key]}" for key in varying if key in settings]
 
 
 def escaped(value: object) -> str:
-    """Any value as text that is no markup, between tags or between quotes."""
+    """Return a value as text that is no markup, between tags or between quotes."""
     return escape(str(value))
 
 
 def relative_url(path: Path, base: Path) -> str:
-    """The relative link from a page in `base`; no name is taken for markup, a scheme or an escape."""
+    """Return the relative link from a page in `base`; no name is taken for markup, a scheme or an escape."""
     relative = os.path.relpath(path.parent.resolve() / path.name, base.resolve())
     return quote(Path(relative).as_posix(), errors="surrogateescape")

@@ -30,7 +30,7 @@ FRAMES = 3  # first, middle, last
 
 
 def kept_folder(folder: Path) -> Path:
-    """Where a page keeps what it shows.
+    """Return the folder where a page keeps what it shows.
 
     Raises:
         InputError: a link is there.
@@ -39,7 +39,7 @@ def kept_folder(folder: Path) -> Path:
 
 
 def poster_of(video: Path) -> Path:
-    """The poster of a video; of a prior's kept one it lies beside it."""
+    """Return the path of a clip's poster; that of a prior's copy lies beside it."""
     folder = video.parent if video.parent.name == KEPT_FOLDER else kept_folder(video.parent)
     return folder / f"{video.stem}.jpg"
 
@@ -68,7 +68,7 @@ def write_poster(video: Path, thumbs: Sequence[Image.Image]) -> Path:
 
 
 def find_poster(video: Path, *, num_frames: int | None) -> tuple[Path, tuple[int, int]]:
-    """The poster of a video that is there; made anew where it is older than the video or its JSON.
+    """Return the poster of a clip; made again if it is older than the .mp4 or its JSON.
 
     Args:
         num_frames: how many the video must have; None: unknown.
@@ -90,7 +90,7 @@ def find_poster(video: Path, *, num_frames: int | None) -> tuple[Path, tuple[int
 
 
 def read_poster(path: Path) -> Image.Image:
-    """A poster; its pixels are decoded only when they are used.
+    """Open a poster; its pixels are decoded only when they are used.
 
     Raises:
         OSError: it is no JPEG of a poster's size.
@@ -107,7 +107,7 @@ def read_poster(path: Path) -> Image.Image:
 
 
 def read_frames(path: Path, *, height: int) -> list[Image.Image]:
-    """The three frames of a poster, so many pixels high.
+    """Return the three frames of a poster, so many pixels high.
 
     Raises:
         OSError: it is no poster.

@@ -22,7 +22,7 @@ Row = tuple[str, list[tuple[str, PageClip | None]]]  # a label, then clips with 
 
 
 def draw_sheet(sections: Sequence[Section], strays: Sequence[PageClip]) -> Image.Image:
-    """The whole sheet: a row per prior, then one per prompt."""
+    """Draw the whole sheet: a row per prior, then one per prompt."""
     from PIL import Image, ImageDraw
 
     rows = sheet_rows(sections, strays)
@@ -50,7 +50,7 @@ def draw_sheet(sections: Sequence[Section], strays: Sequence[PageClip]) -> Image
 
 
 def frames_of(clip: PageClip) -> list[Image.Image]:
-    """The three frames of a clip; none where it can't be shown."""
+    """Return the three frames of a clip; none if it can't be shown."""
     if clip.poster is not None:
         with contextlib.suppress(OSError):  # gone, or half of it
             return read_frames(clip.poster, height=FRAME_HEIGHT)
@@ -58,7 +58,7 @@ def frames_of(clip: PageClip) -> list[Image.Image]:
 
 
 def sheet_rows(sections: Sequence[Section], strays: Sequence[PageClip]) -> list[Row]:
-    """The page's rows."""
+    """Return the rows of the page."""
     rows: list[Row] = []
     for section in sections:
         for (_, run_id), prior in section.priors.items():
@@ -78,7 +78,7 @@ def sheet_rows(sections: Sequence[Section], strays: Sequence[PageClip]) -> list[
 
 
 def caption_of(section: Section, clip: PageClip, cell: Sequence[PageClip]) -> str:
-    """Steps, what tells it from the others in its cell, and cost, on one line."""
+    """Return a caption of one line: steps, the settings that differ within the cell, and cost."""
     late = LATE_NOTE.split()[0] if section.is_late(clip) else ""
     return ", ".join(filter(None, (clip.steps, *differences(clip, cell), late, clip.cost)))
 
@@ -100,7 +100,7 @@ def write(
 
 
 def font_for(text: str) -> tuple[Any, str]:
-    """A font that has every letter of a text, else Pillow's own and "?" in place of what it lacks."""
+    """Return a font that has every letter of a text, else Pillow's own and "?" for the letters it lacks."""
     from PIL import ImageFont
 
     own = ImageFont.load_default(FONT_SIZE)
@@ -114,6 +114,6 @@ def font_for(text: str) -> tuple[Any, str]:
 
 
 def lacks(font: Any, text: str) -> set[str]:
-    """The letters that a font shows as the same box as one that no font has."""
+    """Return the letters for which a font shows the box of a missing letter."""
     box = bytes(font.getmask("\U0010ffff"))
     return {letter for letter in set(text) if letter != " " and bytes(font.getmask(letter)) == box}

@@ -42,14 +42,14 @@ class ContextStore:
         self._loaded: dict[Path, torch.Tensor | None] = {}  # what a folder kept is not
 
     def get(self, prior: Prior, text: str) -> torch.Tensor | None:
-        """The context of a text for a prior, as the text encoder gave it; None: it has to be encoded."""
+        """Return the context of a text for a prior, as the text encoder gave it; None: it must be encoded."""
         path = kept_context_path(prior, text, self.folder)
         if path not in self._loaded:
             self._loaded[path] = load_context(prior, text, self.folder)
         return self._loaded[path]
 
     def encode(self, prior: Prior, text: str, encode: Callable[[str], torch.Tensor]) -> torch.Tensor:
-        """The context of a text that `get` doesn't know, kept for the next run; each text is encoded once.
+        """Encode a text that `get` doesn't know, and keep its context for the next run.
 
         A folder that can't be written to only costs that.
         """
@@ -67,7 +67,7 @@ class ContextStore:
 
 
 def kept_context_path(prior: Prior, text: str, folder: Path | None = None) -> Path:
-    """Where the context of a text is kept; one name per text, text encoder and dtype.
+    """Return where the context of a text is kept; one name per text, text encoder and dtype.
 
     Args:
         folder: in which `contexts/` lies; None: the prior's.
@@ -78,26 +78,26 @@ def kept_context_path(prior: Prior, text: str, folder: Path | None = None) -> Pa
 
 
 def text_encoder_of(prior: Prior) -> str | None:
-    """The fingerprint of the text encoder that a prior's contexts come from; an older prior records none."""
+    """Return the fingerprint of the text encoder of a prior's contexts; an older prior records none."""
     return prior.metadata.model_fingerprint.get("text_encoder")
 
 
 def is_context_known(prior: Prior, text: str, folder: Path | None = None) -> bool:
-    """Whether there is a context of this text, the prior's own or a kept one; its content isn't looked at."""
+    """Return whether a context of this text exists, the prior's own or a kept one; its content isn't read."""
     return prior.has(context_file(text)) or is_context_kept(prior, text, folder)
 
 
 def is_context_kept(prior: Prior, text: str, folder: Path | None = None) -> bool:
-    """Whether a file of this text's context is there; neither it nor its folder may be a link."""
+    """Return whether a file of this text's context exists; neither it nor its folder may be a link."""
     file = kept_context_path(prior, text, folder)
     return not file.parent.is_symlink() and not file.is_symlink() and file.is_file()
 
 
 def load_context(prior: Prior, text: str, folder: Path | None = None) -> torch.Tensor | None:
-    """The kept context of a text, as the text encoder gave it, on the CPU; None: it has to be encoded.
+    """Load the kept context of a text, as the text encoder gave it, on the CPU; None: it has to be encoded.
 
-    Anybody may have put it there. So it is a file of a context's size, and it has the shape and dtype of the
-    prior's own prompt, before its values are read.
+    The file may come from an untrusted source. So its size is bounded, and it must have the shape and dtype of
+    the prior's own prompt, before its values are read.
     """
     import safetensors.torch
     import torch
@@ -138,14 +138,14 @@ def save_context(prior: Prior, text: str, context: torch.Tensor, folder: Path | 
 
 
 def _context_bytes(prior: Prior, text: str, context: torch.Tensor) -> bytes:
-    """A kept context's file, to the last byte."""
+    """Return the bytes of a kept context's file."""
     import safetensors.torch
 
     return safetensors.torch.save({"context": context}, _context_header(prior, text, context))
 
 
 def _context_header(prior: Prior, text: str, context: torch.Tensor) -> dict[str, str]:
-    """One entry, because safetensors writes several in any order, and the same context is the same file."""
+    """Return the header's one entry: safetensors writes several in any order, but files must be equal."""
     entries = {
         "text": text,
         "text_encoder": text_encoder_of(prior),

@@ -52,7 +52,7 @@ if TYPE_CHECKING:
 
 
 def check_way(folder: Path) -> None:
-    """Refuse a folder inside a prior to which a link leads: whoever made the prior may have laid it.
+    """Refuse a folder inside a prior to which a link leads: the prior may come from an untrusted source.
 
     Raises:
         InputError: with the link.
@@ -83,7 +83,7 @@ def check_files(prior: Prior, names: Iterable[str]) -> dict[str, str]:
 
 
 def read_own_file(prior: Prior, name: str) -> bytes:
-    """The bytes of a file, as the prior records it.
+    """Return the bytes of a file, checked against its recorded SHA-256.
 
     Raises:
         InputError: see `check_files`.
@@ -97,12 +97,12 @@ def read_own_file(prior: Prior, name: str) -> bytes:
 
 
 def recorded_sha256(prior: Prior, name: str) -> str | None:
-    """What the prior says of a file; a legacy prior says nothing."""
+    """Return the recorded SHA-256 of a file; None: a legacy prior records none."""
     return prior.metadata.files.get(name)
 
 
 def largest_file(prior: Prior, name: str) -> int:
-    """A safe upper bound of a file's bytes, so that no time or memory goes into what can't be right."""
+    """Return a safe upper bound of a file's bytes, so that no time or memory goes into a wrong file."""
     m = prior.metadata
     if name.endswith(".pt"):  # a context of Wan2.1 has 8 MiB
         return 2 * 4 * math.prod(prior.latents_shape) + 2**26
@@ -153,7 +153,7 @@ def load_latents(prior: Prior, name: str, *, sha256: str | None = None) -> torch
 
 
 def load_denoised(prior: Prior, step: int, *, dtype: torch.dtype | None = None) -> torch.Tensor:
-    """The clean latents a step points at, latents - sigma * noise_pred: [B, C, T, H, W], on the CPU.
+    """Load a step's denoised estimate, latents - sigma * noise_pred: [B, C, T, H, W], on the CPU.
 
     Args:
         dtype: to compute in; None: the prior's.
@@ -186,7 +186,7 @@ def load_conditioning(prior: Prior, name: str) -> torch.Tensor:
 
 
 def _identity_shapes(prior: Prior) -> dict[str, tuple[int, ...]]:
-    """The shapes of what is kept of the images, by file, where the model is a published one."""
+    """Return the shapes of the identity tensors by file, for a published model."""
     if prior.metadata.model not in MODELS:
         return {}
     _, _, *sizes = prior.latents_shape

@@ -16,7 +16,7 @@ from step_skip.prior.prior import Prior, step_files
 from step_skip.prior.schema import METADATA_FILE, read_entries
 
 FORMAT_VERSION = 1
-SEAL = "metadata_sha256"  # the entry that vouches for all others
+SEAL = "metadata_sha256"  # the checksum of all other entries
 
 
 def read_prior(directory: Path) -> Prior:
@@ -36,7 +36,7 @@ def read_prior(directory: Path) -> Prior:
 
 
 def read_run(directory: Path) -> Prior:
-    """Like `read_prior`, for whoever goes on with an unfinished one, too."""
+    """Read a prior's metadata like `read_prior`, also of an unfinished prior."""
     entries = _read_entries(directory / METADATA_FILE)
     is_legacy = "format_version" not in entries and SEAL not in entries
     if not is_legacy:
@@ -88,7 +88,7 @@ def _read_entries(path: Path) -> dict[str, Any]:
 
 
 def sealed(metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """The metadata with its own SHA-256, over all other entries, whatever their order and layout."""
+    """Return metadata with its own SHA-256, over all other entries, in any order and layout."""
     entries = {key: value for key, value in metadata.items() if key != SEAL}
     text = json.dumps(entries, sort_keys=True)
     return entries | {SEAL: hashlib.sha256(text.encode()).hexdigest()}

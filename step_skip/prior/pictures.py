@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def read_own_image(prior: Prior, name: str) -> Image:
-    """An image that a prior keeps, as the model saw it.
+    """Read an image that a prior keeps, as the model saw it.
 
     Raises:
         InputError: it is missing, damaged, or of another size.
@@ -24,7 +24,7 @@ def read_own_image(prior: Prior, name: str) -> Image:
 
 
 def read_as_before(given: Path | Image, prior: Prior) -> Image:
-    """An image as the prior's own was read and fitted; an older prior's was stretched.
+    """Read an image and fit it as the prior's own was fitted; an older prior's was stretched.
 
     Raises:
         InputError: it can't be read.

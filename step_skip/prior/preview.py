@@ -27,10 +27,10 @@ MASK_CHANNELS = 4  # of y, before those of the encoded images
 
 
 def preview_to(prior: Prior | str | Path, path: str | Path) -> ProgressCallback:
-    """A callback_on_step_end that writes the picture anew after each step.
+    """Return a callback_on_step_end that writes the preview again after each step.
 
     Args:
-        prior: the one that is made, or that a video is made from; its image tells the colours.
+        prior: the one that is made, or that a clip is made from; its image gives the colours.
         path: a .webp; it is replaced.
 
     Raises:
@@ -64,7 +64,7 @@ def check_previewable(prior: Prior) -> None:
 
 
 def colours_of(prior: Prior) -> torch.Tensor:
-    """The map from latents to colours that fits the prior's own image best: [C + 1, 3]
+    """Return the affine map from latents to colours that fits the prior's own image best: [C + 1, 3]
 
     Raises:
         InputError: see `check_previewable`; or the prior is damaged.
@@ -77,7 +77,7 @@ def colours_of(prior: Prior) -> torch.Tensor:
 
 
 def fit_colours(latents: torch.Tensor, image: Image.Image) -> torch.Tensor:
-    """The affine map that takes latents nearest to an image's colours, 0 ... 1: [C + 1, 3]
+    """Fit the affine map from latents to an image's colours, 0 ... 1: [C + 1, 3]
 
     Args:
         latents: of the image, [C, H, W].
@@ -93,7 +93,7 @@ def fit_colours(latents: torch.Tensor, image: Image.Image) -> torch.Tensor:
 
 
 def draw(denoised: torch.Tensor, colours: torch.Tensor) -> list[Image.Image]:
-    """A picture of each latent frame of [1, C, T, H, W]."""
+    """Draw each latent frame of [1, C, T, H, W] as a picture."""
     from PIL import Image
 
     _, _, _, height, width = denoised.shape
@@ -107,7 +107,7 @@ def draw(denoised: torch.Tensor, colours: torch.Tensor) -> list[Image.Image]:
 
 
 def _with_ones(latents: torch.Tensor) -> torch.Tensor:
-    """[C, H, W] as float32 rows of a pixel each, with a constant: [H * W, C + 1]"""
+    """Return [C, H, W] as float32 rows of one pixel each, with a constant: [H * W, C + 1]"""
     import torch
 
     pixels = latents.float().flatten(1).T

@@ -65,7 +65,7 @@ class Prior:
 
     @property
     def is_of_clip(self) -> bool:
-        """Whether it was made of a clip (clip_prior.py): it can be followed, in the steps that clip took."""
+        """Whether it was made of a clip (infer/as_prior.py), and can be followed only in that clip's steps."""
         return self.metadata.prior_kind == MADE_OF_CLIP
 
     @property
@@ -96,7 +96,7 @@ class Prior:
         return self.settings_after(-1)
 
     def settings_after(self, start_step: int) -> RunSettings:
-        """The settings of that run as they are for its steps after this one."""
+        """Return the settings of its run for the steps after this one."""
         recorded = recorded_settings(self)
         guidance = self.guidance[start_step + 1 :] or self.guidance[-1:]
         return RunSettings(**recorded | {"cfg_scale": one_or_each(guidance)})
@@ -111,13 +111,13 @@ class Prior:
         return [own if second is None or self.expert_of(step) == "dit" else second for step in steps]
 
     def expert_of(self, step: int) -> str:
-        """The network that takes a step: "dit", or of two experts "dit2" for the less noisy ones."""
+        """Return the network of a step: "dit", or of two experts "dit2" for the less noisy steps."""
         timestep = self.metadata.scheduler_timesteps[step]
         return expert_of(timestep, self.metadata.switch_DiT_boundary)
 
     @property
     def family(self) -> Family:
-        """What its network takes; an older prior names none."""
+        """The family of its model: what its network takes."""
         return FAMILIES[self.metadata.family]
 
     @property
@@ -132,18 +132,18 @@ class Prior:
 
     @property
     def image_name(self) -> str | None:
-        """What the file of its image was called; None: it has no image, or doesn't say."""
+        """The name of its image's file; None: it has no image, or records no name."""
         image = self.metadata.images.get(IMAGE_FILE)
         return None if image is None else image.name or None
 
     @property
     def identity_names(self) -> list[str]:
-        """What it keeps of its images, by the pipeline's names; nothing where there is none."""
+        """The identity tensors that it keeps, by the pipeline's names; none without an image."""
         lacks_image = self.family.image == "optional" and not self.has(IMAGE_FILE)
         return [] if lacks_image else list(self.family.conditioning)
 
     def has(self, name: str) -> bool:
-        """Whether the prior records a file of this name."""
+        """Return whether the prior records a file of this name."""
         return name in self.metadata.files
 
 
@@ -172,19 +172,19 @@ def noise_pred_nega_file(step: int) -> str:
 
 
 def step_files(step: int, *, nega: bool = False) -> tuple[str, ...]:
-    """What there is of a step that is whole, with its negative branch or without."""
+    """Return the names of the files of a whole step, with its negative branch or without."""
     return step_file(step), noise_pred_file(step), *([noise_pred_nega_file(step)] if nega else [])
 
 
 def leading_steps(names: Iterable[str], num_inference_steps: int, *, nega: bool = False) -> int:
-    """How many steps, from the first one on, have all their files among these."""
+    """Count the steps, from the first one on, that have all their files among these."""
     names, steps = set(names), range(num_inference_steps)
     lacking = (step for step in steps if not names.issuperset(step_files(step, nega=nega)))
     return next(lacking, num_inference_steps)
 
 
 def step_ranges(steps: Sequence[int]) -> str:
-    """Steps as a person would write them: 0-2, 4-9."""
+    """Return steps as ranges: 0-2, 4-9."""
     starts = [step for step in steps if step - 1 not in steps]
     ends = [step for step in steps if step + 1 not in steps]
     pairs = zip(starts, ends, strict=True)
@@ -192,7 +192,7 @@ def step_ranges(steps: Sequence[int]) -> str:
 
 
 def denoised_file(step: int) -> str:
-    """Name of the video of what `step` points at."""
+    """Name of the video of a step's denoised estimate."""
     return f"denoised_{step:04d}.mp4"
 
 
@@ -207,18 +207,18 @@ def context_file(text: str) -> str:
 
 
 def bytes_of_prior(prior: Prior) -> int:
-    """A safe upper bound of what a prior takes on disk, without its videos."""
+    """Return a safe upper bound of what a prior takes on disk without its videos, in bytes."""
     return bytes_of_steps(prior) * 4 // BYTES[prior.metadata.dtype or "float32"] + 32 * 2**20
 
 
 def bytes_of_steps(prior: Prior) -> int:
-    """What the latents and velocities of its steps take on disk, about."""
+    """Estimate what the latents and velocities of a prior's steps take on disk, in bytes."""
     saved = 3 * prior.num_inference_steps + 4  # of each step, the noise, y
     return saved * math.prod(prior.latents_shape) * BYTES[prior.metadata.dtype or "float32"]
 
 
 def identity_file(name: str) -> str:
-    """Name of the file of what the network sees of the images, by the pipeline's name for it."""
+    """Name of the file of an identity tensor, by the pipeline's name for it."""
     return f"{name}.pt"
 
 
@@ -226,21 +226,21 @@ LABELS: Final = {IMAGE_FILE: "--image", END_IMAGE_FILE: "--end_image"}
 
 
 def number_of_steps(prior: Prior) -> int:
-    """In how many steps at most a prior can be followed."""
+    """Return the largest number of steps in which a prior can be followed."""
     return prior.num_inference_steps if prior.kept_steps is None else len(prior.kept_steps)
 
 
 def usual_steps(prior: Prior, number: int) -> list[int]:
-    """The places of so many steps of a differential resume; of a prior that keeps only some, near to them."""
+    """Return the usual steps of a differential resume of this length, or the nearest that the prior keeps."""
     steps = spread_steps(prior.num_inference_steps, number)
     return steps if prior.kept_steps is None else nearest_steps(steps, prior.kept_steps)
 
 
 def experts_of(steps: Sequence[int], sigmas: Sequence[float] | None, prior: Prior) -> list[str]:
-    """The network that takes each step of a run: "dit", or of two experts "dit2" for the less noisy ones.
+    """Return the network of each step of a run: "dit", or of two experts "dit2" for the less noisy steps.
 
     Args:
-        steps: of the prior's schedule; where there are sigmas, places in these.
+        steps: of the prior's schedule; with sigmas, indices into these.
     """
     if sigmas is None:
         return [prior.expert_of(step) for step in steps]
@@ -249,7 +249,7 @@ def experts_of(steps: Sequence[int], sigmas: Sequence[float] | None, prior: Prio
 
 
 def _float32(value: float) -> float:
-    """As the scheduler has it, whose sigmas and timesteps are float32."""
+    """Round a value to float32, as the scheduler's sigmas and timesteps are."""
     return struct.unpack("f", struct.pack("f", value))[0]
 
 
@@ -261,7 +261,7 @@ def choose_guidance(
     default: float,
     experts: Sequence[str],
 ) -> float | tuple[float, ...]:
-    """One cfg_scale for all steps that run, or a tuple of one for each; two experts may have their own.
+    """Return one cfg_scale for all steps that run, or a tuple of one for each; two experts may differ.
 
     Args:
         cfg_scale, cfg_scale_2: as chosen; None: the prior's, the second only where the first isn't chosen.

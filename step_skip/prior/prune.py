@@ -1,4 +1,4 @@
-"""Leave of a prior what chosen steps need: a prior of 50 steps is large, and a clip follows a few of them."""
+"""Remove from a prior what chosen steps don't need: a prior of 50 steps is large, a clip follows a few."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ OF_A_STEP = re.compile(r"(step|noise_pred|noise_pred_nega)_\d+\.pt")
 
 
 def steps_to_keep(prior: Prior, *, num_steps: Sequence[int] | None, steps: Sequence[int] | None) -> list[int]:
-    """The steps that differential resumes of these numbers of steps follow, or these themselves.
+    """Return the steps that differential resumes of these numbers of steps follow, or the given steps.
 
     Args:
         num_steps: None: as many as `--num_steps auto` chooses among.
@@ -47,7 +47,7 @@ def steps_to_keep(prior: Prior, *, num_steps: Sequence[int] | None, steps: Seque
 
 
 def files_to_remove(prior: Prior, steps: Sequence[int]) -> dict[str, int]:
-    """The files that no differential resume at these steps reads, and the bytes of each.
+    """Return the files that no differential resume at these steps reads, and the bytes of each.
 
     Raises:
         InputError: a prior that isn't whole, is of an older format, or lacks one of the steps already.

@@ -120,7 +120,7 @@ def check_run_id(output_dir: Path, run_id: str | None, *, but_priors: bool = Fal
 
 
 def free_run_id(output_dir: Path, name: str, *, taken: Collection[str]) -> str:
-    """An id from a name, "" for the date and time, that neither a folder nor one of these has."""
+    """Return a run id after a name, "" for the date and time, that is not taken."""
     wanted = name or time.strftime(TIME_FORMAT)
     return next(
         each for each in numbered(wanted) if each not in taken and not (output_dir / f"run_{each}").exists()
