@@ -96,8 +96,8 @@ def is_context_kept(prior: Prior, text: str, folder: Path | None = None) -> bool
 def load_context(prior: Prior, text: str, folder: Path | None = None) -> torch.Tensor | None:
     """Load the kept context of a text, as the text encoder gave it, on the CPU; None: it has to be encoded.
 
-    The file may come from an untrusted source. So its size is bounded, and it must have the shape and dtype of
-    the prior's own prompt, before its values are read.
+    The file may come from an untrusted source. So its size is bounded, and it must have the shape and dtype
+    of the prior's own prompt, before its values are read.
     """
     import safetensors.torch
     import torch

@@ -65,7 +65,7 @@ class Prior:
 
     @property
     def is_of_clip(self) -> bool:
-        """Whether it was made of a clip (infer/as_prior.py), and can be followed only in that clip's steps."""
+        """Whether it was made of a clip (infer/as_prior.py): it can be followed only in that clip's steps."""
         return self.metadata.prior_kind == MADE_OF_CLIP
 
     @property

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 from pathlib import Path
 
 import pytest
 from helpers import OTHER_PROMPT, edit_metadata, read_json
+
+from step_skip.infer.schema import find_prior, read_report
 
 
 def test_the_report_says_how_to_make_the_video_again(prior, infer, tmp_path):
@@ -61,3 +64,37 @@ def test_paths_that_are_no_utf8_can_be_written_down(prior, infer, image, tmp_pat
     odd.write_bytes(image.read_bytes())
     outcome = infer(prior, "--start_step", 9, "--image", odd, "--output", tmp_path / "video.mp4")
     assert outcome.report["image"] == str(odd)
+
+
+# --- the prior of a clip ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def moved(prior, make_prior, infer, tmp_path):
+    """A prior with a clip, moved; where it was, another prior of its name was made since."""
+    own = shutil.copytree(prior, tmp_path / "before" / "run_a", ignore=shutil.ignore_patterns("outputs"))
+    infer(own, "--prompt", OTHER_PROMPT, "--output_dir", own / "outputs" / "s")
+    shutil.move(tmp_path / "before", tmp_path / "after")
+    shutil.copytree(make_prior("--seed", "5", "--run_id", "other"), own)
+    return tmp_path / "after" / "run_a"
+
+
+def test_page_and_like_find_the_same_prior_after_a_move(moved, run):
+    [clip] = (moved / "outputs" / "s").glob("*.mp4")
+    assert find_prior(read_report(clip.with_suffix(".json")), clip) == moved
+    again = run("infer_from_prior", "--like", clip, "--output", moved.parent / "again.mp4")
+    assert again.report["latents_sha256"] == read_json(clip.with_suffix(".json"))["latents_sha256"]
+    page = run("step_skip.page.__main__", clip.parent).path
+    [kept] = (page.parent / "page").glob("prior_*.mp4")
+    assert kept.read_bytes() == (moved / "output_full.mp4").read_bytes()
+
+
+def test_a_sweep_moved_with_the_priors_beside_it_finds_each(moved, make_prior):
+    """The clips lie in the first prior's folder; of the others only the names are recorded."""
+    [clip] = (moved / "outputs" / "s").glob("*.mp4")
+    report = read_report(clip.with_suffix(".json"))
+    second = shutil.copytree(make_prior("--seed", "1", "--run_id", "second"), moved.parent / "run_second")
+    of_second = report.model_copy(update={"prior_dir": "/gone/run_second", "prior_run_id": "second"})
+    assert find_prior(of_second, clip) == second
+    gone = report.model_copy(update={"prior_dir": "/gone/run_third", "prior_run_id": "third"})
+    assert find_prior(gone, clip) == Path("/gone/run_third")
