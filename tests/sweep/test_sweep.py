@@ -156,7 +156,7 @@ def test_steps_and_guidance_are_swept(prior, infer, flags, found):
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (("--num_steps", "3-2"), "3-2 is no range of steps"),
+        (("--num_steps", "3-2"), "3-2 is not a range of steps"),
         (("--num_steps", "2,0"), "0 is not a whole number above 0"),
         (("--cfg_scale", "2,x"), "'x' is not a number above 0"),
         (("--cfg_scale", "2,"), "'' is not a number above 0"),
@@ -202,7 +202,7 @@ def test_a_prompts_file_that_cannot_be_used(prior_copy, infer, refused, tmp_path
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (("--start_step", "8-2"), ["--start_step", "8-2 is no range"]),
+        (("--start_step", "8-2"), ["--start_step", "8-2 is not a range"]),
         (("--start_step", "2-99999999999"), ["--start_step", "no range"]),
         (("--start_step", "2-10"), ["--start_step 10", "steps 0 to 9"]),
         (("--start_step", 2, "x"), ["--start_step", "'x'"]),
