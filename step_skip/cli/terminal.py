@@ -108,7 +108,7 @@ def show_messages() -> None:
 
 
 class FaultTolerantStream:
-    """A stream whose write errors are ignored: a run goes on if the reader of its messages is gone."""
+    """A stream whose write errors are ignored: a run continues if nothing reads its messages any more."""
 
     def __init__(self, stream: TextIO | None):
         self.stream = stream
