@@ -1,16 +1,20 @@
-"""Make a prior: one full run for an identity, with the latents of every step kept.
+"""Make a prior: one full run for an identity, with the latents of every step saved.
 
     python generate_prior.py --model tiny --image data/tiny_wan_i2v/inputs/mila.png
     python generate_prior.py --download_example
     python generate_prior.py --image photos --prompt "he stays still" "he speaks" --seed 0 1
     python generate_prior.py --resume prior_output/run_<id>
 
-infer_from_prior.py then makes new videos of the same identity from it, in a fraction of the steps.
-A folder is every image in it. All share one loading of the model, an image that can't be read costs its own
-priors, and the same command again makes only what is missing. Stopped after a step, a prior is a draft with a
-preview.
---resume goes on after the last whole step of a run that was interrupted or stopped, and makes again what was
-damaged. The last lines on stdout are the priors' folders.
+infer_from_prior.py then makes new clips of the same identity from the prior, in a fraction of the steps.
+
+With several images, prompts or seeds, one prior is made of each combination; a folder stands for every image
+in it. The model is loaded once. If an image can't be read, its priors fail, the others are made, and the exit
+code is 1. The same command run again makes only the priors that are missing.
+
+--stop_after ends a run early and leaves a draft of the prior. --resume finishes a draft or an interrupted run
+from its last complete step, and makes damaged files again.
+
+The last lines on stdout are the folders of the priors, one per line.
 """
 
 from __future__ import annotations
@@ -18,7 +22,9 @@ from __future__ import annotations
 import signal
 
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until all is imported: nothing is there yet to be told
+    signal.signal(
+        signal.SIGINT, signal.SIG_DFL
+    )  # during the imports, Ctrl-C ends the process without a traceback
 
 import argparse
 import functools
@@ -29,7 +35,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from step_skip.cli import flags, prior_flags
-from step_skip.cli.prior_report import log_prior, saying_how_to_go_on
+from step_skip.cli.prior_report import log_prior, logging_how_to_resume
 from step_skip.cli.terminal import run_script
 from step_skip.cluster.driver import connected
 from step_skip.cluster.priors import PriorCluster
@@ -65,19 +71,21 @@ RESUME_FLAGS = {"--resume", "--model_dir", "--device", "--vram", "--preview"}
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """Parse the command line and fill in the model's own defaults."""
+    """Parse the command line and fill in the model's default dtype."""
     parser = flags.Parser(__doc__)
     prior_flags.add_identity_arguments(parser)
     prior_flags.add_run_arguments(parser)
     prior_flags.add_prior_output_arguments(parser)
     flags.add_cheaper_arguments(
-        parser, lora_type=flags.lora_argument, lora_help="resumed runs take the same unless told otherwise"
+        parser,
+        lora_type=flags.lora_argument,
+        lora_help="infer_from_prior.py uses the same LoRAs by default. (default: none)",
     )
     flags.add_model_arguments(
         parser,
         model="I2V-480P",
-        model_help="tiny runs on a CPU, the others need CUDA",
-        dtype_help="(default: bfloat16; tiny: float32)",
+        model_help="The model to run. tiny runs on a CPU, the others need a CUDA GPU.",
+        dtype_help="Data type of the weights and the latents. (default: bfloat16; tiny: float32)",
     )
     flags.add_machine_arguments(parser, inherits=False)
     flags.add_cluster_arguments(parser, what="priors", reads="images")
@@ -88,21 +96,21 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if args.resume is not None:
         settings = sorted(flags.given_flags(argv) - RESUME_FLAGS)
         if settings:
-            parser.error(f"--resume takes every setting from its run: leave out {settings[0]}")
+            parser.error(f"--resume takes every setting from the recorded run: leave out {settings[0]}")
     return args
 
 
 def plan(args: argparse.Namespace) -> Batch:
-    """Plan the priors that were asked for. No weight is loaded.
+    """Plan the requested priors without loading any weights.
 
     Raises:
-        InputError: a flag that no run could use, or no image can be used.
+        InputError: a flag is invalid, or no image can be used.
     """
     choices, family = prior_flags.read_prior_choices(args), family_name(args.model, args.model_dir)
     options = flags.options_of_flags(args)
     if args.download_example:
         here = replace(options, device=pick_device(options.model, options.device))
-        plan_prior(here, choices, family=family)  # a wrong flag comes before the download
+        plan_prior(here, choices, family=family)  # refuse a wrong flag before the download
         args.image = [fetch_example(EXAMPLE_IMAGE, root=ROOT)]
     return plan_batch(
         args.image or [],
@@ -138,7 +146,7 @@ def make_missing(args: argparse.Namespace, batch: Batch) -> None:
             make_batch(batch, machine, read_video=read_video, on_made=report_made)
         return
     begun: list[Path] = []
-    with saying_how_to_go_on(args, begun, several=not batch.is_single):
+    with logging_how_to_resume(args, begun, several=not batch.is_single):
         make_batch(
             batch,
             PriorProcess(),
@@ -153,12 +161,12 @@ def resume(args: argparse.Namespace) -> Path:
     """Finish a prior that was interrupted, stopped or damaged, and return its folder.
 
     Raises:
-        InputError: it can't be finished as the run that was begun would have.
+        InputError: the prior can't be finished, or would differ from an uninterrupted run.
     """
     if args.preview:
         check_previewable(read_resumable(args.resume))
     begun: list[Path] = []
-    with saying_how_to_go_on(args, begun):
+    with logging_how_to_resume(args, begun):
         prior, steps_run = finish_prior(
             args.resume,
             device=args.device,
@@ -173,18 +181,18 @@ def resume(args: argparse.Namespace) -> Path:
 
 
 def preview_in(begun: list[Path]) -> ProgressCallback:
-    """What writes the preview of a prior; by the time a step has run its folder is the last of these."""
+    """Return a callback that writes the preview of the running prior, whose folder is the last in `begun`."""
     return lambda *step: preview_to(begun[-1], begun[-1] / PREVIEW_FILE)(*step)
 
 
-# --- what the user is told ----------------------------------------------------------------------------------
+# --- the report ---------------------------------------------------------------------------------------------
 
 
 def describe_priors(args: argparse.Namespace, batch: Batch) -> Iterator[str]:
-    """Yield the folder of each prior, in a dry run a line of JSON for each; then report what failed.
+    """Yield the folder of each prior, or in a dry run its line of JSON; then report the failures.
 
     Raises:
-        RunError: some could not be made.
+        RunError: some priors could not be made.
     """
     for job in batch.jobs:
         if args.dry_run or job.error is None:
@@ -193,7 +201,7 @@ def describe_priors(args: argparse.Namespace, batch: Batch) -> Iterator[str]:
 
 
 def main(argv: list[str] | None = None) -> str | Iterable[str]:
-    """Make or finish priors and return their folders, one a line; in a dry run a line of JSON for each."""
+    """Make or finish priors and return their folders, one per line; in a dry run, a line of JSON for each."""
     args = parse_args(argv)
     if args.resume is not None:
         return str(resume(args))

@@ -1,15 +1,22 @@
-"""Make new videos of a prior's identity, in a fraction of the steps.
+"""Make new clips of a prior's identity, in a fraction of the steps of a full run.
 
     python infer_from_prior.py --prior_dir prior_output/run_<id> --prompt "she speaks"
     python infer_from_prior.py --prior_dir prior_output/run_<id> --prompt "she speaks" --start_step 6
     python infer_from_prior.py --prior_dir prior_output/run_* --prompts_file prompts.txt --start_step 2-8
 
-The first runs 3 of 10 steps, spread over the schedule and spent on what the new prompt changes: a
-differential resume. The second loads the latents after step 6 and runs 7, 8, 9: late for a new motion.
-Without --prompt the prior's own prompt is used, and the video is the prior's own, bit for bit.
-The third is a sweep: every prior x prompt x start step, with the model loaded once; interrupted, the same
-command goes on where it stopped. The last line on stdout is the video, or the sweep's folder; a .json file
-beside each video says how it was made.
+The first command runs 3 of 10 steps, spread over the schedule. Between them the clip follows the prior's
+path, changed by the new prompt: this is a differential resume.
+
+The second command loads the latents after step 6 and runs steps 7, 8 and 9. Most of the motion is fixed by
+then, and a prompt for another motion may have little effect.
+
+The third command is a sweep: it makes a clip of every combination of prior, prompt and start step, and loads
+the model once. The same command run again after an interruption makes only the clips that are missing.
+
+Without --prompt the prior's own prompt is used, and the clip equals the prior's own clip, bit for bit.
+
+The last line on stdout is the clip's path or, for a sweep, its folder. A .json file beside each clip records
+how it was made.
 """
 
 from __future__ import annotations
@@ -17,7 +24,9 @@ from __future__ import annotations
 import signal
 
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until all is imported: nothing is there yet to be told
+    signal.signal(
+        signal.SIGINT, signal.SIG_DFL
+    )  # during the imports, Ctrl-C ends the process without a traceback
 
 import argparse
 import contextlib
@@ -45,7 +54,7 @@ from step_skip.sweep.make_clips import (
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """Parse the command line; what is left out is taken from the prior later."""
+    """Parse the command line; values that are not given are taken from the prior later."""
     parser = flags.Parser(__doc__)
     parser.add_argument(
         "--prior_dir",
@@ -53,63 +62,67 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         nargs="+",
         action="extend",
         metavar="DIR",
-        help="a run_<id> folder of generate_prior.py; several: a sweep over identities, or with --nearest "
-        "priors of one identity to choose from",
+        help="Folder run_<id> that generate_prior.py made. Several are a sweep over identities or, with "
+        "--nearest, priors of one identity to choose from.",
     )
     parser.add_argument(
         "--nearest",
         action="store_true",
-        help="of the priors with the same image, size, seed and settings let each video follow the one that "
-        "is nearest to its prompt, by the first step's velocity, which costs nothing; make them with "
-        "generate_prior.py --image FILE --prompt TEXT TEXT ...",
+        help="Let each clip follow the prior that is nearest to its prompt, among the priors with the same "
+        "image, size, seed and settings. They are compared by the velocity of the first step, which costs "
+        "nothing extra. Make such priors with generate_prior.py --image FILE --prompt TEXT TEXT ...",
     )
     parser.add_argument(
         "--like",
         type=flags.utf8_path,
         metavar="FILE",
-        help="a clip's .json or .mp4: make it again, or with the flags you give another one",
+        help="Make a clip again, as its .json or .mp4 FILE records; flags given beside it replace recorded "
+        "choices.",
     )
     parser.add_argument(
         "--verify",
         action="store_true",
-        help="make nothing: check every file of the priors and say what is damaged and what is still usable",
+        help="Make no clip. Check every file of the priors, and report what is damaged and what is still "
+        "usable.",
     )
     clip_flags.add_method_arguments(parser)
     clip_flags.add_prompt_arguments(parser)
     flags.add_cheaper_arguments(
         parser,
         lora_type=flags.lora_strengths,
-        lora_help="others than the prior's may be given, a distilled one for example; --lora alone: none; "
-        "strengths between commas, PATH:0.5,1: a sweep (default: the prior's)",
+        lora_help="They may differ from the prior's: a distilled LoRA, for example. --lora without a value "
+        "applies none. Strengths separated by commas, PATH:0.5,1, are a sweep. (default: the prior's)",
     )
     clip_flags.add_clip_output_arguments(parser)
     clip_flags.add_checked_arguments(parser)
     flags.add_model_arguments(
         parser,
         model=None,
-        model_help="(default: the prior's; any other is refused)",
-        dtype_help="(default: the prior's; any other is refused)",
+        model_help="The model of the prior; any other is refused. (default: the prior's)",
+        dtype_help="The data type of the prior; any other is refused. (default: the prior's)",
     )
     flags.add_machine_arguments(parser, inherits=True)
-    flags.add_cluster_arguments(parser, what="videos", reads="priors")
+    flags.add_cluster_arguments(parser, what="clips", reads="priors")
     args = parser.parse_args(argv)
     given = flags.given_flags(argv)
     if args.prior_dir is None and args.like is None:
         parser.error("the following arguments are required: --prior_dir, or --like")
     others = sorted(given - {"--prior_dir", "--verify"})
     if args.verify and others:
-        parser.error(f"--verify only looks at priors: leave out {others[0]}")
+        parser.error(f"--verify only checks priors: leave out {others[0]}")
     flags.check_quotes(parser, argv, args.prompt)
     flags.check_cluster_arguments(parser, args)
     if args.ray is not None and args.save_prior:
-        parser.error("--save_prior needs steps that the workers of --ray don't give back: leave it out")
+        parser.error(
+            "--save_prior needs the latents of each step, which workers of --ray don't return: leave it out"
+        )
     if args.overwrite and args.output is None:
-        parser.error("--overwrite replaces what --output names: give --output")
+        parser.error("--overwrite applies to the file named by --output: give --output, too")
     if args.like is not None:
         take_over(args, given)
     may_be_auto = args.prompts_file is not None or any(AUTO in each for each in args.start_step or ())
     if args.text_share is not None and not may_be_auto:
-        parser.error("--text_share is what --start_step auto goes by: give that, too")
+        parser.error("--text_share applies to --start_step auto: give that, too")
     return args
 
 
@@ -118,7 +131,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 @contextlib.contextmanager
 def machine_of(args: argparse.Namespace, sweep: Sweep) -> Iterator[Machine]:
-    """Yield what makes the missing clips: the cluster of --ray, without it this process."""
+    """Yield the machine that makes the missing clips: the cluster of --ray or, without it, this process."""
     if args.ray is None or not sweep.missing:
         yield ThisProcess(args.device)
         return
@@ -127,7 +140,7 @@ def machine_of(args: argparse.Namespace, sweep: Sweep) -> Iterator[Machine]:
 
 
 def main(argv: list[str] | None = None) -> Path | str | Iterable[str]:
-    """Make one clip and return its path, or a sweep of them and return its folder."""
+    """Make one clip and return its path, or make a sweep and return its folder."""
     args = parse_args(argv)
     if args.verify:
         return verify(args.prior_dir)
@@ -152,7 +165,9 @@ def main(argv: list[str] | None = None) -> Path | str | Iterable[str]:
         return sweep.folder
     [job] = sweep.jobs
     if args.output not in (None, job.path):
-        raise InputError(f"--output: another run made {args.output} meanwhile; this run's clip is {job.path}")
+        raise InputError(
+            f"--output: another run wrote {args.output} in the meantime; the clip of this run is {job.path}"
+        )
     return job.path
 
 

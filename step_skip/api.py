@@ -1,6 +1,6 @@
-"""Many priors, and many clips, from Python: on one pipeline, or on a Ray cluster.
+"""Python functions that make many priors or many clips, on one pipeline or on a Ray cluster.
 
-Each function is the sequence that its script runs: plan, check, make, report.
+Each function runs the same sequence as its script: plan, check, make, report.
 """
 
 from __future__ import annotations
@@ -50,23 +50,23 @@ def generate_priors(
     on_made: Callable[[Prior], object] | None = None,
     **choices: Any,
 ) -> list[Prior]:
-    """Make a prior of each image, seed and prompt; what exists of the same choices is not made again.
+    """Make a prior of each image, seed and prompt; priors that exist with the same choices are kept.
 
     Args:
-        pipe: any WanVideoPipeline, or what `load` gives; or LoadOptions, with which a model is loaded only if
-            a prior is missing, on a cluster by the workers alone.
-        images: files, and folders of them; of these, as of all that follow, one alone or several.
-        prompts: all for each image; as many as there are files, and no folder: one for each.
+        pipe: any WanVideoPipeline; or the Model that `load` returns; or LoadOptions, with which a model is
+            loaded only if a prior is missing, on a cluster by the workers alone.
+        images: one file or folder of images, or several. The arguments below take one or several, too.
+        prompts: all of them for each image; if there are as many as files, and no folder: one for each file.
         end_images: one for all images, or one for each.
-        ray: the address of a Ray cluster to make them on: "auto" the one here, "local" all GPUs of this
-            machine; needs what `load` gives, or LoadOptions.
-        workers: of the cluster, at most so many.
-        on_made: called with each prior once it is made.
-        choices: see `PriorChoices`; a denoising_strength below 1 is for `generate_prior`.
+        ray: the address of a Ray cluster that makes the priors: "auto" for the one this machine belongs to,
+            "local" for all GPUs of this machine. Needs a Model of `load`, or LoadOptions.
+        workers: the maximum number of workers; None: one per GPU, without GPUs one per CPU.
+        on_made: called with each prior that is finished.
+        choices: see `PriorChoices`; for a denoising_strength below 1 use `generate_prior`.
 
     Raises:
-        InputError: a choice that can't be used, or no image can.
-        RunError: some priors could not be made; the others are, and the same call tries only these again.
+        InputError: a choice is invalid, or no image can be used.
+        RunError: some priors could not be made. The others exist, and the same call tries only these again.
     """
     model, options = model_and_options(pipe, ray)
     family = family_name(options.model, options.model_dir) if model is None else model.family
@@ -79,7 +79,7 @@ def generate_priors(
     check_prior_choices(wanted)
     check_images(options.model, FAMILIES[family], image=bool(paths), end_image=bool(ends))
     if wanted.denoising_strength < 1:
-        raise InputError("denoising_strength below 1 starts from a video: use generate_prior")
+        raise InputError("denoising_strength below 1 starts from an input video: use generate_prior")
 
     def report_made(prior: Prior, steps_run: int) -> None:
         if on_made is not None:
@@ -119,31 +119,31 @@ def infer_from_priors(
     on_made: Callable[[Path], object] | None = None,
     **choices: Any,
 ) -> list[Path]:
-    """Make a clip of each prior with each prompt, in a folder with a page; clips that exist stay as they are.
+    """Make a clip of each prior with each prompt, in a folder with a page; clips that exist are kept.
 
-    Names, warnings and the page are those of infer_from_prior.py, which goes on where this stopped, and the
-    other way round.
+    Names, warnings and the page are those of infer_from_prior.py. Either continues a sweep that the other
+    began.
 
     Args:
-        pipe: any WanVideoPipeline, or what `load` gives; or LoadOptions, with which a model is loaded only if
-            a clip is missing, on a cluster by the workers alone.
-        priors: what `generate_prior` returned, or folders; of these, as of prompts, one alone or several.
-        prompts: texts; or mappings with what holds for one clip alone, as a line of --prompts_file:
-            {"prompt": "she speaks", "num_steps": 4}. None: each prior's own prompt.
+        pipe: any WanVideoPipeline; or the Model that `load` returns; or LoadOptions, with which a model is
+            loaded only if a clip is missing, on a cluster by the workers alone.
+        priors: one `Prior` or folder, or several.
+        prompts: one text, or several. A mapping, like a line of --prompts_file, also sets options of one
+            clip: {"prompt": "she speaks", "num_steps": 4}. None: each prior's own prompt.
         output_dir: the folder of the clips; None: one in the first prior's outputs, named after all choices.
-        nearest: let each clip follow the nearest of the priors that begin alike.
+        nearest: let each clip follow the nearest of the priors that share image, size, seed and settings.
         preview: write a moving preview beside each clip while it is made.
         ray, workers: see `generate_priors`.
-        on_made: called with the path of each clip once it is written.
-        choices: what holds for all clips, as `infer_from_prior` takes it: steps, num_steps, start_step,
-            cfg_scale, negative_prompt, fps ...
+        on_made: called with the path of each clip that is written.
+        choices: options of all clips, as `infer_from_prior` takes them: steps, num_steps, start_step,
+            cfg_scale, negative_prompt, fps, ...
 
     Returns:
-        The .mp4 of each prior and prompt, in this order; beside each lies its .json.
+        The .mp4 of each prior and prompt, in this order. The .json of each is beside it.
 
     Raises:
-        InputError: a choice that can't be used, or no prior can.
-        RunError: some clips could not be made; the others are, and the same call tries only these again.
+        InputError: a choice is invalid, or no prior can be used.
+        RunError: some clips could not be made. The others exist, and the same call tries only these again.
     """
     model, options = model_and_options(pipe, ray)
     wanted = [
@@ -190,10 +190,10 @@ def infer_from_priors(
 def model_and_options(
     pipe: WanVideoPipeline | Model | LoadOptions, ray: str | None
 ) -> tuple[Model | None, LoadOptions]:
-    """Return the model that is loaded, if one is, and the options that it was or will be loaded with.
+    """Return the loaded model, or None, and the options that it was or will be loaded with.
 
     Raises:
-        InputError: a pipeline that the workers of a cluster can't load.
+        InputError: the workers of a cluster can't load this pipeline.
     """
     if isinstance(pipe, LoadOptions):
         return None, pipe
@@ -202,14 +202,14 @@ def model_and_options(
         return model, model.options
     if model.options.model == OWN_PIPELINE:
         raise InputError(
-            "ray: workers load a model by its name; give what step_skip.load gives, or LoadOptions"
+            "ray: workers load a model by its name; pass a model of step_skip.load, or LoadOptions"
         )
     return None, model.options
 
 
 @contextlib.contextmanager
 def cluster_of(ray: str | None, workers: int | None) -> Iterator[Cluster | None]:
-    """Yield the Ray cluster of an address; None without one."""
+    """Yield the Ray cluster at an address, or None without an address."""
     if ray is None:
         yield None
         return
@@ -218,7 +218,7 @@ def cluster_of(ray: str | None, workers: int | None) -> Iterator[Cluster | None]
 
 
 def as_list(given: T | Iterable[T]) -> list[T]:
-    """Return one value alone, or several, as a list."""
+    """Return a single value, or several, as a list."""
     if given is None or isinstance(given, str | int | Path | Prior | Mapping):
         return [given]  # type: ignore[list-item]
     return list(given)

@@ -41,25 +41,25 @@ COMMANDS = {  # by the first word; without one of them priors are verified
 PROMPT_WIDTH = 40  # characters of a prompt in a list
 
 
-def find_priors(places: Iterable[Path]) -> list[Path]:
-    """The priors among folders, and in those that are none themselves; by name.
+def find_priors(folders: Iterable[Path]) -> list[Path]:
+    """Return the folders that are priors and, sorted by name, the priors directly inside the others.
 
     Raises:
-        InputError: a folder that is not there.
+        InputError: a folder does not exist.
     """
     found = []
-    for place in places:
-        if not place.is_dir():
-            raise InputError(f"{place} is not a folder; name a prior, or a folder of priors")
-        inside = sorted(path.parent for path in place.glob(f"*/{METADATA_FILE}"))
-        found += [place] if (place / METADATA_FILE).is_file() else inside
+    for folder in folders:
+        if not folder.is_dir():
+            raise InputError(f"{folder} is not a folder; name a prior, or a folder of priors")
+        inside = sorted(path.parent for path in folder.glob(f"*/{METADATA_FILE}"))
+        found += [folder] if (folder / METADATA_FILE).is_file() else inside
     return found
 
 
-def list_priors(places: Iterable[Path]) -> str:
-    """A line for each prior: its name, prompt, steps, size and clips; what can't be read is told."""
+def list_priors(folders: Iterable[Path]) -> str:
+    """Return a table of priors: name, prompt, steps, size, clips; warn of each that can't be read."""
     rows = [("name", "prompt", "steps", "size", "clips")]
-    for directory in find_priors(places):
+    for directory in find_priors(folders):
         try:
             prior = read_run(directory)
         except InputError as error:
@@ -74,10 +74,10 @@ def list_priors(places: Iterable[Path]) -> str:
 
 
 def show_prior(directory: Path) -> str:
-    """What a prior holds, a line each.
+    """Return what a prior holds, one entry per line.
 
     Raises:
-        InputError: it can't be read.
+        InputError: the prior can't be read.
     """
     prior, clips = read_run(directory), clips_of(directory)
     m, unknown = prior.metadata, "not recorded"
@@ -106,23 +106,21 @@ def show_prior(directory: Path) -> str:
 
 
 def remove_priors(directories: Sequence[Path], *, sure: bool) -> str:
-    """Take priors away, with their clips; unless the user is sure only tell what would go.
+    """Remove priors with their clips and return their folders; unless `sure`, log what would be removed.
 
     Raises:
-        InputError: one is no prior, or is being written.
+        InputError: a folder is not a prior's, or is being written.
     """
     for directory in directories:
         if directory.is_symlink() or not (directory / METADATA_FILE).is_file():
-            raise InputError(
-                f"{directory} is no prior's folder: it holds no {METADATA_FILE}; nothing was removed"
-            )
+            raise InputError(f"{directory} is not a prior: it holds no {METADATA_FILE}; nothing was removed")
     for directory in directories:
         clips = len(clips_of(directory))
         what = f"{directory}: {folder_size(directory)}, and the clips made from it: {clips}"
         if not sure:
             log.info(f"would remove {what}")
             continue
-        with locked(directory):  # nobody is at it
+        with locked(directory):  # no other process writes to it
             shutil.rmtree(directory)
         log.info(f"removed {what}")
     if not sure:
@@ -130,11 +128,11 @@ def remove_priors(directories: Sequence[Path], *, sure: bool) -> str:
     return "\n".join(map(str, directories))
 
 
-# --- what is told of one ------------------------------------------------------------------------------------
+# --- entries of a table -------------------------------------------------------------------------------------
 
 
 def steps_of(prior: Prior) -> str:
-    """How many steps it has, and of how many where it hasn't all."""
+    """Return the number of steps that a prior holds, and "of" the total if some are missing."""
     total = prior.num_inference_steps
     if prior.kept_steps is not None:
         return f"{len(prior.kept_steps)} of {total}"
@@ -142,18 +140,18 @@ def steps_of(prior: Prior) -> str:
 
 
 def clips_of(directory: Path) -> list[Path]:
-    """The videos made from a prior that lie in its outputs."""
+    """Return the clips in a prior's outputs folder."""
     return sorted((directory / "outputs").glob("**/*.mp4"))
 
 
 def folder_size(directory: Path) -> str:
-    """What a folder takes on disk, in MB; links are not followed."""
+    """Return the size of a folder on disk, in MB; links are not followed."""
     files = (path for path in directory.rglob("*") if path.is_file() and not path.is_symlink())
     return f"{sum(path.stat().st_size for path in files) / 1e6:.1f} MB"
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:
-    """Rows in columns, two spaces apart."""
+    """Return rows as text, with columns separated by two spaces."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     padded = ([cell.ljust(width) for cell, width in zip(row, widths, strict=True)] for row in rows)
     return "\n".join("  ".join(row).rstrip() for row in padded)

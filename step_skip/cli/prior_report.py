@@ -1,4 +1,4 @@
-"""What generate_prior.py reports: what a prior took, and the commands that go on from it."""
+"""Log what a prior took, and print the commands that continue from it."""
 
 from __future__ import annotations
 
@@ -21,27 +21,28 @@ log = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager
-def saying_how_to_go_on(
+def logging_how_to_resume(
     args: argparse.Namespace, begun: list[Path], *, several: bool = False
 ) -> Iterator[None]:
-    """Where a run that had begun is cut short, say in one line how to go on with what is whole.
+    """If a run that has begun is cut short, log the command that resumes it.
 
     Args:
-        begun: the prior's folder, once there is something in it; of several the last.
+        begun: the folders of the priors that have begun; the last one is the current one.
+        several: several priors are made, which the same command resumes.
     """
     try:
         yield
-    except RunError:  # going on would only fail again
+    except RunError:  # a resumed run would fail again
         raise
     except BaseException:
         if begun and (begun[-1] / METADATA_FILE).exists():
             again = command_line(args, "generate_prior.py", "--resume", begun[-1])
-            log.info(f"every whole step is kept; go on with: {'the same command' if several else again}")
+            log.info(f"every complete step is saved; resume with: {'the same command' if several else again}")
         raise
 
 
 def log_prior(args: argparse.Namespace, prior: Prior, steps_run: int, *, briefly: bool = False) -> None:
-    """Sum up a prior and say what can be done with it."""
+    """Log what a prior took and, unless `briefly`, the commands that make clips from it."""
     m, directory = prior.metadata, prior.directory
     steps = m.num_inference_steps
     resumed = f'{command_line(args, "infer_from_prior.py", "--prior_dir", directory)} --prompt "..."'
@@ -51,10 +52,10 @@ def log_prior(args: argparse.Namespace, prior: Prior, steps_run: int, *, briefly
         return
     if m.status == "stopped":
         preview = directory / denoised_file(prior.whole_steps - 1)
-        log.info(f"Stopped after step {prior.whole_steps - 1} of {steps}; what it points at: {preview}")
-        log.info("Finished with a new prompt:")
+        log.info(f"Stopped after step {prior.whole_steps - 1} of {steps}; denoised estimate: {preview}")
+        log.info("To finish it with a new prompt:")
         log.info(f"  {resumed}")
-        log.info("Or with its own, as if never stopped:")
+        log.info("Or with its own prompt, as in an uninterrupted run:")
         log.info(f"  {command_line(args, 'generate_prior.py', '--resume', directory)}")
         return
     start_step, num_steps = m.start_step or 0, recommended_num_steps(steps)
@@ -66,7 +67,7 @@ def log_prior(args: argparse.Namespace, prior: Prior, steps_run: int, *, briefly
 
 
 def command_line(args: argparse.Namespace, name: str, *words: object) -> str:
-    """A command line of one of the scripts, from where the user is, with the same model and device."""
+    """Return a command line of a script for the current folder, with the same model folder and device."""
     script = ROOT / name
     if script.is_relative_to(Path.cwd()):
         script = script.relative_to(Path.cwd())

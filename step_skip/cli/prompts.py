@@ -1,4 +1,4 @@
-"""TODO"""
+"""Turn the prompts and options of the command line and of --prompts_file into choices, one for each clip."""
 
 from __future__ import annotations
 
@@ -24,11 +24,8 @@ from step_skip.errors import InputError
 from step_skip.files.bounds import MAX_PROMPTS_BYTES
 from step_skip.infer.choices import Choices
 
-# --- prompts files ------------------------------------------------------------------------------------------
-
-
 METHOD_FLAGS = ("start_step", "steps", "num_steps", "sigmas")
-OVERRIDES = {  # what a JSON line of --prompts_file may set, and the type of each value
+OVERRIDES = {  # the keys of a JSON line of --prompts_file, and the type of each value
     "prompt": utf8_text,
     "negative_prompt": utf8_text,
     "cfg_scale": alternatives,
@@ -39,14 +36,14 @@ OVERRIDES = {  # what a JSON line of --prompts_file may set, and the type of eac
     "closeness": closeness,
     "sigmas": strength,
 }
-LISTS = ("cfg_scale", "start_step", "steps", "num_steps", "sigmas")  # of those, what may be a list
+LISTS = ("cfg_scale", "start_step", "steps", "num_steps", "sigmas")  # the keys whose value may be a list
 
 
 def read_choices(args: argparse.Namespace) -> list[Choices]:
-    """What infer_from_prior.py's flags ask for, one video each: every prompt x start step x cfg_scale.
+    """Return the choices of each clip: LoRA strength x prompt x start step or number of steps x cfg_scale.
 
-    Strengths of LoRAs come one after the other, each with all of these: its weights are loaded once.
-    A line's own entries come before the command line's.
+    LoRA strengths are the outermost loop, so that the weights of each are loaded once. The entries of a line
+    of --prompts_file take precedence over the command line's.
 
     Raises:
         InputError: see `read_prompts`.
@@ -66,7 +63,7 @@ def read_choices(args: argparse.Namespace) -> list[Choices]:
 
 
 def _choices_of_line(given: dict[str, Any], line: dict[str, Any]) -> Iterator[Choices]:
-    """One start step or number of steps, and one cfg_scale (or one for each step), at a time."""
+    """Yield the choices of one line: one start step or number of steps, and one cfg_scale, at a time."""
     if line.keys() & set(METHOD_FLAGS):
         given = given | dict.fromkeys((*METHOD_FLAGS, "closeness"))
     chosen = given | line
@@ -78,15 +75,19 @@ def _choices_of_line(given: dict[str, Any], line: dict[str, Any]) -> Iterator[Ch
 
 
 def read_prompts(path: Path) -> list[dict[str, Any]]:
-    """The prompts of a file, one per line; {...} is a JSON object of OVERRIDES, # begins a comment.
+    """Return the entries of a prompts file, one per line: a prompt, or a JSON object with keys of OVERRIDES.
+
+    A line that begins with # is a comment.
 
     Raises:
-        InputError: with the line that is wrong.
+        InputError: names the file or line that is wrong.
     """
     if not path.is_file():
         raise InputError(f"--prompts_file {path} is not a file; name a text file, one prompt per line")
     if path.stat().st_size > MAX_PROMPTS_BYTES:
-        raise InputError(f"--prompts_file {path} is over {MAX_PROMPTS_BYTES} bytes; name a smaller file")
+        raise InputError(
+            f"--prompts_file {path} is larger than {MAX_PROMPTS_BYTES} bytes; name a smaller file"
+        )
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
@@ -114,7 +115,7 @@ def read_prompts(path: Path) -> list[dict[str, Any]]:
 
 
 def is_json_array(text: str) -> bool:
-    """Whether a whole file is one; a prompt may begin with [, too."""
+    """Return whether the whole text is a JSON array; a prompt may begin with [, too."""
     try:
         return text.lstrip().startswith("[") and isinstance(json.loads(text), list)
     except (ValueError, RecursionError):
@@ -122,29 +123,29 @@ def is_json_array(text: str) -> bool:
 
 
 def read_overrides(line: str, where: str) -> dict[str, Any]:
-    """What one JSON line sets, as the flags of the same names would.
+    """Return the entries of one JSON line, parsed like the flags of the same names.
 
     Raises:
-        InputError: no JSON object, an unknown key, or a value the flag wouldn't take.
+        InputError: the line is not a JSON object, has an unknown key, or a value that the flag refuses.
     """
     try:
         given = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{where} begins with {{ and is not valid JSON ({error}); correct it") from error
+        raise InputError(f"{where} begins with {{ but is not valid JSON ({error}); correct it") from error
     if unknown := given.keys() - OVERRIDES.keys():
         raise InputError(
-            f"{where} has the key {sorted(unknown)[0]!r}, expected some of {', '.join(OVERRIDES)}"
+            f"{where} has the unknown key {sorted(unknown)[0]!r}; use only {', '.join(OVERRIDES)}"
         )
     if len(given.keys() & set(METHOD_FLAGS)) > 1:
-        raise InputError(f"{where} has more than one of {', '.join(METHOD_FLAGS)}; leave one")
+        raise InputError(f"{where} has more than one of {', '.join(METHOD_FLAGS)}; keep one")
     return {name: read_override(name, value, where) for name, value in given.items()}
 
 
 def read_override(name: str, value: Any, where: str) -> Any:
-    """One value of a JSON line, in the form that argparse gives the flag's.
+    """Parse one value of a JSON line into the form that argparse gives the flag of that name.
 
     Raises:
-        InputError: the flag wouldn't take it.
+        InputError: the flag refuses the value.
     """
     kind, many = OVERRIDES[name], name in LISTS
     values = value if many and isinstance(value, list) and value else [value]
@@ -153,5 +154,7 @@ def read_override(name: str, value: Any, where: str) -> Any:
             raise ValueError("not a text")
         taken = [kind(str(each)) for each in values]
     except (ValueError, argparse.ArgumentTypeError) as error:
-        raise InputError(f"{where}: {name} is {value!r} ({error}); write what --{name} would take") from error
+        raise InputError(
+            f"{where}: {name} is {value!r} ({error}); write a value that --{name} accepts"
+        ) from error
     return taken if many else taken[0]

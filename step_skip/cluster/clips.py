@@ -1,4 +1,4 @@
-"""Many videos on a Ray cluster: the driver reads priors and writes videos; see cluster.py."""
+"""Make many clips on a Ray cluster: the driver reads priors and writes clips; see cluster/driver.py."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from step_skip.cluster.driver import Cluster, Driver, Turn, Worker, plain_error
+from step_skip.cluster.driver import Cluster, Driver, Worker, WorkItem, picklable_error
 from step_skip.errors import JOB_ERRORS, InputError
 from step_skip.files.writing import replacing, write_json
 from step_skip.infer.clip import make_clip
@@ -47,18 +47,18 @@ log = logging.getLogger(__name__)
 
 
 @dataclass
-class MadeClip:
-    """A video as a worker gives it back: its file, and what is written beside it."""
+class FinishedClip:
+    """A clip as a worker returns it: the contents of its .mp4 file and of the JSON file beside it."""
 
     video: bytes
     frames: list[Image]  # the first, the middle and the last
     report: dict[str, Any]
     forwards: int
     seconds: dict[str, float]
-    doubts: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
 
     def save(self, path: Path, *, overwrite: bool = False) -> None:
-        """Write both, as `Clip.save` does."""
+        """Write both files, like `Clip.save`."""
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path, overwrite=overwrite) as temporary:
             temporary.write_bytes(self.video)
@@ -66,7 +66,7 @@ class MadeClip:
 
 
 class ClipWorker(Worker):
-    """Makes videos."""
+    """A worker that makes clips."""
 
     def make(
         self,
@@ -75,13 +75,14 @@ class ClipWorker(Worker):
         inputs: Sequence[Inputs],
         texts: Sequence[str],
         *contexts: torch.Tensor,
-    ) -> MadeClip | Exception:
-        """Make one video.
+    ) -> FinishedClip | Exception:
+        """Make one clip.
 
         Args:
-            bank: the prior, or of a bank all.
-            inputs: of each of them.
-            texts: the prompts whose contexts the priors don't hold, which follow.
+            bank: the prior, or all priors of a bank.
+            inputs: the inputs of each prior.
+            texts: the prompts whose contexts no prior holds.
+            contexts: the contexts of these prompts.
         """
         try:
             source = Source.of(bank)
@@ -92,50 +93,50 @@ class ClipWorker(Worker):
             clip = make_clip(source, plan, self.loaded, progress=False)
             with tempfile.TemporaryDirectory() as folder:
                 path = clip.save(Path(folder) / "clip.mp4")
-                doubts = list(doubts_of(plan, source.prior, device=self.options.device))
-                few = [clip.frames[place] for place in (0, (len(clip.frames) - 1) // 2, -1)]
-                return MadeClip(
-                    path.read_bytes(), few, clip.report_of(path), clip.forwards, clip.seconds, doubts
+                warnings = list(doubts_of(plan, source.prior, device=self.options.device))
+                few = [clip.frames[index] for index in (0, (len(clip.frames) - 1) // 2, -1)]
+                return FinishedClip(
+                    path.read_bytes(), few, clip.report_of(path), clip.forwards, clip.seconds, warnings
                 )
         except JOB_ERRORS as error:
-            return plain_error(error)
+            return picklable_error(error)
 
 
 def encode_texts(options: LoadOptions, texts: Sequence[str]) -> dict[str, torch.Tensor] | Exception:
-    """The contexts of prompts, by a text encoder that goes when this process does."""
+    """Return the contexts of prompts; the text encoder is released when this process ends."""
     from step_skip.pipeline.run import encode_prompt
 
     try:
         model = load_components(options, ["text_encoder"])
         return {text: encode_prompt(model.pipe, text).cpu() for text in texts}
     except JOB_ERRORS as error:
-        return plain_error(error)
+        return picklable_error(error)
 
 
 # --- the driver ---------------------------------------------------------------------------------------------
 
 
 @dataclass
-class Given:
-    """A prior whose jobs are at hand: its tensors in Ray's store until the last of them is done."""
+class StoredInputs:
+    """The tensors of a group's priors, which stay in Ray's store until the last job of the group is done."""
 
     group: Group
-    inputs: Any  # of its members, a reference
-    left: int
+    inputs: Any  # a reference to the inputs of each prior
+    jobs_left: int
 
-    def finish(self) -> None:
-        """Drop a prior's tensors from Ray's store after its last job."""
-        self.left -= 1
-        if self.left == 0:
+    def finish_job(self) -> None:
+        """Count one job as done, and release the tensors after the last one."""
+        self.jobs_left -= 1
+        if self.jobs_left == 0:
             self.inputs = None
 
 
 @dataclass
 class ClipCluster:
-    """The workers of a cluster as a machine that makes clips; see `sweep.make_clips.Machine`.
+    """A machine that makes clips on the workers of a cluster; see `sweep.make_clips.Machine`.
 
     Args:
-        device: of each worker; None: CUDA where the cluster has GPUs.
+        device: the device of each worker; None: CUDA if the cluster has GPUs.
     """
 
     cluster: Cluster
@@ -158,24 +159,23 @@ class ClipCluster:
         """Make every clip on the workers.
 
         Raises:
-            InputError: weights that are missing, or that no prior was made with.
-            RunError: weights that could not be fetched, or workers that are lost again and again.
+            InputError: weights are missing, or no prior was made with them.
+            RunError: weights could not be downloaded, or workers are lost again and again.
         """
         store = ContextStore(contexts)
         components = [name for name in components_of(groups, store) if name != "text_encoder"]
-        encode_first(groups, self.cluster, options, store)
+        encode_missing(groups, self.cluster, options, store)
         clips = Clips(groups, store, on_made)
-        driver = Driver(
-            self.cluster, ClipWorker, options, components, clips.turns(), on_model=clips.check_weights
-        )
+        items = clips.work_items()
+        driver = Driver(self.cluster, ClipWorker, options, components, items, on_model=clips.check_weights)
         driver.run("clip", len(clips.costs), cost=sum(clips.costs.values()))
         return clips.failed
 
 
-def encode_first(
+def encode_missing(
     groups: Sequence[Group], cluster: Cluster, options: LoadOptions, store: ContextStore
 ) -> None:
-    """Encode each prompt once, in one task: its process ends with it, and with it the text encoder."""
+    """Encode each unknown prompt once, in one task, whose process ends and releases the text encoder."""
     import ray
 
     unknown = {text: group.prior for group in groups for text in unknown_texts(group, group.texts, store)}
@@ -192,7 +192,7 @@ def encode_first(
 
 
 class Clips:
-    """The clips to make, as turns on a cluster."""
+    """The clips to make, as work for a cluster, and the errors of those that failed."""
 
     def __init__(self, groups: Sequence[Group], store: ContextStore, on_made: OnMade | None):
         jobs = all_jobs(groups)
@@ -200,14 +200,14 @@ class Clips:
         self.costs = {id(job): cost for job, cost in zip(jobs, costs, strict=True)}
         self.groups, self.store, self.on_made = groups, store, on_made
         self.failed: dict[Path, Exception] = {}
-        self.contexts: dict[Path, Any] = {}  # references, by where each is kept
+        self.contexts: dict[Path, Any] = {}  # a reference to each context, by the path of its file
 
     def check_weights(self, found: Mapping[str, str]) -> None:
-        """Compare the weights with those of the priors."""
+        """Compare the loaded weights with those of the priors."""
         self.failed |= check_weights(self.groups, lambda prior: check_fingerprint(prior, found))
 
-    def turns(self) -> Iterator[Turn]:
-        """Every job, with the tensors of its prior, which are read when its first one's turn comes."""
+    def work_items(self) -> Iterator[WorkItem]:
+        """Yield every job; the tensors of a prior are read just before its first job."""
         import ray
 
         for group in self.groups:
@@ -216,31 +216,33 @@ class Clips:
                 continue
             try:
                 if group.prior.is_legacy:
-                    raise InputError(f"{group.prior.directory} is of an older format: make it without --ray")
+                    raise InputError(
+                        f"{group.prior.directory} has an older format: make its clips without --ray"
+                    )
                 load_inputs(group, group.plans)
             except JOB_ERRORS as error:
                 self.failed |= {job.path: error for job in jobs}
                 continue
-            given = Given(group, ray.put([member.inputs for member in group.members]), len(jobs))
+            stored = StoredInputs(group, ray.put([member.inputs for member in group.members]), len(jobs))
             release_inputs(group)
             for job in jobs:
-                yield Turn(
+                yield WorkItem(
                     self.costs[id(job)],
-                    functools.partial(self.send, given, job),
-                    functools.partial(self.take, given, job),
-                    functools.partial(self.fail, given, job),
+                    functools.partial(self.send, stored, job),
+                    functools.partial(self.save, stored, job),
+                    functools.partial(self.fail, stored, job),
                 )
 
-    def send(self, given: Given, job: Job, worker: Any) -> Any:
-        """Let a worker make a video."""
-        group = given.group
+    def send(self, stored: StoredInputs, job: Job, worker: Any) -> Any:
+        """Send a clip's job to a worker and return a reference to its result."""
+        group = stored.group
         texts = unheld_texts(group, job.plan.texts)
         contexts = [self.context(group.prior, text) for text in texts]
         bank = [member.prior for member in group.members]
-        return worker.make.remote(bank, job.plan, given.inputs, texts, *contexts)
+        return worker.make.remote(bank, job.plan, stored.inputs, texts, *contexts)
 
     def context(self, prior: Prior, text: str) -> Any:
-        """A reference to an encoded prompt, which all its jobs share."""
+        """Return a reference to an encoded prompt, which all jobs share."""
         import ray
 
         path = kept_context_path(prior, text, self.store.folder)
@@ -248,12 +250,12 @@ class Clips:
             self.contexts[path] = ray.put(self.store.get(prior, text))
         return self.contexts[path]
 
-    def take(self, given: Given, job: Job, made: MadeClip) -> None:
-        """Write a video."""
-        save_clip(made, job, self.on_made)
-        given.finish()
+    def save(self, stored: StoredInputs, job: Job, clip: FinishedClip) -> None:
+        """Write a clip."""
+        save_clip(clip, job, self.on_made)
+        stored.finish_job()
 
-    def fail(self, given: Given, job: Job, error: Exception) -> None:
-        """Note why a video can't be made."""
+    def fail(self, stored: StoredInputs, job: Job, error: Exception) -> None:
+        """Note why a clip can't be made."""
         self.failed[job.path] = error
-        given.finish()
+        stored.finish_job()

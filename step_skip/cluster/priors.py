@@ -1,4 +1,4 @@
-"""Many priors on a Ray cluster: the driver reads images and writes priors; see cluster.py."""
+"""Make many priors on a Ray cluster: the driver reads images and writes priors; see cluster/driver.py."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from step_skip.cluster.driver import Cluster, Driver, Turn, Worker, plain_error
+from step_skip.cluster.driver import Cluster, Driver, Worker, WorkItem, picklable_error
 from step_skip.errors import JOB_ERRORS
 from step_skip.files.writing import LEFTOVER, TEMPORARY_PREFIX, locked, replacing, write_json
 from step_skip.generate.choices import PriorChoices
@@ -40,29 +40,29 @@ log = logging.getLogger(__name__)
 
 
 @dataclass
-class MadePrior:
-    """A prior as a worker gives it back."""
+class FinishedPrior:
+    """A prior as a worker returns it: the contents of its files."""
 
     files: dict[str, bytes]  # by name
-    doubts: list[str]
+    warnings: list[str]
 
     def save(self, output_dir: Path, run_id: str | None, *, name: str) -> Prior:
-        """Write it under its id, or after a name, as a whole; see `create_run_dir`."""
-        whole = output_dir / f"{TEMPORARY_PREFIX}{secrets.token_hex(8)}_prior"
-        whole.mkdir()
+        """Write the prior into a temporary folder and rename it; see `create_run_dir` for its name."""
+        temporary_dir = output_dir / f"{TEMPORARY_PREFIX}{secrets.token_hex(8)}_prior"
+        temporary_dir.mkdir()
         for file, content in self.files.items():
             if file != METADATA_FILE:
-                with replacing(whole / file) as temporary:
+                with replacing(temporary_dir / file) as temporary:
                     temporary.write_bytes(content)
         directory, run_id = create_run_dir(output_dir, run_id, name=name)
         metadata = json.loads(self.files[METADATA_FILE])
-        write_json(whole / METADATA_FILE, sealed(metadata | {"run_id": run_id}))
-        whole.replace(directory)  # which is empty
+        write_json(temporary_dir / METADATA_FILE, sealed(metadata | {"run_id": run_id}))
+        temporary_dir.replace(directory)  # the target is an empty folder
         return read_prior(directory)
 
 
 class PriorWorker(Worker):
-    """Makes priors."""
+    """A worker that makes priors."""
 
     def make(
         self,
@@ -70,10 +70,10 @@ class PriorWorker(Worker):
         prompt: str,
         choices: PriorChoices,
         input_video: list[Image] | None,
-    ) -> MadePrior | Exception:
+    ) -> FinishedPrior | Exception:
         """Make one prior; see `generate_prior`."""
         try:
-            with kept_warnings() as doubts, tempfile.TemporaryDirectory() as folder:
+            with collecting_warnings() as warnings, tempfile.TemporaryDirectory() as folder:
                 prior = generate_prior(
                     self.loaded,
                     pictures.get(IMAGE_FILE),
@@ -85,21 +85,22 @@ class PriorWorker(Worker):
                     progress=False,
                     **dataclasses.asdict(choices),
                 )
-                return MadePrior({path.name: path.read_bytes() for path in prior.directory.iterdir()}, doubts)
+                files = {path.name: path.read_bytes() for path in prior.directory.iterdir()}
+                return FinishedPrior(files, warnings)
         except JOB_ERRORS as error:
-            return plain_error(error)
+            return picklable_error(error)
 
 
 @contextlib.contextmanager
-def kept_warnings() -> Iterator[list[str]]:
-    """What the package warns of, to be told where somebody reads it."""
-    kept: list[str] = []
+def collecting_warnings() -> Iterator[list[str]]:
+    """Collect the warnings of the package in a list, which the driver logs."""
+    collected: list[str] = []
     handler = logging.Handler(logging.WARNING)
-    handler.emit = lambda record: kept.append(record.getMessage())  # type: ignore[method-assign]
+    handler.emit = lambda record: collected.append(record.getMessage())  # type: ignore[method-assign]
     package = logging.getLogger("step_skip")
     package.addHandler(handler)
     try:
-        yield kept
+        yield collected
     finally:
         package.removeHandler(handler)
 
@@ -109,10 +110,10 @@ def kept_warnings() -> Iterator[list[str]]:
 
 @dataclass
 class PriorCluster:
-    """The workers of a cluster as a machine that makes priors; see `sweep.make_priors.PriorMachine`.
+    """A machine that makes priors on the workers of a cluster; see `sweep.make_priors.PriorMachine`.
 
     Args:
-        device: of each worker; None: CUDA where the cluster has GPUs.
+        device: the device of each worker; None: CUDA if the cluster has GPUs.
     """
 
     cluster: Cluster
@@ -126,28 +127,28 @@ class PriorCluster:
         """Make the prior of every job on the workers.
 
         Raises:
-            InputError: weights that are missing; or another run on a cluster writes to the folder.
-            RunError: weights that could not be fetched, or workers that are lost again and again.
+            InputError: weights are missing, or another run on a cluster writes to the folder.
+            RunError: weights could not be downloaded, or workers are lost again and again.
         """
         run.output_dir.mkdir(parents=True, exist_ok=True)
         with locked(run.output_dir):
             for leftover in run.output_dir.iterdir():
                 if LEFTOVER.fullmatch(leftover.name) and not leftover.is_symlink():
                     shutil.rmtree(leftover)
-            turns = Priors(run).turns()
-            driver = Driver(self.cluster, PriorWorker, run.options, run.components, turns)
+            items = Priors(run).work_items()
+            driver = Driver(self.cluster, PriorWorker, run.options, run.components, items)
             driver.run("prior", len(run.jobs), cost=sum(map(cost_of, run.jobs)))
 
 
 class Priors:
-    """The priors to make, as turns on a cluster."""
+    """The priors to make, as work for a cluster."""
 
     def __init__(self, run: PriorRun):
         self.run = run
-        self.names: dict[PriorJob, str] = {}  # in the order of the jobs, in whichever they are done
+        self.names: dict[PriorJob, str] = {}  # given in the order of the jobs, not in that of the results
 
-    def turns(self) -> Iterator[Turn]:
-        """Yield every job, with its images, which are decoded when its turn comes."""
+    def work_items(self) -> Iterator[WorkItem]:
+        """Yield every job; its images are decoded just before."""
         for job in self.run.jobs:
             cost = cost_of(job)
             try:
@@ -158,11 +159,11 @@ class Priors:
                 continue
             self.names[job] = free_run_id(self.run.output_dir, job.base, taken=self.names.values())
             send = sender(pictures, job.prompt, choices, video)
-            yield Turn(cost, send, functools.partial(self.take, job), functools.partial(self.fail, job))
+            yield WorkItem(cost, send, functools.partial(self.save, job), functools.partial(self.fail, job))
 
-    def take(self, job: PriorJob, made: MadePrior) -> None:
+    def save(self, job: PriorJob, finished: FinishedPrior) -> None:
         """Write a prior."""
-        prior = made.save(self.run.output_dir, job.run_id, name=self.names[job])
+        prior = finished.save(self.run.output_dir, job.run_id, name=self.names[job])
         job.directory = prior.directory
         if self.run.on_made is not None:
             self.run.on_made(prior, len(prior.metadata.seconds_per_step))
@@ -174,5 +175,5 @@ class Priors:
 
 
 def sender(*arguments: Any) -> Callable[[Any], Any]:
-    """Return what lets a worker make a prior."""
+    """Return a function that sends the job with these arguments to a worker."""
     return lambda worker: worker.make.remote(*arguments)

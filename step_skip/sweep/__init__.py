@@ -1,5 +1,5 @@
-"""Many priors and many clips: planning them, naming them, finding which exist, making the others.
+"""Many priors and many clips: plan and name them, find those that exist, make the others.
 
-One prior or one clip is a sweep of one. Imports `infer`, `generate` and what lies below them; is handed the
-functions that a cluster or a page adds.
+One prior or one clip is a sweep of one. Imports `infer`, `generate` and what lies below them. A cluster or a
+page is passed in by the caller.
 """

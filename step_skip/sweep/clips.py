@@ -1,8 +1,8 @@
-"""Many clips as data: every prior x prompt x start step is a job of its own.
+"""Plan many clips: every combination of prior, prompt and start step is a job.
 
 A job holds its prior, its plan and the name of its clip; jobs share nothing that changes. Names are derived
 from the choices, so the same command names the same files, and clips that exist are not made again
-(finished.py). Only metadata is read here, and a million jobs fit into memory.
+(sweep/finished.py). Only metadata is read here, and a million jobs fit into memory.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from step_skip.prior.prior import Prior
 from step_skip.prior.schema import FORMATION_KEY, METADATA_FILE
 from step_skip.sweep.outputs import check_output, clip_name
 
-# Entries of a prior that no plan depends on; of its files a plan depends on the names alone.
+# Entries of a prior's metadata that no plan depends on; a plan depends only on the names of its files.
 NEVER_PLANNED: Final = {
     *("run_id", "created", "seconds", "seconds_per_step", "forwards_per_step", "images", "latents_sha256"),
     *("peak_memory", "files", FORMATION_KEY, SEAL),
@@ -46,11 +46,11 @@ class Job:
     prior: Prior
     plan: Plan
     folder: Path = Path()
-    name: str = ""  # of the clip, without .mp4; of a single clip the next name that is free
-    overwrite: bool = True  # replace a file that has the name by then
-    preview: bool = False  # write a .webp beside it that shows the denoised estimate of each step
-    save_prior: bool = False  # make the clip a prior, too (infer/as_prior.py)
-    exists: bool = False  # it exists and is whole (finished.py)
+    name: str = ""  # of the clip, without .mp4; a single clip takes the next free name
+    overwrite: bool = True  # replace a file with the same name
+    preview: bool = False  # write a .webp beside the clip with the denoised estimate of each step
+    save_prior: bool = False  # also save the clip as a prior (infer/as_prior.py)
+    exists: bool = False  # the clip exists and is complete (sweep/finished.py)
 
     @property
     def path(self) -> Path:
@@ -75,6 +75,7 @@ class Group(Source):
 
     @property
     def plans(self) -> list[Plan]:
+        """The plans of all jobs."""
         return [job.plan for job in self.jobs]
 
     @property
@@ -121,14 +122,14 @@ def make_groups(
         overwrite: replace the file that has the name of --output.
         is_sweep: put the clips into a folder of their own even if there is only one.
         nearest: let each clip follow the nearest of the priors that begin alike.
-        any_model: take priors of pipelines that no model's name stands for.
+        any_model: accept priors of custom pipelines, whose model has no name here.
 
     Returns:
-        The groups, and by folder what is wrong with the priors that are left out.
+        The groups, and the errors of the priors that are left out, by folder.
 
     Raises:
-        InputError: no prior can be used (the first one's error, see `read_prior` and `make_plan`); or the
-            output doesn't fit what is asked for.
+        InputError: no prior can be used (the first one's error, see `read_prior` and `make_plan`); or
+            the output doesn't fit the number of clips.
     """
     banks, left_out = read_banks(directories, nearest=nearest)
     known: dict[str, dict[str, Plan]] = {}
@@ -143,7 +144,7 @@ def make_groups(
     number = sum(len(plans) for _, plans in planned)
     if number > 1 or is_sweep or left_out:
         if output is not None:
-            raise InputError(f"--output names one clip, and this makes {number}; use --output_dir")
+            raise InputError(f"--output names one clip, but {number} are to be made; use --output_dir")
         return sweep_groups(planned, output_dir), left_out
     [([prior, *others], plans)] = planned
     [(name, plan)] = plans.items()
@@ -156,7 +157,7 @@ def make_groups(
 def read_banks(
     directories: Iterable[Path], *, nearest: bool
 ) -> tuple[list[list[Prior]], dict[Path, Exception]]:
-    """Read the priors; return them, with `nearest` those that begin alike together, and errors by folder."""
+    """Read the priors and return them, in banks if `nearest`, and the errors of the others by folder."""
     priors: list[Prior] = []
     left_out: dict[Path, Exception] = {}
     for directory in dict.fromkeys(directories):
@@ -182,29 +183,29 @@ def plan_bank(
     """Return the plans of a prior or a bank, by name.
 
     Args:
-        known: the plans so far, by what decides them; equal ones are made once.
+        known: the plans so far, by `deciding_entries`; equal plans are shared.
 
     Raises:
-        InputError: see `make_plan`; or this version doesn't know the model.
+        InputError: see `make_plan`; or the model has no name in this version.
     """
     prior = narrowed(bank)
-    key = what_decides_plans(prior, choices)
+    key = deciding_entries(prior, choices)
     if key not in known:
         known[key] = make_plans(prior, choices)
     plans = known[key]
     model = next(iter(plans.values())).model
     if model not in MODEL_NAMES and not any_model:
         raise InputError(
-            f"the prior was made with the model {model!r}, which this version doesn't know; a "
-            "prior of a pipeline of your own is used from Python (docs/python.md)"
+            f"the prior was made with the model {model!r}, which this version doesn't know; use a "
+            "prior of a custom pipeline from Python (docs/python.md)"
         )
     if len(bank) == 1:
         return plans
     return {clip_name(each): each for each in (plan_for_bank(plan, bank) for plan in plans.values())}
 
 
-def what_decides_plans(prior: Prior, choices: Iterable[Choices]) -> str:
-    """Return all entries of a prior that its plans depend on, as text."""
+def deciding_entries(prior: Prior, choices: Iterable[Choices]) -> str:
+    """Return all metadata of a prior that its plans depend on, as text."""
     entries: dict[str, Any] = prior.metadata.model_dump(exclude_unset=True, exclude=NEVER_PLANNED)
     entries["files"] = sorted(prior.metadata.files)
     if any(each.start_step == AUTO for each in choices):
@@ -213,7 +214,7 @@ def what_decides_plans(prior: Prior, choices: Iterable[Choices]) -> str:
 
 
 def make_plans(prior: Prior, choices: Iterable[Choices]) -> dict[str, Plan]:
-    """Return the plans of one prior by name, each once: the same step may be given and chosen by `auto`."""
+    """Return the plans of one prior by name, each once; `auto` may choose a step that is also given."""
     plans: dict[str, Plan] = {}
     defaults_of = functools.cache(model_defaults)
     for each in choices:
@@ -225,13 +226,13 @@ def make_plans(prior: Prior, choices: Iterable[Choices]) -> dict[str, Plan]:
 
 
 def make_group(bank: Sequence[Prior], jobs: list[Job]) -> Group:
-    """Return a prior, or a bank of them, with the clips to make from it."""
+    """Return the group of a prior, or of a bank of priors, with the clips to make from it."""
     source = Source.of(bank)
     return Group(prior=source.prior, others=source.others, jobs=jobs)
 
 
 def sweep_groups(planned: Sequence[tuple[list[Prior], dict[str, Plan]]], folder: Path | None) -> list[Group]:
-    """Return the groups of a sweep; without a folder the clips go into one that is named after all choices.
+    """Return the groups of a sweep; without a folder its clips go into a folder named after all choices.
 
     Raises:
         InputError: the folder is a prior, or two priors have the same run_id.
@@ -261,7 +262,7 @@ def sweep_groups(planned: Sequence[tuple[list[Prior], dict[str, Plan]]], folder:
 
 
 def groups_by_lora(bank: Sequence[Prior], jobs: Iterable[Job]) -> Iterator[Group]:
-    """Yield a group for each strength of the LoRAs: each needs other weights."""
+    """Yield a group for each strength of the LoRAs, since each strength needs its own weights."""
     for _, alike in itertools.groupby(jobs, key=lambda job: lora_entries(job.plan.lora)):
         yield make_group(bank, list(alike))
 

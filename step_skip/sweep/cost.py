@@ -1,4 +1,4 @@
-"""Estimate what clips cost: forwards, seconds, the parts of the model. Only names of files are read."""
+"""Estimate the cost of clips: forwards, seconds and parts of the model. Only file names are read."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from step_skip.sweep.clips import Group, Job
 
 
 def expected_seconds(job: Job) -> float | None:
-    """Return the seconds of denoising and decoding, by the prior's own run; None: it recorded none."""
+    """Return the seconds of denoising and decoding, estimated from the prior's run; None: not recorded."""
     recorded = job.prior.metadata
     if not recorded.seconds_per_step:
         return None
@@ -24,19 +24,19 @@ def expected_seconds(job: Job) -> float | None:
 
 
 def expected_seconds_of_each(jobs: Collection[Job]) -> list[float] | None:
-    """Return the seconds of each job; None: they aren't known of all."""
+    """Return the expected seconds of each job; None: they are unknown for at least one."""
     known = [seconds for job in jobs if (seconds := expected_seconds(job)) is not None]
     return known if len(known) == len(jobs) else None
 
 
 def components_to_load(groups: Iterable[Group], folder: Path | None) -> list[str]:
-    """Return the parts of the model that jobs will load, as far as names of files tell.
+    """Return the parts of the model that jobs will load, as far as file names show.
 
     Args:
-        folder: the sweep's folder, which keeps encoded prompts; None: each prior keeps its own.
+        folder: the sweep's folder, which stores encoded prompts; None: each prior stores its own.
     """
     needed: set[str] = set()
-    seen: set[int] = set()  # plans, which priors share
+    seen: set[int] = set()  # the ids of plans, which several priors may share
     for group in groups:
         texts = group.texts
         if "text_encoder" in needed or all(is_context_known(group.prior, text, folder) for text in texts):
@@ -51,7 +51,7 @@ def components_to_load(groups: Iterable[Group], folder: Path | None) -> list[str
 
 
 def describe_clip_job(job: Job) -> str:
-    """Return a job as one line of JSON: its choices, what they cost, and whether the clip exists."""
+    """Return a job as one line of JSON: its choices, their cost, and whether the clip exists."""
     data = {
         "video": str(job.path),
         "prior_dir": str(job.prior.directory),
@@ -64,7 +64,7 @@ def describe_clip_job(job: Job) -> str:
 
 
 def summarize_jobs(jobs: Collection[Job]) -> str:
-    """Summarize what jobs cost together: clips, forwards, seconds."""
+    """Summarize the cost of all jobs together: clips, forwards, seconds."""
     forwards, seconds = sum(job.plan.forwards for job in jobs), expected_seconds_of_each(jobs)
     time = "time unknown" if seconds is None else f"about {sum(seconds):.0f} s after loading and encoding"
     return f"{len(jobs)} clips, {forwards} forwards, {time}"

@@ -1,9 +1,9 @@
-"""Find the clips that exist: whole, and made by the choices of their jobs. No tensor and no video is read.
+"""Find the clips that exist: complete, and made by the choices of their jobs. No tensor or frame is read.
 
-Two things are trusted for that: the SHA-256 that a prior's checksummed metadata records of its files, and
-that an .mp4 which has the size its JSON records and isn't newer is the one the JSON was written for. Any
-other .mp4 is hashed. Nothing is computed on such grounds: before a prior is used for a clip its files are
-hashed (infer/inputs.py).
+Two assumptions make this fast. The SHA-256 that a prior's checksummed metadata records of a file is taken to
+be right; and an .mp4 that has the size recorded in its JSON, and isn't newer than it, is taken to be the file
+that the JSON describes. Any other .mp4 is hashed. No new clip relies on these assumptions: the files of a
+prior are hashed before it is used (infer/inputs.py).
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ def find_existing(groups: Collection[Group]) -> dict[Path, Exception]:
     """Mark each job whose clip exists.
 
     Returns:
-        By clip what is wrong with older priors: they record no SHA-256, so that their files are read.
+        The errors of older priors, by clip; these record no SHA-256, so that their files are read.
 
     Raises:
-        InputError: the same, for the only prior.
+        InputError: the only prior is such a prior with an error.
     """
     failed: dict[Path, Exception] = {}
-    names: dict[Path, set[str]] = {}  # of the files in each folder
+    names: dict[Path, set[str]] = {}  # the names of the files in each folder
     for group in groups:
         folder = group.jobs[0].folder
         if folder not in names:
@@ -54,7 +54,7 @@ def find_existing(groups: Collection[Group]) -> dict[Path, Exception]:
 
 
 def is_finished(job: Job, group: Group) -> bool:
-    """Return whether the clip is whole, and by its JSON the one that this job would make."""
+    """Return whether the clip is complete and, by its JSON, the same as this job would make."""
     try:  # the folder may come from an untrusted source
         found = read_report_entries(job.report_path)
         expected = json.loads(json.dumps(describe_settings(group, job.plan)))  # tuples become lists
@@ -69,7 +69,7 @@ def is_finished(job: Job, group: Group) -> bool:
 
 
 def is_whole(job: Job, report: ClipReport) -> bool:
-    """Return whether an .mp4 is the one its JSON was written for: by size and time, else by its SHA-256."""
+    """Return whether an .mp4 is the file that its JSON describes, by size and time or by its SHA-256."""
     try:
         video, beside = os.lstat(job.path), os.lstat(job.report_path)
     except OSError:
@@ -81,7 +81,7 @@ def is_whole(job: Job, report: ClipReport) -> bool:
 
 
 def settle_single(group: Group, *, output: Path | None, overwrite: bool) -> None:
-    """Name a single clip: as the one that exists, else as --output, else by the next free name.
+    """Name a single clip: after the same clip if it exists, else as --output, else by the next free name.
 
     Raises:
         InputError: another file has the name of --output.
@@ -89,12 +89,12 @@ def settle_single(group: Group, *, output: Path | None, overwrite: bool) -> None
     [job] = group.jobs
     if output is None:
         before = itertools.takewhile(is_taken, names_from(job.path))
-        made = (
+        finished = (
             name
             for name in before
             if is_finished(dataclasses.replace(job, folder=name.parent, name=name.stem), group)
         )
-        job.path = next(made, None) or free_path(job.path)
+        job.path = next(finished, None) or free_path(job.path)
     elif is_taken(output) and not overwrite and not is_finished(job, group):
         taken = output if os.path.lexists(output) else job.report_path
         raise InputError(f"--output: {taken} exists; choose another name or add --overwrite")

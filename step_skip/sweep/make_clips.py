@@ -1,11 +1,12 @@
 """Make the clips of a sweep; a single clip is a sweep of one.
 
-    plan_sweep   which clips there will be, what each is called, and which exist
-    make_sweep   the missing ones: for one set of weights after the other everything that can be checked is
-                 checked, the model is loaded, and a machine makes the clips: this process, or a cluster
-    ClipRun      the clips of one loaded model, one after the other
+    plan_sweep   plans and names the clips, and finds those that exist
+    make_sweep   makes the missing clips: for each set of weights it checks all inputs, then a machine (this
+                 process or a cluster) loads the model and makes the clips
+    ClipRun      makes the clips of one loaded model, one after the other
 
-A clip that fails doesn't stop the others. This module knows neither Ray nor the page: both are handed in.
+A clip that fails doesn't stop the others. This module imports neither Ray nor the page; the caller passes
+both in.
 """
 
 from __future__ import annotations
@@ -81,20 +82,21 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-# --- which clips there will be ------------------------------------------------------------------------------
+# --- planning the clips -------------------------------------------------------------------------------------
 
 
 @dataclass(kw_only=True)
 class Sweep:
-    """The clips that were asked for, and what is known to be wrong."""
+    """The requested clips, and the errors so far."""
 
     groups: list[Group]
-    left_out: dict[Path, Exception]  # by the folders of priors that can't be used
-    failed: dict[Path, Exception] = field(default_factory=dict)  # by clip
-    is_single: bool  # one clip, in no folder of its own: what goes wrong is raised as it is
+    left_out: dict[Path, Exception]  # the errors of priors that can't be used, by folder
+    failed: dict[Path, Exception] = field(default_factory=dict)  # errors by clip
+    is_single: bool  # one clip that isn't in a sweep's folder; its error is raised unchanged
 
     @property
     def jobs(self) -> list[Job]:
+        """The jobs of all groups, in order."""
         return all_jobs(self.groups)
 
     @property
@@ -104,23 +106,23 @@ class Sweep:
 
     @property
     def names(self) -> list[str]:
-        """The names of the clips, in the order in which they were asked for."""
+        """The names of the clips, in the requested order."""
         return [f"{job.name}.mp4" for job in self.jobs]
 
     @property
     def existing(self) -> int:
-        """How many of the clips exist already."""
+        """The number of clips that exist already."""
         return sum(job.exists for job in self.jobs)
 
     @property
     def contexts(self) -> Path | None:
-        """The folder that keeps encoded prompts for several priors; None: each prior keeps its own."""
+        """The folder that stores encoded prompts for several priors; None: each prior stores its own."""
         several = len({id(group.prior) for group in self.groups}) > 1
         return self.folder if several and not self.is_single else None
 
     @property
     def missing(self) -> list[Group]:
-        """The groups with the clips that are still to be made."""
+        """The groups with only those clips that are still to be made."""
         failed = self.failed
         left = [
             [job for job in group.jobs if not (job.exists or (failed and job.path in failed))]
@@ -146,18 +148,18 @@ def plan_sweep(
 
     Args:
         directories: the folders of the priors.
-        choices: of one clip each.
+        choices: the choices of each clip.
         output: the name of a single clip; None: one in the prior's outputs folder.
         output_dir: the folder of a sweep; None: one in the first prior's outputs folder.
         overwrite: make a clip even if it exists.
         is_sweep: put the clips into a folder of their own, even a single one.
         nearest: let each clip follow the nearest of the priors that begin alike.
         preview: write a moving preview beside each clip while it is made.
-        save_prior: make the single clip a prior, too.
-        any_model: take priors of pipelines that no model's name stands for.
+        save_prior: also save the single clip as a prior.
+        any_model: accept priors of custom pipelines, whose model has no name here.
 
     Raises:
-        InputError: no prior can be used, or an output that doesn't fit what is asked for.
+        InputError: no prior can be used, or the output doesn't fit the number of clips.
     """
     groups, left_out = make_groups(
         directories,
@@ -178,7 +180,9 @@ def plan_sweep(
         job.preview = True
     if save_prior:
         if not is_single:
-            raise InputError("--save_prior is for one clip: a sweep's priors would be among those it sweeps")
+            raise InputError(
+                "--save_prior is for one clip, not for a sweep: leave it out, or ask for one clip"
+            )
         check_clip_prior(jobs[0].plan, jobs[0].prior)
         check_folder(jobs[0].prior.directory.parent, bytes_of_prior(jobs[0].prior))
         jobs[0].save_prior = True
@@ -190,20 +194,20 @@ def plan_sweep(
     return sweep
 
 
-# --- making the missing ones --------------------------------------------------------------------------------
+# --- making the missing clips -------------------------------------------------------------------------------
 
 
 class Machine(Protocol):
-    """What makes clips: this process (`ThisProcess`), or a cluster (`cluster.clips.ClipCluster`)."""
+    """A machine that makes clips: this process (`ThisProcess`) or a cluster (`cluster.clips.ClipCluster`)."""
 
-    model: Model | None  # loaded already; None: each set of weights is loaded when it is needed
-    is_here: bool  # whether the device can be asked from this process
+    model: Model | None  # a loaded model; None: each set of weights is loaded when it is needed
+    is_here: bool  # the device belongs to this process
 
     def device_of(self, model: str) -> str:
         """Return the device that a model will run on, "cuda" for example.
 
         Raises:
-            InputError: there is no such device.
+            InputError: the device does not exist.
         """
 
     def make(
@@ -214,15 +218,15 @@ class Machine(Protocol):
         contexts: Path | None,
         on_made: OnMade | None,
     ) -> dict[Path, Exception]:
-        """Make the clips of groups that need the same weights; return by clip what went wrong.
+        """Make the clips of groups that need the same weights; return the errors by clip.
 
         Args:
-            contexts: the folder that keeps encoded prompts for all; None: each prior keeps its own.
-            on_made: called with each clip's path and frames once it is written.
+            contexts: the folder that stores encoded prompts for all; None: each prior stores its own.
+            on_made: called with the path and the frames of each clip that is written.
 
         Raises:
-            InputError: weights that are missing, or that no prior was made with.
-            RunError: weights that could not be fetched.
+            InputError: weights are missing, or no prior was made with them.
+            RunError: weights could not be downloaded.
         """
 
 
@@ -235,21 +239,21 @@ def make_sweep(
     recorded_loras: bool = False,
     page: Page | None = None,
 ) -> None:
-    """Make the clips that are missing, one set of weights after the other, and report what failed.
+    """Make the missing clips, one set of weights after the other, and report the failures.
 
     Args:
-        vram, model_dir: see `LoadOptions`; of a machine whose model is loaded they are known.
+        vram, model_dir: see `LoadOptions`; ignored if the machine's model is loaded already.
         recorded_loras: find the LoRAs that the priors record, which may have moved, and check them.
-        page: keeps a page of the sweep's folder up to date; see `page.page.running_page`.
+        page: updates the page of the sweep's folder; see `page.page.running_page`.
 
     Raises:
-        InputError, RunError: what is wrong with a single clip; of a sweep, that nothing can be made, or at
-            the end that something failed.
+        InputError, RunError: the error of a single clip; for a sweep, no clip can be made or, at the end,
+            some clips failed.
     """
     missing = sweep.missing
     batches = by_weights(missing) if machine.model is None else [missing] if missing else []
     if sweep.is_single and sweep.existing:
-        log.info("the clip exists, made by the same choices, and is whole: nothing to do")
+        log.info("the clip exists with the same choices and is complete: nothing to do")
     is_announced = False
     for batch in batches:
         try:
@@ -277,7 +281,7 @@ def make_sweep(
 
 @contextlib.contextmanager
 def page_of(sweep: Sweep, page: Page | None) -> Iterator[OnMade | None]:
-    """Keep other writers out of a sweep's folder and its page up to date; a single clip has neither."""
+    """Lock a sweep's folder and keep its page up to date; a single clip has neither folder nor page."""
     if sweep.is_single:
         yield None
         return
@@ -290,7 +294,7 @@ def page_of(sweep: Sweep, page: Page | None) -> Iterator[OnMade | None]:
 
 
 def bytes_of_clips(groups: Iterable[Group]) -> int:
-    """Return a safe upper bound of what the clips take on disk, in bytes."""
+    """Return a safe upper bound of the clips' size on disk, in bytes."""
     sizes = ((len(group.jobs), settings_of(group.jobs[0].plan, group.prior).size) for group in groups)
     return sum(number * video_bytes(size) for number, size in sizes) + 2**20
 
@@ -303,16 +307,16 @@ def prepare(
     *,
     recorded_loras: bool,
 ) -> tuple[LoadOptions, dict[Path, Exception]]:
-    """Check all that can be checked before weights are loaded, and warn of what may surprise.
+    """Run all checks that need no weights, and log the warnings.
 
     Args:
-        groups: of priors that need the same weights.
+        groups: groups that need the same weights.
 
     Returns:
-        What to load; and by clip what is wrong with the first priors.
+        The options to load the model with, and the errors of the first priors, by clip.
 
     Raises:
-        InputError: the device, the LoRAs or all of the priors can't be used.
+        InputError: the device, the LoRAs or all priors can't be used.
     """
     jobs = all_jobs(groups)
     device = machine.device_of(jobs[0].plan.model)
@@ -332,7 +336,7 @@ def prepare(
 
 
 def find_loras(groups: Sequence[Group]) -> tuple[Lora, ...]:
-    """Return the LoRAs that priors record; the plans then describe them as they are found now.
+    """Return the LoRAs that priors record, and describe them in the plans as they are now.
 
     Raises:
         InputError: see `find_recorded_loras`.
@@ -349,10 +353,10 @@ def check_first_prior(groups: Sequence[Group]) -> tuple[str, dict[Path, Exceptio
     """Check the schedule, files and tensors of the first prior, before any weights are loaded.
 
     Returns:
-        The dtype of its latents; and by clip what is wrong with priors before it that can't be used.
+        The dtype of the latents of the first usable prior, and the errors of those before it, by clip.
 
     Raises:
-        InputError: none can: the first one's.
+        InputError: no prior can be used; the first one's error.
     """
     failed: dict[Path, Exception] = {}
     for group in groups:
@@ -373,7 +377,7 @@ def load_options(
     model_dir: Path | None,
     loras: tuple[Lora, ...],
 ) -> LoadOptions:
-    """Return what to load for these clips; the size is that of the one that takes most memory."""
+    """Return the options to load a model for these clips with; their size is that of the largest clip."""
     plan = groups[0].jobs[0].plan
     settings = [settings_of(group.jobs[0].plan, group.prior) for group in groups]
     return LoadOptions(
@@ -391,10 +395,10 @@ def load_options(
 
 
 def log_what_it_takes(sweep: Sweep, *, device: str | None, vram: str, model_dir: Path | None) -> None:
-    """Log what the missing clips would take: time, memory, what would be loaded and downloaded.
+    """Log the expected cost of the missing clips: time, memory, parts to load, files to download.
 
     Args:
-        device: None: CUDA for a real model, even where there is none.
+        device: the device to assume; None: CUDA for a published model, even if this machine has none.
     """
     batches = by_weights(sweep.missing)
     needed = [components_to_load(batch, sweep.contexts) for batch in batches]
@@ -421,11 +425,11 @@ def log_what_it_takes(sweep: Sweep, *, device: str | None, vram: str, model_dir:
 
 @dataclass
 class ThisProcess:
-    """A machine that makes clips one after the other, on a model that is loaded or given.
+    """A machine that makes clips one after the other in this process.
 
     Args:
-        device: None: CUDA where there is one.
-        model: one that is loaded already, and stays as it is.
+        device: the device to load models on; None: CUDA if available.
+        model: a loaded model to use; None: models are loaded when needed.
     """
 
     device: str | None = None
@@ -444,7 +448,7 @@ class ThisProcess:
         contexts: Path | None = None,
         on_made: OnMade | None = None,
     ) -> dict[Path, Exception]:
-        """Load the parts of the model that are needed, and make every clip; see `Machine`."""
+        """Load the needed parts of the model and make every clip; see `Machine`."""
         from step_skip.models.loading import release
 
         clock, store = Clock(), ContextStore(contexts)
@@ -484,13 +488,13 @@ def components_of(groups: Sequence[Group], store: ContextStore) -> list[str]:
 
 
 def check_weights(groups: Sequence[Group], check: Callable[[Prior], object]) -> dict[Path, Exception]:
-    """Check the weights against every prior; return by clip what is wrong with priors of others.
+    """Check the weights against every prior; return the errors of priors with other weights, by clip.
 
     Args:
         check: raises InputError for a prior that was made with other weights.
 
     Raises:
-        InputError: none was made with these.
+        InputError: no prior was made with these weights.
     """
     failed: dict[Path, Exception] = {}
     for group in groups:
@@ -505,17 +509,17 @@ def check_weights(groups: Sequence[Group], check: Callable[[Prior], object]) -> 
 
 @dataclass
 class ClipRun:
-    """The clips that are made on one loaded model, and what goes wrong with each."""
+    """A run that makes clips on one loaded model and notes the error of each that fails."""
 
     model: Model
     store: ContextStore
-    share: dict[str, float]  # each clip's share of the seconds that loading and encoding took
+    share: dict[str, float]  # each clip's share of the seconds of loading and encoding, by phase
     failed: dict[Path, Exception]
     on_made: OnMade | None = None
-    pauses: dict[Path, Pause] = field(default_factory=dict)  # of clips that wait for their second expert
+    pauses: dict[Path, Pause] = field(default_factory=dict)  # the states of clips that wait for an expert
 
     def make_all(self, groups: Sequence[Group]) -> None:
-        """Make every clip; of two experts the first takes its steps of all, then the second."""
+        """Make every clip; with two experts, the first runs its steps of all clips, then the second."""
         jobs = all_jobs(groups)
         costs = expected_seconds_of_each(jobs) or [job.plan.forwards + 1 for job in jobs]
         bar_format = "{desc}{percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
@@ -537,18 +541,18 @@ class ClipRun:
 
     @contextlib.contextmanager
     def noting_errors(self, paths: Collection[Path]) -> Iterator[None]:
-        """Note an error as the reason why these clips can't be made, and go on."""
+        """Note an error as the reason why these clips can't be made, and continue."""
         from step_skip.models.loading import release
 
         try:
             yield
         except JOB_ERRORS as error:
-            traceback.clear_frames(error.__traceback__)  # they hold tensors, and the next clip needs the room
+            traceback.clear_frames(error.__traceback__)  # release the tensors in them for the next clip
             self.failed.update(dict.fromkeys(paths, error))
             release(self.model.pipe, ())
 
     def get_ready(self, group: Group) -> None:
-        """Read what a prior gives to its clips, and encode what it lacks."""
+        """Read the inputs that a prior provides for its clips, and encode the missing ones."""
         left = [path for job in group.jobs if (path := job.path) not in self.failed]
         with self.noting_errors(left):
             if left:
@@ -559,7 +563,7 @@ class ClipRun:
         """Make one clip and write it, or run the steps of its first expert.
 
         Args:
-            expert: the one that is loaded, of two that take turns.
+            expert: the expert that is loaded, if the model loads its two experts in turn.
         """
         from step_skip.pipeline.run import Pause
 
@@ -581,18 +585,18 @@ class ClipRun:
 
 
 def share_of_expert(group: Group, job: Job, expert: str | None) -> float:
-    """Return the share of a clip's steps that an expert takes; None: the only network there is."""
+    """Return the share of a clip's steps that an expert runs; None: the model has one network."""
     experts = experts_of(job.plan.steps_to_run, job.plan.sigmas, group.prior)
     if expert is None or not experts:
         return float(expert in (None, EXPERTS[0]))
     return experts.count(expert) / len(experts)
 
 
-# --- writing one --------------------------------------------------------------------------------------------
+# --- writing a clip -----------------------------------------------------------------------------------------
 
 
 class Savable(Protocol):
-    """A clip that was made here (`infer.clip.Clip`), or on another machine (`cluster.clips.MadeClip`)."""
+    """A clip of this process (`infer.clip.Clip`) or of a worker (`cluster.clips.FinishedClip`)."""
 
     frames: list[Image]
     forwards: int
@@ -603,12 +607,12 @@ class Savable(Protocol):
 
 
 def save_prior_of(clip: Clip) -> Exception | None:
-    """Make a clip a prior, beside the one it followed; return what went wrong: no clip is lost over it."""
+    """Save a clip as a prior beside the one it followed; return the error, so that the clip is kept."""
     followed = Path(clip.report["prior_dir"])
     try:
         if clip.report["apart"] == 0:
             saved = followed
-            log.info(f"{followed}: its own prompt, and so the clip's prior already")
+            log.info(f"{followed}: the clip has this prior's own prompt, so this is already its prior")
         else:
             saved = clip.save_prior(followed.parent).directory
             log.info(f"{saved}: the clip as a prior")
@@ -619,15 +623,15 @@ def save_prior_of(clip: Clip) -> Exception | None:
 
 
 def save_clip(clip: Savable, job: Job, on_made: OnMade | None) -> None:
-    """Write a clip under its job's name, and log what it cost."""
+    """Write a clip under its job's name, and log its cost and measures."""
     while True:
         try:
             clip.save(job.path, overwrite=job.overwrite)
             break
-        except TakenError:  # by another run, meanwhile: no clip is lost
+        except TakenError:  # another run has written a file with this name
             job.path = free_path(job.path)
     log.info(f"{job.path}: {clip.forwards} forwards, {describe_seconds(clip.seconds, prior=job.prior)}")
-    if told := describe_measures(clip.report):
-        log.info(", ".join(told))
+    if measures := describe_measures(clip.report):
+        log.info(", ".join(measures))
     if on_made is not None:
         on_made(job.path, clip.frames)

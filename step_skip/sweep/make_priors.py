@@ -1,10 +1,10 @@
 """Make many priors; a single prior is a batch of one.
 
-    plan_batch    which priors there will be, and which exist
-    check_batch   what can be checked before weights are loaded: images are decoded, begun priors looked at
-    make_batch    the missing ones, on a machine: this process, or a cluster
+    plan_batch    plans the priors, and finds those that exist
+    check_batch   runs the checks that need no weights: it decodes images and looks at priors that have begun
+    make_batch    makes the missing priors on a machine: this process or a cluster
 
-A prior that fails doesn't stop the others. This module doesn't know Ray: a cluster is handed in.
+A prior that fails doesn't stop the others. This module doesn't import Ray; the caller passes a cluster in.
 """
 
 from __future__ import annotations
@@ -51,32 +51,32 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-# --- which priors there will be -----------------------------------------------------------------------------
+# --- planning the priors ------------------------------------------------------------------------------------
 
 
 @dataclass(kw_only=True)
 class Batch:
-    """The priors that were asked for, and what they are made with."""
+    """The requested priors, and the options of the model that makes them."""
 
     jobs: list[PriorJob]
     options: LoadOptions
     family: str
     output_dir: Path
-    is_here: bool  # made in this process, not on a cluster
+    is_here: bool  # the priors are made in this process, not on a cluster
 
     @property
     def is_single(self) -> bool:
-        """Whether one prior was asked for, so that what goes wrong is raised as it is."""
+        """Whether a single prior is requested; its error is raised unchanged."""
         return len(self.jobs) == 1
 
     @property
     def missing(self) -> list[PriorJob]:
-        """The priors that are still to be made, and can be as far as is known."""
+        """The priors that are still to be made and have no error so far."""
         return [job for job in self.jobs if not job.exists and job.error is None]
 
     @property
     def existing(self) -> int:
-        """How many of the priors exist already."""
+        """The number of priors that exist already."""
         return sum(job.exists for job in self.jobs)
 
 
@@ -94,16 +94,16 @@ def plan_batch(
     parameters: Mapping[str, str] | None = None,
     is_here: bool = True,
 ) -> Batch:
-    """Plan a prior of every image, seed and prompt, and find those that exist. No weight is loaded.
+    """Plan a prior of every image, seed and prompt, and find those that exist. No weights are loaded.
 
     Args:
         images, prompts, end_images, seeds, run_ids: see `make_jobs`.
-        options: what a model is loaded with; a device of None: CUDA where there is one.
-        parameters: the fingerprints of the values of a pipeline of the user's own, which has no files.
-        is_here: the priors are made in this process; else on a cluster, whose devices aren't known yet.
+        options: the options to load the model with; device None: CUDA if available.
+        parameters: the fingerprints of the parameters of a custom pipeline, which has no files.
+        is_here: the priors are made in this process, not on a cluster, whose devices aren't known yet.
 
     Raises:
-        InputError: a choice that can't be used, or no prior can be made.
+        InputError: a choice is invalid, or no prior can be made.
     """
     jobs = make_jobs(images, prompts, choices, end_images=end_images, seeds=seeds, run_ids=run_ids)
     if len({job.images.get(IMAGE_FILE) for job in jobs}) == 1:
@@ -118,13 +118,13 @@ def plan_batch(
 
 
 def check_batch(batch: Batch, *, read_video: ReadVideo | None = None) -> None:
-    """Check what can be checked before weights are loaded; what is wrong with a prior is noted in its job.
+    """Run the checks that need no weights, and note the error of a prior in its job.
 
     Args:
         read_video: see `make_batch`.
 
     Raises:
-        InputError: no prior can be made, or their folder can't be written.
+        InputError: no prior can be made, or the output folder isn't writable.
     """
     missing = batch.missing
     if not missing:
@@ -137,10 +137,10 @@ def check_batch(batch: Batch, *, read_video: ReadVideo | None = None) -> None:
 
 
 def report_unusable(jobs: Sequence[PriorJob], looked_at: Sequence[PriorJob]) -> None:
-    """Log what is wrong with the priors that were looked at.
+    """Log the errors of the priors that were looked at.
 
     Raises:
-        InputError: no prior at all can be made: the first one's error.
+        InputError: no prior at all can be made; the first one's error.
     """
     if errors := [job.error for job in jobs if job.error is not None]:
         if len(errors) == len(jobs):
@@ -152,7 +152,7 @@ def report_unusable(jobs: Sequence[PriorJob], looked_at: Sequence[PriorJob]) -> 
 def check_begun_priors(jobs: Sequence[PriorJob], options: LoadOptions, family: str, *, is_here: bool) -> None:
     """Check whether each prior that has begun can be finished here.
 
-    If none can, images are decoded until there is a prior that can be made.
+    If none can, images are decoded until one of a new prior is usable.
     """
     begun = [job for job in jobs if job.directory is not None]
     for job in begun:
@@ -172,18 +172,18 @@ def check_begun_priors(jobs: Sequence[PriorJob], options: LoadOptions, family: s
 
 
 def check_begun(job: PriorJob, device: str | None) -> None:
-    """Refuse to finish a prior that another process writes, or that would come out otherwise here.
+    """Refuse to finish a prior that another process writes, or that would come out different here.
 
     Args:
-        device: to finish it on; None: those of a cluster, where none is finished.
+        device: the device to finish the prior on; None: a cluster, which finishes no prior.
 
     Raises:
-        InputError: with what can be done instead.
+        InputError: names the reason and an alternative.
     """
     if job.directory is None:
         return
     if device is None:
-        raise InputError(f"{job.directory} isn't whole, and a cluster finishes none: do it without --ray")
+        raise InputError(f"{job.directory} is incomplete, and a cluster can't finish it: run without --ray")
     with locked(job.directory):
         try:
             check_finishable(read_resumable(job.directory), device)
@@ -195,10 +195,10 @@ def check_begun(job: PriorJob, device: str | None) -> None:
 
 
 def read_images(job: PriorJob, options: LoadOptions, family: str) -> None:
-    """Decode the images of a prior as the model will see them, unless that was done.
+    """Decode the images of a prior to the model's input size, unless that was done.
 
     Raises:
-        InputError: one can't be used.
+        InputError: an image can't be used.
     """
     if job.pictures is None:
         given = {file: job.images.get(file) for file in (IMAGE_FILE, END_IMAGE_FILE)}
@@ -207,7 +207,11 @@ def read_images(job: PriorJob, options: LoadOptions, family: str) -> None:
 
 
 def take_images(job: PriorJob, options: LoadOptions, family: str) -> tuple[PriorChoices, dict[str, Picture]]:
-    """Return the images of a prior and its choices with their size; the job keeps none. See `read_images`."""
+    """Return a prior's choices, with the size of its images, and the images, which the job releases.
+
+    Raises:
+        InputError: see `read_images`.
+    """
     read_images(job, options, family)
     pictures, job.pictures = job.pictures or {}, None
     if IMAGE_FILE not in pictures:
@@ -216,21 +220,21 @@ def take_images(job: PriorJob, options: LoadOptions, family: str) -> tuple[Prior
     return dataclasses.replace(job.choices, width=image.width, height=image.height), pictures
 
 
-# --- making the missing ones --------------------------------------------------------------------------------
+# --- making the missing priors ------------------------------------------------------------------------------
 
 
 class OnPrior(Protocol):
-    """What is called with each prior, and the number of steps that ran."""
+    """A callback that receives each prior and the number of steps that ran."""
 
     def __call__(self, prior: Prior, steps_run: int) -> object: ...
 
 
 @dataclass(kw_only=True)
 class PriorRun:
-    """Priors that are made together, and what is called on the way."""
+    """The priors that are made together, and the callbacks of their run."""
 
     jobs: list[PriorJob]
-    options: LoadOptions  # with the size that takes most memory
+    options: LoadOptions  # with the size of the largest prior
     family: str
     components: list[str]
     output_dir: Path
@@ -241,18 +245,18 @@ class PriorRun:
     callback: ProgressCallback | None = None
 
     def input_video(self, job: PriorJob) -> list[Image] | None:
-        """Return the frames that a prior starts from; None: noise alone."""
+        """Return the frames that a prior starts from; None: it starts from noise."""
         return None if self.read_video is None else self.read_video(job.prior.settings)
 
 
 class PriorMachine(Protocol):
-    """What makes priors: this process (`PriorProcess`), or a cluster (`cluster.priors.PriorCluster`)."""
+    """A machine that makes priors: this process (`PriorProcess`) or `cluster.priors.PriorCluster`."""
 
     def device_of(self, options: LoadOptions) -> str:
         """Return the device that the model of a batch will run on, "cuda" for example."""
 
     def make(self, run: PriorRun) -> None:
-        """Make the priors of a run; what goes wrong with one of several is noted in its job."""
+        """Make the priors of a run; the error of one of several is noted in its job."""
 
 
 def make_batch(
@@ -264,16 +268,16 @@ def make_batch(
     on_made: OnPrior | None = None,
     callback: ProgressCallback | None = None,
 ) -> None:
-    """Make the priors that are missing, or finish those that have begun; errors are noted in the jobs.
+    """Make the missing priors and finish those that have begun; errors are noted in the jobs.
 
     Args:
-        read_video: returns the frames that a prior starts from, of its size.
+        read_video: returns the frames that a prior starts from, in the prior's size.
         on_begin: called with each prior's folder once `generate_prior.py --resume` could finish it.
-        on_made: called with each prior once it is complete.
+        on_made: called with each prior that is finished.
         callback: called after each step.
 
     Raises:
-        InputError, RunError: what is wrong with the only prior; or weights that can't be had.
+        InputError, RunError: the error of the only prior; or weights are missing or can't be downloaded.
     """
     missing = batch.missing
     if not missing:
@@ -296,7 +300,7 @@ def make_batch(
 
 
 def what_to_load(jobs: Sequence[PriorJob], options: LoadOptions) -> tuple[LoadOptions, list[str]]:
-    """Return options with the size that takes most memory, and the components that the priors need."""
+    """Return options with the size of the largest prior, and the components that the priors need."""
     prior = jobs[0].prior
     if prior.settings.cfg_scale != 1 and (hint := distilled_hint(options.loras)):
         log.info(hint)
@@ -306,10 +310,10 @@ def what_to_load(jobs: Sequence[PriorJob], options: LoadOptions) -> tuple[LoadOp
 
 
 def log_cost(batch: Batch) -> None:
-    """Log what the missing priors cost, how many exist, and what each new prompt will cost."""
+    """Log the cost of the missing priors, the number that exist, and the cost of each new prompt."""
     to_do = batch.missing
     if batch.is_single and batch.existing:
-        log.info("the prior exists, made by the same choices, and no file is missing: nothing to do")
+        log.info("the prior exists with the same choices, and no file is missing: nothing to do")
     elif not batch.is_single or not to_do:
         size = sum(map(bytes_of, to_do)) / 1e9
         log.info(f"{len(to_do)} priors to make, at most {size:.1f} GB; {batch.existing} exist already")
@@ -326,10 +330,10 @@ def log_cost(batch: Batch) -> None:
 
 
 def log_what_a_batch_takes(batch: Batch) -> None:
-    """Log what the missing priors would take: disk, memory, what would be loaded and downloaded.
+    """Log the expected cost of the missing priors: disk, memory, parts to load, files to download.
 
     Raises:
-        InputError: the folder can't be written, or has too little space.
+        InputError: the folder isn't writable, or has too little space.
     """
     if missing := batch.missing:
         check_folder(batch.output_dir, sum(map(bytes_of, missing)))
@@ -345,7 +349,11 @@ def log_what_a_batch_takes(batch: Batch) -> None:
 
 @dataclass
 class PriorProcess:
-    """A machine that makes priors one after the other, on a model that is loaded or given."""
+    """A machine that makes priors one after the other in this process.
+
+    Args:
+        model: a loaded model to use; None: it is loaded when needed.
+    """
 
     model: Model | None = None
 
@@ -354,7 +362,7 @@ class PriorProcess:
         return options.device
 
     def make(self, run: PriorRun) -> None:
-        """Load the model, unless it is, and make the priors; see `PriorMachine`."""
+        """Load the model, unless one was given, and make the priors; see `PriorMachine`."""
         model = self.model or load_told(run.options, run.components, by_expert=True)
         if run.is_single:
             make_one(run.jobs[0], model, run)
@@ -369,17 +377,17 @@ class PriorProcess:
 
 @contextlib.contextmanager
 def noting_error(job: PriorJob) -> Iterator[None]:
-    """Note an error as the reason why a prior can't be made, and go on."""
+    """Note an error as the reason why a prior can't be made, and continue."""
     try:
         yield
     except JOB_ERRORS as error:
-        traceback.clear_frames(error.__traceback__)  # they hold tensors, and the next prior needs the room
+        traceback.clear_frames(error.__traceback__)  # release the tensors in them for the next prior
         job.error = error
         log.warning(describe_failure(job))
 
 
 def make_one(job: PriorJob, model: Model, run: PriorRun) -> None:
-    """Make a prior, or finish the one that has begun."""
+    """Make a prior, or finish the prior that has begun."""
     if job.directory is not None:
         job.pictures = None
         prior, steps = finish_prior(job.directory, model, on_begin=run.on_begin, callback=run.callback)
@@ -415,13 +423,13 @@ def cost_of(job: PriorJob) -> int:
 
 
 def report_failed_priors(jobs: Sequence[PriorJob], *, folder: Path | None) -> None:
-    """Report how many priors could not be made; why was logged when each failed.
+    """Report the number of priors that could not be made; each error was logged when it occurred.
 
     Args:
-        folder: where the others are; None: nowhere yet.
+        folder: the folder of the other priors; None: none was made, as in a dry run.
 
     Raises:
-        RunError: some could not; or what is wrong with the only one.
+        RunError: some priors could not be made; for a single prior, its own error.
     """
     if len(jobs) == 1 and jobs[0].error is not None:
         raise jobs[0].error

@@ -1,4 +1,4 @@
-"""Name the clips after their choices, keep a sweep's folder, and refuse to replace other files."""
+"""Name clips after their choices, lock a sweep's folder, and refuse to replace other files."""
 
 from __future__ import annotations
 
@@ -24,22 +24,22 @@ def sweep_folder(folder: Path) -> Iterator[None]:
     """Make a sweep's folder, lock it, and remove the temporary files that a killed run left.
 
     Raises:
-        InputError: another process writes to it, or it can't be written.
+        InputError: another process writes to the folder, or it isn't writable.
     """
     folder.mkdir(parents=True, exist_ok=True)
     try:
         with locked(folder):
             yield
     finally:
-        with contextlib.suppress(OSError):  # not empty: something was made
+        with contextlib.suppress(OSError):  # the folder isn't empty
             folder.rmdir()
 
 
 def check_output(path: Path, prior: Prior) -> None:
-    """Refuse an --output that no clip can have; the prior's own files are never replaced.
+    """Refuse an --output that isn't a valid path for a clip, or that would replace a file of the prior.
 
     Raises:
-        InputError: names what is wrong with it.
+        InputError: states the reason.
     """
     if path.suffix != ".mp4":
         raise InputError(f"--output {path}: expected a name that ends in .mp4")

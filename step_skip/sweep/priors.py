@@ -1,8 +1,8 @@
-"""Many priors as data: every image x seed x prompt is a job of its own.
+"""Plan many priors: every combination of image, seed and prompt is a job.
 
-No image is decoded and no weight loaded. A job holds paths and choices, so that a folder of any size fits in
-memory. Existing priors are looked up by name and then compared by what decides a prior: the bytes of the
-image's file, prompt, seed, settings and weights.
+No image is decoded and no weights are loaded. A job holds paths and choices, so that a folder of any size
+fits into memory. Existing priors are looked up by name and then compared by image file (its bytes), prompt,
+seed, settings and weights.
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ from step_skip.prior.writer import check_run_id
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
-BEGUN, PRUNED, WHOLE = range(3)  # how much of a prior exists, as far as the names of its files tell
-Found = tuple[Path, int]  # a prior's folder, and which of these it is
+BEGUN, PRUNED, WHOLE = range(3)  # how much of a prior exists, judged by the names of its files
+Found = tuple[Path, int]  # a prior's folder, and one of these states
 
-# Entries that are known before a run and that differ from machine to machine, or from run to run.
-OF_THE_MACHINE: Final = frozenset(("device", "device_name", "num_threads", "attention", "versions", "vram"))
-TIME_NAME = re.compile(r"\d{8}_\d{6}")  # the name of a prior whose image's name has no letters
+# Entries that are known before a run and that differ between machines or runs.
+MACHINE_ENTRIES: Final = frozenset(("device", "device_name", "num_threads", "attention", "versions", "vram"))
+TIME_NAME = re.compile(r"\d{8}_\d{6}")  # the run id of a prior whose name yields no usable characters
 
 
 @dataclass(slots=True, eq=False)
@@ -55,30 +55,30 @@ class PriorJob:
     images: dict[str, Path]  # by the prior's file names
     prompt: str
     choices: PriorChoices
-    run_id: str | None = None  # the one that was asked for; None: after the image, without one the prompt
-    planned: Prior | None = None  # with the metadata that is known before the run
-    directory: Path | None = None  # its folder, once it has begun
-    exists: bool = False  # it is whole, or pruned
-    error: Exception | None = None  # why it can't be made
-    pictures: dict[str, Picture] | None = None  # decoded already
+    run_id: str | None = None  # the requested id; None: named after the image or, without one, the prompt
+    planned: Prior | None = None  # a prior with the metadata that is known before the run
+    directory: Path | None = None  # the prior's folder, once it has begun
+    exists: bool = False  # the prior is complete, or pruned
+    error: Exception | None = None  # the reason why the prior can't be made
+    pictures: dict[str, Picture] | None = None  # the decoded images, if they were decoded
 
     @property
     def name(self) -> str:
-        """The path of its image, without one the prompt."""
+        """The path of the image or, without one, the prompt."""
         return str(self.images.get(IMAGE_FILE, self.prompt))
 
     @property
     def base(self) -> str:
-        """The run id that it gets if no other prior has it."""
+        """The run id that the prior gets if no other prior has it."""
         image = self.images.get(IMAGE_FILE)
         return id_from_name(self.prompt if image is None else image.stem)
 
     @property
     def prior(self) -> Prior:
-        """The prior as it was planned.
+        """The planned prior.
 
         Raises:
-            ValueError: it was not planned.
+            ValueError: the job was not planned.
         """
         if self.planned is None:
             raise ValueError("the job was not planned")
@@ -97,10 +97,10 @@ def make_jobs(
     """Return a job for each image, seed and prompt, in this order.
 
     Args:
-        images: files and folders of them; none: for a model that takes none.
-        prompts: all for each image; as many as there are files, and no folder: one for each.
+        images: files and folders of images; empty for a model that takes none.
+        prompts: all of them for each image; if there are as many as files, and no folder: one for each file.
         end_images: one for all images, or one for each.
-        run_ids: one for each job, or none.
+        run_ids: one for each job, or empty.
 
     Raises:
         InputError: a file is missing, an id is given twice, or the numbers of values don't match.
@@ -108,7 +108,9 @@ def make_jobs(
     files: list[Path | None] = [file for path in images for file in files_of(path)]
     paired = 1 < len(prompts) == len(files) and not any(path.is_dir() for path in images)
     if paired:
-        log.info("as many prompts as files: one for each; to give each image all of them, name their folder")
+        log.info(
+            "as many prompts as files: each file gets one; to give each file all, name the files' folder"
+        )
     of_each = [[prompt] for prompt in prompts] if paired else [prompts] * max(len(files), 1)
     ends = for_each("--end_image", end_images, max(len(files), 1), "image")
     jobs = [
@@ -133,10 +135,10 @@ def make_jobs(
 def for_each(
     flag: str, values: Sequence[T], number: int, what: str, *, all_one: bool = True
 ) -> Sequence[T | None]:
-    """Return one value for each, of none, one for all, or as many.
+    """Return one value for each of `number` things: None for all, the same for all, or the given values.
 
     Raises:
-        InputError: another number of values was given.
+        InputError: the number of values doesn't match.
     """
     if not values:
         return [None] * number
@@ -147,7 +149,7 @@ def for_each(
     return values
 
 
-# --- what is known beforehand -------------------------------------------------------------------------------
+# --- planning -----------------------------------------------------------------------------------------------
 
 
 def plan_jobs(
@@ -160,13 +162,13 @@ def plan_jobs(
 ) -> list[PriorJob]:
     """Find the prior of each job that exists or has begun, and plan the others.
 
-    What is wrong with an image is noted as the job's error.
+    An image that can't be used is noted as the job's error.
 
     Args:
-        parameters: the fingerprints of the values of a pipeline of the user's own, which has no files.
+        parameters: the fingerprints of the parameters of a custom pipeline, which has no files.
 
     Returns:
-        The jobs, without those that ask for the same prior again.
+        The jobs, without repetitions of the same prior.
 
     Raises:
         InputError: see `plan_prior`; or another prior has the run id.
@@ -174,7 +176,7 @@ def plan_jobs(
     plan = functools.cache(lambda choices: plan_prior(options, choices, family=family))
     defaults = model_defaults(options.model, options.model_dir)
     choices = jobs[0].choices
-    expected = what_all_record(plan(choices), choices, any_size=defaults.any_size)
+    expected = shared_metadata(plan(choices), choices, any_size=defaults.any_size)
     if parameters is not None:
         expected["parameter_fingerprint"] = parameters
     known = Known(output_dir, choices, expected, lambda: local_weights(options, family, choices))
@@ -200,27 +202,28 @@ def plan_jobs(
     return jobs
 
 
-def what_all_record(planned: Metadata, choices: PriorChoices, *, any_size: bool) -> dict[str, Any]:
-    """Return what all priors of a batch record besides image, prompt and seed, as JSON gives it.
+def shared_metadata(planned: Metadata, choices: PriorChoices, *, any_size: bool) -> dict[str, Any]:
+    """Return the metadata, as read from JSON, that all priors of a batch share: no image, prompt or seed.
 
     Args:
-        planned: the planned metadata of one of them.
-        any_size: whether the size may follow the image.
+        planned: the planned metadata of one prior.
+        any_size: the size may follow the image.
     """
-    left_out = {*OF_THE_MACHINE, "seed"}
+    left_out = {*MACHINE_ENTRIES, "seed"}
     if any_size and (choices.width, choices.height) == (None, None):
         left_out |= {"width", "height"}
-    if choices.tiled == "auto":  # goes by the size
+    if choices.tiled == "auto":  # resolved by the size
         left_out |= {"tiled"}
     kept = {name: value for name, value in planned.recorded().items() if name not in left_out}
-    return json.loads(json.dumps(kept)) | {"expected_closeness": None}  # which one made of a clip has
+    # only a prior made from a clip records an expected closeness
+    return json.loads(json.dumps(kept)) | {"expected_closeness": None}
 
 
 def local_weights(options: LoadOptions, family: str, choices: PriorChoices) -> Mapping[str, str]:
-    """Return the fingerprints of weights in a folder of the user's; none for weights that are fetched.
+    """Return the fingerprints of weights in a local folder; empty for weights that are downloaded.
 
     Raises:
-        InputError: some are missing.
+        InputError: some weights are missing.
     """
     if options.model != "tiny" and options.model_dir is None:
         return {}
@@ -229,12 +232,12 @@ def local_weights(options: LoadOptions, family: str, choices: PriorChoices) -> M
 
 
 class Known:
-    """The priors in a folder that match a batch; each is read once.
+    """The existing priors in a folder that match a batch; each is read once.
 
     Args:
-        choices: those of the batch.
-        expected: what all its priors have in their metadata.
-        weights: returns the fingerprints of its weights; called once a prior has all that.
+        choices: the choices of the batch.
+        expected: the metadata that all priors of the batch share.
+        weights: returns the fingerprints of the batch's weights; called if a prior has that metadata.
     """
 
     def __init__(
@@ -246,8 +249,8 @@ class Known:
     ):
         self.folder, self.choices, self.expected = folder, choices, expected
         self.weights = functools.cache(weights)
-        self.names: dict[str, list[str]] = {}  # of the folder, by the id they may be numbered copies of
-        self.found: dict[str, dict[object, Found]] = {}  # by that id, then by what decides a prior
+        self.names: dict[str, list[str]] = {}  # names of folders, by the id they may be numbered copies of
+        self.found: dict[str, dict[object, Found]] = {}  # priors by that id, then by their key
         self.sha256 = functools.cache(sha256_file)
         for name in sorted(os.listdir(folder)) if folder.is_dir() else ():  # noqa: PTH208  half the time
             if name.startswith("run_"):
@@ -282,7 +285,7 @@ class Known:
         return kept
 
     def look_up(self, job: PriorJob, key: object) -> Found | None:
-        """Look up the prior of a job: under the id that was asked for, else under any number."""
+        """Look up the prior of a job, under the requested id or else under any numbered one."""
         if job.run_id is not None:
             return self.read([f"run_{job.run_id}"]).get(key)
         if job.base not in self.found:
@@ -290,10 +293,10 @@ class Known:
         return self.found[job.base].get(key)
 
     def read(self, names: Iterable[str]) -> dict[object, Found]:
-        """Read the matching priors among these folders, by what decides each; of equals the most complete."""
+        """Read the matching priors in these folders, by key; of several with a key, the most complete."""
         found: dict[object, Found] = {}
         for name in names:
-            with contextlib.suppress(InputError):  # it is damaged, or no prior
+            with contextlib.suppress(InputError):  # the folder is damaged or not a prior
                 if (self.folder / name / METADATA_FILE).exists():
                     prior = read_run(self.folder / name)
                     if self.is_alike(prior):
@@ -303,14 +306,14 @@ class Known:
         return found
 
     def is_alike(self, prior: Prior) -> bool:
-        """Return whether a prior has the batch's settings and, as far as they are known, its weights."""
+        """Return whether a prior has the settings of the batch and, as far as known, its weights."""
         recorded = prior.metadata.recorded()
         return all(recorded.get(name) == value for name, value in self.expected.items()) and all(
             prior.metadata.model_fingerprint.get(name) == digest for name, digest in self.weights().items()
         )
 
     def key_of_job(self, job: PriorJob) -> object:
-        """Return what decides a job's prior besides the settings; None: an image can't be read."""
+        """Return the key of a job: prompt, seed and images; None: an image can't be read."""
         colour = hex_colour(self.choices.background)
         try:
             images = [
@@ -322,10 +325,10 @@ class Known:
 
 
 def state_of(prior: Prior) -> int:
-    """Return how much of a prior exists; one that lacks files can be finished.
+    """Return how much of a prior exists; a complete prior that lacks files counts as BEGUN.
 
     Raises:
-        InputError: it lacks files and can't be finished as what it is; this is logged.
+        InputError: a draft or a pruned prior lacks files; this is also logged.
     """
     m = prior.metadata
     lacking = sorted(m.files.keys() - set(os.listdir(prior.directory)))  # noqa: PTH208  half the time
@@ -355,27 +358,27 @@ def bases_of(run_id: str) -> Iterator[str]:
 
 
 def key_of_prior(prior: Prior) -> object:
-    """Return what decides a prior besides the settings; see `Known.key_of_job`."""
+    """Return the key of a prior: prompt, seed and images; see `Known.key_of_job`."""
     images = prior.metadata.images.items()
     sources = [(file, each.sha256, each.fit, each.background) for file, each in images]
     return prior.metadata.prompt, prior.metadata.seed, tuple(sources)
 
 
-# --- what it costs ------------------------------------------------------------------------------------------
+# --- cost ---------------------------------------------------------------------------------------------------
 
 
 def bytes_of(job: PriorJob) -> int:
-    """Return the most that the prior of a job takes on disk, in bytes."""
+    """Return an upper bound of the size of a job's prior on disk, in bytes."""
     prior = job.prior
     estimates = prior.num_inference_steps if prior.metadata.save_decoded_videos else 0
     return bytes_needed(prior, videos=1 + estimates)
 
 
 def forwards_of(prior: Prior, *, whole: bool = False) -> int:
-    """Return the network evaluations of a planned run.
+    """Return the number of network evaluations of a planned run.
 
     Args:
-        whole: count the whole run even if it is to be stopped early.
+        whole: count the whole run even if it will be stopped early.
     """
     last_step = None if whole else prior.metadata.stop_after
     guidance = prior.guidance[: None if last_step is None else last_step + 1]
@@ -383,7 +386,7 @@ def forwards_of(prior: Prior, *, whole: bool = False) -> int:
 
 
 def describe_prior_job(job: PriorJob) -> str:
-    """Return a job as one line of JSON: its settings, what they cost, and the prior that exists."""
+    """Return a job as one line of JSON: its settings, their cost, and its prior if that exists."""
     data: dict[str, Any] = {"name": job.name, "prompt": job.prompt}
     if job.error is None:
         prior = job.prior

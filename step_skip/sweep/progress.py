@@ -1,4 +1,4 @@
-"""Log what will run, how far it is, what it took and what failed."""
+"""Log the work ahead, its progress, its cost and its failures."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ def log_auto(groups: Sequence[Group]) -> None:
 
 
 def log_what_runs(groups: Sequence[Group], *, existing: int | None) -> None:
-    """Log what will run.
+    """Log the clips that will be made or, for a single clip, its steps.
 
     Args:
-        existing: how many clips of a sweep exist; None: a single clip, whose steps are logged.
+        existing: the number of clips of a sweep that exist; None: a single clip.
     """
     jobs = all_jobs(groups)
     if existing is not None:
@@ -48,7 +48,7 @@ def log_what_runs(groups: Sequence[Group], *, existing: int | None) -> None:
 
 
 class Progress:
-    """A progress bar over many jobs: how many are done, how many a minute, the time left."""
+    """A progress bar over many jobs, with the number of finished jobs, their rate and the time left."""
 
     def __init__(self, what: str, number: int, *, cost: float):
         layout = "{desc}{percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}"
@@ -72,7 +72,7 @@ class Progress:
 
 @contextlib.contextmanager
 def each_warning_once() -> Iterator[None]:
-    """While many jobs run, log a warning that is the same for all of them once."""
+    """Log each warning only once while many jobs run."""
     logged: set[str] = set()
 
     def is_new(record: logging.LogRecord) -> bool:
@@ -92,10 +92,10 @@ def each_warning_once() -> Iterator[None]:
 
 
 def describe_seconds(seconds: Mapping[str, float], *, prior: Prior | None = None) -> str:
-    """Describe where a run's time went.
+    """Describe the seconds of a run by phase.
 
     Args:
-        prior: the one a clip was made from; the seconds of its own run are given beside the clip's.
+        prior: the prior of a clip; the seconds of its own run are added for comparison.
     """
     beside = ""
     if prior is not None and (recorded := prior.metadata.seconds_per_step):
@@ -114,12 +114,12 @@ def warn_of_left_out(left_out: Mapping[Path, Exception]) -> None:
 def report_failed_clips(
     failed: Mapping[Path, Exception], total: int, *, folder: Path, left_out: Mapping[Path, Exception]
 ) -> None:
-    """Report what a sweep could not make, each error once for all clips that it costs.
+    """Report the clips that a sweep could not make; an error that several clips share is logged once.
 
     Raises:
         RunError: a clip failed, or a prior was left out.
     """
-    clips: dict[int, list[Path]] = {}  # by error
+    clips: dict[int, list[Path]] = {}  # the clips of each error, by its id
     for path, error in failed.items():
         clips.setdefault(id(error), []).append(path)
     for path, *others in clips.values():
@@ -135,6 +135,6 @@ def report_failed_clips(
 
 
 def _one_line(error: Exception, *, naming: Path | None = None) -> str:
-    """Return an error's message in one line, with the folder it is about."""
+    """Return an error's message in one line, preceded by the folder unless the message names it."""
     text = " ".join(str(error).split())[:200] or type(error).__name__
     return text if naming is None or str(naming) in text else f"{naming}: {text}"

@@ -110,7 +110,7 @@ def test_forgotten_quotes_are_given_back(run, script):
     outcome = run(script.removesuffix(".py"), *flags, "--prompt", "she", "moves", "left", "--device", "cpu")
     assert outcome.code == 2
     quoted = shlex.join(["python", script, *flags, "--prompt", "she moves left", "--device", "cpu"])
-    assert f"3 prompts of one word each; if they are one, quote it: {quoted};" in outcome.error
+    assert f"3 prompts of one word each; if they are one prompt, quote it: {quoted};" in outcome.error
 
 
 def test_prompts_of_one_word_may_each_have_a_flag(prior, infer):
@@ -137,14 +137,14 @@ def test_the_defaults_in_the_help_are_those_that_hold(tmp_path):
     text = " ".join(run_as_user(ROOT / "generate_prior.py", "--help", cwd=tmp_path).stdout.split())
     real, large, tiny = (model_defaults(name) for name in ("I2V-480P", "I2V-720P", "tiny"))
     for line in (
-        f"({real.height} x {real.width}; I2V-720P: {large.height} x {large.width}) and {real.num_frames} "
-        "frames; "
-        f"tiny keeps {tiny.height} x {tiny.width}, {tiny.num_frames};",
-        f"frames per second (default: {real.fps}; tiny: {tiny.fps})",
-        f"halves the cost (default: {real.cfg_scale:g}; tiny: {tiny.cfg_scale:g})",
-        f"at high noise (default: {real.sigma_shift:g})",
+        f"({real.height} x {real.width} pixels; I2V-720P: {large.height} x {large.width}) and "
+        f"{real.num_frames} frames; "
+        f"tiny has {tiny.height} x {tiny.width} pixels and {tiny.num_frames} frames.",
+        f"Frames per second. (default: {real.fps}; tiny: {tiny.fps})",
+        f"halves the cost. (default: {real.cfg_scale:g}; tiny: {tiny.cfg_scale:g})",
+        f"at high noise. (default: {real.sigma_shift:g})",
         f"(default: {real.dtype}; tiny: {tiny.dtype})",
-        "of the initial noise (default: 0)",
+        "Seed of the initial noise. Of several seeds each makes a prior. (default: 0)",
     ):
         assert line in text
     assert (tiny.negative_prompt, tiny.sigma_shift) == ("", real.sigma_shift)

@@ -25,7 +25,7 @@ def test_the_same_command_finds_its_clip(prior_copy, infer, loads, tmp_path, mon
     loaded = len(loads)
     again = infer(prior_copy, *flags)
     assert again.path == first.path
-    assert "made by the same choices" in again.err
+    assert "exists with the same choices" in again.err
     assert len(loads) == loaded
 
 
@@ -36,7 +36,7 @@ def test_what_is_damaged_or_another_is_no_clip_of_this_command(prior_copy, infer
     second = infer(prior_copy, *flags)
     assert second.path.name == f"{first.stem}_2.mp4"
     third = infer(prior_copy, *flags)
-    assert third.path == second.path and "made by the same choices" in third.err
+    assert third.path == second.path and "exists with the same choices" in third.err
     assert infer(prior_copy, "--prompt", OTHER_PROMPT, "--num_steps", 2).path not in (first, second.path)
 
 
@@ -46,7 +46,7 @@ def test_another_clip_is_still_not_replaced(prior_copy, infer, tmp_path):
     outcome = infer(prior_copy, "--prompt", OTHER_PROMPT, "--num_steps", 2, "--output", path)
     assert outcome.code == 2 and "clip.mp4 exists" in outcome.error
     again = infer(prior_copy, "--prompt", OTHER_PROMPT, "--num_steps", 1, "--output", path, "--overwrite")
-    assert again.code == 0 and "made by the same choices" not in again.err
+    assert again.code == 0 and "exists with the same choices" not in again.err
 
 
 # --- what is written ----------------------------------------------------------------------------------------

@@ -90,7 +90,9 @@ def test_rm_takes_priors_only(run, kept, tmp_path):
     (tmp_path / "link").symlink_to(kept)
     for folder in (kept.parent / "notes", kept.parent, tmp_path / "link", tmp_path / "nowhere"):
         outcome = run("prior_utils", "rm", kept, folder, "--yes")
-        assert outcome.code == 2 and "is no prior" in outcome.error and "nothing was removed" in outcome.error
+        assert (
+            outcome.code == 2 and "is not a prior" in outcome.error and "nothing was removed" in outcome.error
+        )
     assert kept.exists()
 
 

@@ -50,10 +50,10 @@ class DeadlyPrior(cluster_priors.PriorWorker):
 class Deadly(cluster_clips.ClipWorker):
     """A worker that one prompt kills."""
 
-    def make(self, group, inputs, texts, *contexts):
-        if group.jobs[0].plan.prompt == POISON:
+    def make(self, bank, plan, *given):
+        if plan.prompt == POISON:
             os._exit(1)
-        return super().make(group, inputs, texts, *contexts)
+        return super().make(bank, plan, *given)
 
 
 NODE = {"num_cpus": 1, "object_store_memory": 2**27, "include_dashboard": False}
@@ -110,7 +110,7 @@ def results(folder: Path) -> dict[str, dict]:
 def test_a_cluster_makes_what_one_process_makes(sweep, tmp_path):
     outcome = sweep("cluster", OTHER_PROMPT, THIRD_PROMPT)
     assert outcome.code == 0, outcome.err
-    assert "encoding 2 prompts" in outcome.err and "video 4 of 4" in outcome.err
+    assert "encoding 2 prompts" in outcome.err and "clip 4 of 4" in outcome.err
     assert sweep("here", OTHER_PROMPT, THIRD_PROMPT, ray=False).code == 0
     assert results(tmp_path / "cluster") == results(tmp_path / "here")
     assert len(list((tmp_path / "cluster" / "contexts").iterdir())) == 2
@@ -126,7 +126,7 @@ def test_a_lost_worker_costs_nothing_and_a_job_that_kills_three_is_given_up(
     outcome = infer(prior, *prompts, "--output_dir", tmp_path / "sweep", "--ray", address)
     assert outcome.code == 1
     assert "1 of 3 clips failed" in outcome.error
-    assert outcome.err.count("3 workers were lost over it: given up") == 1
+    assert outcome.err.count("3 workers were lost while they ran this job: given up") == 1
     assert outcome.err.count("a worker was lost") >= 3
     made = results(tmp_path / "sweep")
     assert {each["prompt"] for each in made.values()} == {OTHER_PROMPT, THIRD_PROMPT}
@@ -219,7 +219,7 @@ def test_priors_of_a_folder_are_those_of_one_process(
     there = ("--output_dir", output, "--ray", address)
     outcome = generate(*flags, PROMPT, POISON, *there)
     assert outcome.code == 1 and "4 of 6 priors failed" in outcome.error, outcome.err
-    assert outcome.err.count("3 workers were lost over it: given up") == 2
+    assert outcome.err.count("3 workers were lost while they ran this job: given up") == 2
     assert outcome.err.count("cut.png cannot be read") == 2 and "a minute" in outcome.err
     generate(*flags, PROMPT)
     here = {path.name: read_json(path / METADATA_FILE) for path in (tmp_path / "priors").iterdir()}

@@ -98,7 +98,7 @@ def test_a_signal_in_the_middle_of_a_run(infer, image, model_dir, tmp_path, sent
     assert process.returncode == code, err
     assert out == ""
     assert err.splitlines()[-1] == f"generate_prior.py: error: {word}"
-    assert f"go on with: python {ROOT / 'generate_prior.py'} --resume {tmp_path / 'run_stopped'}" in err
+    assert f"resume with: python {ROOT / 'generate_prior.py'} --resume {tmp_path / 'run_stopped'}" in err
     assert "Traceback" not in err
     assert read_json(tmp_path / "run_stopped" / "run_metadata.json")["status"] == "running"
     assert not list((tmp_path / "run_stopped").glob(".*"))

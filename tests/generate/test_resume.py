@@ -130,8 +130,8 @@ def test_the_command_that_is_printed_goes_on(prior, generate, run, image, tmp_pa
     with monkeypatch.context() as patch:
         patch.setattr(prior_run, "save_step", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         outcome = generate("--image", image, "--prompt", PROMPT, "--run_id", "words")
-    line = next(line for line in outcome.err.splitlines() if "every whole step is kept" in line)
-    script, *words = line.split("go on with: python ")[1].split()
+    line = next(line for line in outcome.err.splitlines() if "every complete step is saved" in line)
+    script, *words = line.split("resume with: python ")[1].split()
     assert script.endswith("generate_prior.py")
     assert run("generate_prior", *words).path == tmp_path / "priors" / "run_words"
     assert_same(tmp_path / "priors" / "run_words", prior)

@@ -89,7 +89,7 @@ def test_one_that_was_interrupted_is_finished_by_the_same_command(
     with monkeypatch.context() as patch:
         fail_at_step(patch, step, KeyboardInterrupt())
         outcome = generate("--image", photos, "--prompt", PROMPT)
-    assert outcome.code == 130 and "go on with: the same command" in outcome.err
+    assert outcome.code == 130 and "resume with: the same command" in outcome.err
     assert prompts_and_seeds(tmp_path / "priors") == {"run_ann": (PROMPT, 0, "running")}
     assert generate("--image", photos, "--prompt", PROMPT).code == 0
     assert prompts_and_seeds(tmp_path / "priors").keys() == {"run_ann", "run_ben"}

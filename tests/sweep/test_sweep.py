@@ -27,7 +27,7 @@ from step_skip.prior.metadata import read_prior
 from step_skip.prior.prior import context_file
 from step_skip.prior.schema import Formation
 from step_skip.sweep import finished, make_clips
-from step_skip.sweep.clips import make_groups, what_decides_plans
+from step_skip.sweep.clips import deciding_entries, make_groups
 from step_skip.sweep.outputs import sweep_folder
 
 THIRD_PROMPT = "The portrait nods."
@@ -156,7 +156,7 @@ def test_steps_and_guidance_are_swept(prior, infer, flags, found):
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (("--num_steps", "3-2"), "3-2 is no range of steps"),
+        (("--num_steps", "3-2"), "3-2 is not a range of steps"),
         (("--num_steps", "2,0"), "0 is not a whole number above 0"),
         (("--cfg_scale", "2,x"), "'x' is not a number above 0"),
         (("--cfg_scale", "2,"), "'' is not a number above 0"),
@@ -202,8 +202,8 @@ def test_a_prompts_file_that_cannot_be_used(prior_copy, infer, refused, tmp_path
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (("--start_step", "8-2"), ["--start_step", "8-2 is no range"]),
-        (("--start_step", "2-99999999999"), ["--start_step", "no range"]),
+        (("--start_step", "8-2"), ["--start_step", "8-2 is not a range"]),
+        (("--start_step", "2-99999999999"), ["--start_step", "not a range"]),
         (("--start_step", "2-10"), ["--start_step 10", "steps 0 to 9"]),
         (("--start_step", 2, "x"), ["--start_step", "'x'"]),
         (("--start_step", 2, 3, "--output", "a.mp4"), ["--output names one clip", "--output_dir"]),
@@ -229,16 +229,16 @@ def test_plans_are_shared_between_priors_but_for_what_is_their_own(prior, second
     assert all(a is b for a, b in zip(one.plans, other.plans, strict=True)) is (
         read_prior(prior).metadata.seed == read_prior(second).metadata.seed
     )
-    own = what_decides_plans(one.prior, choices)
+    own = deciding_entries(one.prior, choices)
     for name, value in (("prompt", "another"), ("cfg_scale", 9.0), ("lora", [1]), ("num_inference_steps", 4)):
         edited = replace(one.prior, metadata=one.prior.metadata.model_copy(update={name: value}))
-        assert what_decides_plans(edited, choices) != own
+        assert deciding_entries(edited, choices) != own
     pruned = replace(one.prior, metadata=one.prior.metadata.model_copy(update={"files": {}}))
-    assert what_decides_plans(pruned, choices) != own
+    assert deciding_entries(pruned, choices) != own
     update = {"run_id": "x", "formation": Formation(text_moves=[1.0])}
     renamed = replace(one.prior, metadata=one.prior.metadata.model_copy(update=update))
-    assert what_decides_plans(renamed, choices) == own
-    assert what_decides_plans(renamed, [Choices(start_step="auto")]) != own
+    assert deciding_entries(renamed, choices) == own
+    assert deciding_entries(renamed, [Choices(start_step="auto")]) != own
 
 
 # --- odd priors ---------------------------------------------------------------------------------------------
