@@ -27,7 +27,7 @@ import promise
 import world
 from promise_methods import Case, Method, Prior, as_array, from_noise, make_prior, resume
 
-from step_skip.method.formation import DEFAULT_TEXT_SHARE, part_distances, say_left, text_moves
+from step_skip.method.formation import DEFAULT_TEXT_SHARE, influence_left, part_distances, text_moves
 from step_skip.models.weights import model_defaults
 
 STEPS = 10  # of the priors and of the full run
@@ -55,7 +55,7 @@ def statistics(prior: Prior) -> Iterator[dict[str, float]]:
     """What a prior's own run says after each of its steps."""
     sigmas = prior.sigmas
     moves = text_moves(prior.branch_distances, sigmas=sigmas, cfg_scale=1.0)  # one scale, no part in a share
-    left, _ = say_left(moves, sigmas=sigmas)
+    left, _ = influence_left(moves, sigmas=sigmas)
     steps = zip(prior.latents, sigmas, prior.noise_pred, strict=False)  # the clean latents begin none
     denoised = (latents - sigma * noise_pred for latents, sigma, noise_pred in steps)
     formed = part_distances(denoised, prior.latents[-1])

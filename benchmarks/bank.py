@@ -33,7 +33,7 @@ from evaluate import psnr
 from promise import Job, run_cases, ssim
 from promise_methods import STEPS, Case, as_array, differential, make_prior
 
-from step_skip.method.closeness import velocities_apart
+from step_skip.method.closeness import velocity_distance
 from step_skip.method.differential import Velocity, corrected_offset, fading_rate
 
 FIT_IDENTITY, TEST_IDENTITY = 3_000_000, 4_000_000  # streams of identities of their own
@@ -147,7 +147,7 @@ def watching(seen: list[tuple[float, float]]) -> dict:
 
 def first_distance(prior, full) -> float:
     """How far a prior's first velocity is from the new clip's, which is the full run's."""
-    return round(velocities_apart(full.noise_pred[0], prior.noise_pred[0]), 6)
+    return round(velocity_distance(full.noise_pred[0], prior.noise_pred[0]), 6)
 
 
 def rms(tensor) -> float:

@@ -46,7 +46,7 @@ def measure(pipe, defaults, *, identities: int, clips: int) -> Errors:
             now, kept, right = shallow[apart:], added[:-apart], added[apart:]
             reused = {"plain reuse": kept}
             if branch is not None:
-                reused["with the branch"] = kept + branch(now, kept, apart=apart)
+                reused["with the branch"] = kept + branch(now, kept, age=apart)
             for form, used in reused.items():
                 squares = torch.stack([(used - right).square(), right.square()]).flatten(2).sum(2)
                 sums[form, apart] = sums.get((form, apart), 0) + squares

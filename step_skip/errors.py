@@ -1,22 +1,23 @@
-"""The errors of this package, and those that cost a job and not the run."""
+"""Define the errors of this package, and list those that end one job of a sweep but not the sweep."""
 
 from __future__ import annotations
 
 
 class InputError(ValueError):
-    """What the user gave cannot be used."""
+    """Input that cannot be used: a flag, a file, an image or a prior."""
 
 
 class RunError(RuntimeError):
-    """The input was fine, the run was not (network, memory, non-finite latents)."""
+    """A run that failed on valid input (network, memory, non-finite latents)."""
 
 
 class TakenError(InputError):
-    """A name that something has already, and that may not be replaced."""
+    """A path that already exists and may not be replaced."""
 
 
 class DiskError(OSError):
-    """A file could not be written; says which."""
+    """A file that could not be written; `filename` holds its path."""
 
 
-JOB_ERRORS = (InputError, RuntimeError, MemoryError, OSError)  # RunError and torch's own are RuntimeErrors
+# Errors that end one job and not the run; RunError and torch's own errors are RuntimeErrors.
+JOB_ERRORS = (InputError, RuntimeError, MemoryError, OSError)

@@ -1,7 +1,7 @@
-"""Reading and writing files, whatever they hold.
+"""Read and write files, whatever they hold.
 
-Writing: a file takes its name only when it is complete and on the disk; a folder has one writer. Reading: a
-file may come from an untrusted person, so its size, kind and content are checked before they are used.
+Writing: a file gets its name only when it is complete and on the disk; a folder has one writer at a time.
+Reading: a file may come from an untrusted source, so its size, kind and content are checked before use.
 
-Imports nothing of the package but `errors`.
+Of the package this folder imports only `errors`.
 """

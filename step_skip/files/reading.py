@@ -1,4 +1,8 @@
-"""Read files that may come from an untrusted person: regular ones, within bounds, with their SHA-256."""
+"""Read files from untrusted sources: regular files of a bounded size, with their SHA-256.
+
+`opened` opens such a file, `read_file` reads it, `sha256_file` and `check_sha256` compute and compare its
+checksum.
+"""
 
 from __future__ import annotations
 
@@ -19,12 +23,17 @@ from step_skip.errors import InputError
 
 @contextlib.contextmanager
 def opened(path: Path, *, most: int | None = None, follow: bool = False) -> Iterator[BinaryIO]:
-    """Open a file that anybody may have put there: a regular one, of at most so many bytes.
+    """Open a file from an untrusted source: a regular file of at most `most` bytes.
 
-    What is looked at is what is read. No pipe or device is waited for, and no link followed unless told to.
+    The checks run on the open descriptor, so the file that is checked is the file that is read. Opening
+    never blocks on a pipe or a device.
+
+    Args:
+        most: largest size in bytes; None: any size.
+        follow: follow a symbolic link.
 
     Raises:
-        InputError: there is something else, or it can't be read.
+        InputError: the path is not a regular file, too large, or can't be read.
     """
     flags = os.O_RDONLY | os.O_NONBLOCK | (0 if follow else os.O_NOFOLLOW)
     try:
@@ -34,13 +43,15 @@ def opened(path: Path, *, most: int | None = None, follow: bool = False) -> Iter
             raise InputError(
                 f"{path} is a symbolic link; a prior holds its own files: copy the file there"
             ) from error
-        if error.errno in (errno.ENOENT, errno.ENXIO):  # nothing, or a socket
+        if error.errno in (errno.ENOENT, errno.ENXIO):  # no such file, or a socket
             raise InputError(f"{path} is missing; copy the prior again or make it again") from error
         raise InputError(f"cannot read {path}: {error.strerror}") from error
     try:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
-            raise InputError(f"{path} is missing, what is there is no file; copy the prior again")
+            raise InputError(
+                f"{path} is missing, the path is not a regular file; copy the prior again or make it again"
+            )
         if most is not None and status.st_size > most:
             raise InputError(
                 f"{path} is too large: {status.st_size} bytes, expected at most {most}; make the prior again"
@@ -54,13 +65,13 @@ def opened(path: Path, *, most: int | None = None, follow: bool = False) -> Iter
 
 
 def read_file(path: Path, *, most: int) -> bytes:
-    """The bytes of a file that anybody may have put there; see `opened`."""
+    """Return the bytes of a file from an untrusted source; see `opened`."""
     with opened(path, most=most) as file:
         return file.read(most)
 
 
 def sha256_file(path: Path, *, most: int | None = None, follow: bool = True) -> str:
-    """SHA-256 of a file's bytes, in hex; see `opened`."""
+    """Return the SHA-256 of a file's bytes, in hex; see `opened`."""
     digest = hashlib.sha256()
     with opened(path, most=most, follow=follow) as file:
         while piece := file.read(2**20):
@@ -69,22 +80,22 @@ def sha256_file(path: Path, *, most: int | None = None, follow: bool = True) -> 
 
 
 def remembered_sha256(path: Path, *, most: int | None = None) -> str:
-    """Return a file's SHA-256 in hex, computed once as long as its size and date stay; see `opened`."""
+    """Return a file's SHA-256 in hex, cached while its size and date stay the same; see `opened`."""
     status = path.stat()
     return _sha256_of_version(path, status.st_size, status.st_mtime_ns, most)
 
 
 @functools.lru_cache(maxsize=64)
 def _sha256_of_version(path: Path, size: int, mtime_ns: int, most: int | None) -> str:
-    """Return the SHA-256 of a file of that size and date."""
+    """Return the SHA-256 of a file; size and date are part of the cache's key."""
     return sha256_file(path, most=most)
 
 
 def check_sha256(path: Path, found: str, expected: str) -> None:
-    """Refuse a file that is not what was written.
+    """Check that a file's checksum is the recorded one.
 
     Raises:
-        InputError: with both sums.
+        InputError: they differ; the message shows both.
     """
     if found != expected:
         raise InputError(

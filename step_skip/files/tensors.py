@@ -1,8 +1,8 @@
-"""Tensor files: .pt files with one tensor and nothing else, and headers of safetensors files.
+"""Load .pt files of exactly one tensor (`load_tensor`) and headers of safetensors files (`read_header`).
 
-An untrusted .pt file is checked as an archive before torch sees it: stored, not compressed, no larger than
-expected, and with a pickle that names only what torch.save names for a tensor. Then torch reads it with
-weights_only=True. The size of a safetensors header is checked before it is parsed.
+An untrusted .pt file is checked as an archive before torch reads it: stored, not compressed, no larger than
+expected, and with a pickle that names only the globals torch.save names for a tensor. Then torch reads it
+with weights_only=True. The size of a safetensors header is checked before it is parsed.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ DTYPES = ("bfloat16", "float16", "float32")
 
 
 def sha256_tensor(tensor: torch.Tensor) -> str:
-    """SHA-256 of a tensor's contiguous bytes in its own dtype, in hex."""
+    """Return the SHA-256 of a tensor's contiguous bytes in its own dtype, in hex."""
     import torch
 
     flat = tensor.detach().cpu().contiguous().flatten()
@@ -37,7 +37,7 @@ def sha256_tensor(tensor: torch.Tensor) -> str:
 
 
 def dtype_name(tensor: torch.Tensor) -> str:
-    """A tensor's dtype as the command line and the metadata say it: "bfloat16", for example."""
+    """Return a tensor's dtype as the command line and the metadata name it: "bfloat16", for example."""
     return str(tensor.dtype).removeprefix("torch.")
 
 
@@ -46,7 +46,7 @@ def dtype_name(tensor: torch.Tensor) -> str:
 
 @dataclass(frozen=True)
 class Header:
-    """What a safetensors file says of its tensors, by key, and of itself."""
+    """The header of a safetensors file: shapes and dtypes by the tensors' keys, and the file's metadata."""
 
     shapes: Mapping[str, Sequence[int]]
     dtypes: Mapping[str, str]  # "BF16", for example
@@ -54,10 +54,13 @@ class Header:
 
 
 def read_header(path: Path, *, what: str) -> Header:
-    """Read a safetensors file's header. safetensors checks that the tensors fill the file, without gaps.
+    """Read the header of a safetensors file; safetensors checks that the tensors fill the file without gaps.
+
+    Args:
+        what: description of the file for error messages, "--lora" for example.
 
     Raises:
-        InputError: no such file; `what` says which was wanted.
+        InputError: there is no such file, or it is not a safetensors file.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -65,7 +68,7 @@ def read_header(path: Path, *, what: str) -> Header:
         raise InputError(f"{what} {path} is not a file; name a .safetensors file")
     try:
         with path.open("rb") as opened:
-            size = int.from_bytes(opened.read(8), "little")  # as the format begins
+            size = int.from_bytes(opened.read(8), "little")  # the format begins with the header's size
         if size > MAX_HEADER_BYTES:
             raise SafetensorError(f"a header of {size} bytes")
         with safe_open(path, framework="numpy") as file:
@@ -78,26 +81,26 @@ def read_header(path: Path, *, what: str) -> Header:
     except (SafetensorError, OSError) as error:
         raise InputError(
             f"{what} {path} is not a safetensors file that can be read ({str(error)[:80]}); "
-            "fetch it again, or convert it"
+            "download it again, or convert it"
         ) from error
 
 
 BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
-# what a pickle of torch.save names for a tensor
+# Globals in the pickle that torch.save writes for a tensor.
 TENSOR_GLOBALS = re.compile(r"torch\._utils _rebuild_tensor_v2|collections OrderedDict|torch \w+Storage")
 
 
 def load_tensor(
     path: Path, *, shape: tuple[int, ...], dtype: str | None = None, sha256: str | None = None
 ) -> torch.Tensor:
-    """Load the one tensor a .pt file holds; nothing else in the file is ever unpickled.
+    """Load the one tensor of a .pt file; nothing else in the file is ever unpickled.
 
-    It is read once: the bytes whose sum is compared are those that become the tensor.
+    The file is read once: the checksum is computed over the same bytes that become the tensor.
 
     Args:
-        shape: expected shape; also bounds what is read into memory.
+        shape: expected shape; also bounds the bytes that are read into memory.
         dtype: expected dtype, "bfloat16" for example; None: any of DTYPES.
-        sha256: of the file, in hex; None: unknown.
+        sha256: expected SHA-256 of the file, in hex; None: unknown.
 
     Raises:
         InputError: not a tensor, wrong shape or dtype, NaN or infinite values, or a pickle with code in it.
@@ -139,11 +142,11 @@ def _check_tensor(
     dtype = dtype_name(tensor)
     if dtype not in dtypes:
         raise InputError(f"{path} has dtype {dtype}, expected {' or '.join(dtypes)}; make the prior again")
-    if tensor.untyped_storage().nbytes() > stored:  # torch would read on behind the end
+    if tensor.untyped_storage().nbytes() > stored:  # torch would read past the end of the data
         raise InputError(f"{path} claims more values than it holds; make the prior again")
     if not tensor.is_contiguous():
         raise InputError(
-            f"{path} holds a tensor that is not contiguous, as no prior does; make the prior again"
+            f"{path} holds a tensor that is not contiguous, expected a contiguous one; make the prior again"
         )
     if not torch.isfinite(tensor).all():
         raise InputError(f"{path} holds NaN or infinite values; make the prior again")
@@ -155,12 +158,14 @@ def _first_line(error: Exception) -> str:
 
 
 def _check_archive(content: bytes, path: Path, *, largest: int) -> int:
-    """Refuse what torch.save never writes for a tensor; returns how many bytes of values are stored."""
+    """Reject an archive that torch.save would not write for a tensor; return the bytes of stored values."""
     try:
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
             entries = archive.infolist()
             if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
-                raise InputError(f"{path} is a compressed archive, which no prior holds; don't use it")
+                raise InputError(
+                    f"{path} is a compressed archive, expected an uncompressed one; don't use it"
+                )
             size = sum(entry.file_size for entry in entries)
             if size > largest + 2**20:
                 raise InputError(f"{path} holds {size} bytes, expected at most {largest}; don't use it")
@@ -169,7 +174,7 @@ def _check_archive(content: bytes, path: Path, *, largest: int) -> int:
         raise
     except Exception as error:  # zipfile raises BadZipFile, struct.error, ValueError ... for bad files
         raise InputError(
-            f"{path} is not a tensor file ({_first_line(error)}); it was cut off or is something else: "
+            f"{path} is not a tensor file ({_first_line(error)}); it is truncated or of another kind: "
             "copy the prior again or make it again"
         ) from error
     return max((entry.file_size for entry in entries if re.search(r"/data/\d+$", entry.filename)), default=0)
@@ -183,7 +188,7 @@ def _read_pickle(archive: zipfile.ZipFile) -> bytes:
 
 
 def _check_pickle(content: bytes, path: Path) -> None:
-    """Refuse a pickle that would call anything but what makes a tensor."""
+    """Reject a pickle that names any global but TENSOR_GLOBALS."""
     for opcode, argument, _ in pickletools.genops(content):
         named = opcode.name in ("GLOBAL", "INST", "STACK_GLOBAL")
         if named and not TENSOR_GLOBALS.fullmatch(str(argument)):

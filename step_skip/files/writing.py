@@ -1,6 +1,7 @@
 """Write files so that a killed run, a full disk or an untrusted folder does no harm.
 
-A file takes its name only when it is complete and on the disk; a folder has one writer at a time.
+`replacing` gives a file its name only when it is complete and on the disk; `locked` keeps a folder to one
+writer at a time; `check_folder` checks permissions and free space before a run.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ if sys.platform != "win32":
 
 log = logging.getLogger(__name__)
 TEMPORARY_PREFIX = ".tmp_"
-LEFTOVER = re.compile(rf"{re.escape(TEMPORARY_PREFIX)}([0-9a-f]{{16}}|\d+)_.+")  # once with the writer's pid
+# Temporary names; earlier versions put the writer's process id in place of the 16 hex digits.
+LEFTOVER = re.compile(rf"{re.escape(TEMPORARY_PREFIX)}([0-9a-f]{{16}}|\d+)_.+")
 LOCK_FILE = ".lock"
 
 
@@ -36,20 +38,20 @@ LOCK_FILE = ".lock"
 
 @contextlib.contextmanager
 def replacing(path: Path, *, overwrite: bool = True) -> Iterator[Path]:
-    """Yield a temporary file beside `path`; on success it takes the final name, on failure it is removed.
+    """Yield the name of a temporary file beside `path`; rename it to `path` on success, remove it on failure.
 
-    Without `overwrite` it takes only a name that nothing has by then: of two writers only one gets it.
+    Without `overwrite` the rename fails if the path exists by then: of two writers only one succeeds.
 
-    The content is on the disk before the name is, and the name before this returns: a reader never sees
-    half a file, not even after a power cut. The temporary name keeps the suffix, by which imageio chooses
+    The content is on the disk before the rename, and the rename before this returns: a reader never sees a
+    partial file, not even after a power cut. The temporary name keeps the suffix, by which imageio chooses
     the format.
 
-    The folder may be a stranger's, with links laid in the way: the temporary name can't be guessed, is made
-    anew in the folder that was opened, and what takes the final name is the file that was made.
+    The folder may be untrusted and hold symbolic links: the temporary name is random, the file is created
+    anew in the folder that was opened, and exactly this file is renamed.
 
     Raises:
-        TakenError: something has the name, and may not be replaced.
-        DiskError: whatever the disk refused, with `path`.
+        TakenError: the path exists and may not be replaced.
+        DiskError: the disk's error, with `path`.
     """
     name = f"{TEMPORARY_PREFIX}{secrets.token_hex(8)}_{path.name[-40:]}"  # at most 255 bytes
     try:
@@ -75,41 +77,41 @@ def replacing(path: Path, *, overwrite: bool = True) -> Iterator[Path]:
 
 
 def _reserve(name: str, final: str, folder: int) -> None:
-    """Give a whole file its final name, too, where nothing has it yet; else FileExistsError."""
+    """Link a complete file to its final name as well; FileExistsError if that name exists."""
     try:
         os.link(name, final, src_dir_fd=folder, dst_dir_fd=folder, follow_symlinks=False)
     except FileExistsError:
         raise
-    except OSError:  # a file system without links: an empty file has the name for a moment
+    except OSError:  # the file system has no hard links: an empty file reserves the name until the rename
         os.close(os.open(final, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666, dir_fd=folder))
 
 
 def check_free(*paths: Path) -> None:
-    """Refuse names that something has, a link that leads nowhere included.
+    """Check that none of the paths exists, not even as a dangling link.
 
     Raises:
-        TakenError: with the first of them.
+        TakenError: one exists; the message names the first.
     """
     for path in paths:
         if os.path.lexists(path):
             raise TakenError(
-                f"{path} exists and is not replaced unasked; choose another name, or overwrite it"
+                f"{path} exists and is not replaced by default; choose another name, or overwrite it"
             )
 
 
 def _sync_file(name: str, folder: int) -> None:
-    """Wait until a file's content is on the disk; a link or anything else under its name is refused."""
+    """Wait until a file's content is on the disk; OSError if its name is no regular file any more."""
     descriptor = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=folder)
     try:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise OSError(errno.EEXIST, "another program put something in its place while it was written")
+            raise OSError(errno.EEXIST, "another program replaced the file while it was written")
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
 
 
 def _sync_folder(folder: int) -> None:
-    """Wait until a folder's list of names is on the disk, where its file system can do that."""
+    """Wait until a folder's entries are on the disk, if its file system supports that."""
     try:
         os.fsync(folder)
     except OSError as error:
@@ -118,10 +120,10 @@ def _sync_folder(folder: int) -> None:
 
 
 def folder_inside(directory: Path, *names: str) -> Path:
-    """The folder of these names, one in the other, inside a prior; it need not be there.
+    """Return the folder directory/name/name/... inside a prior; it need not exist.
 
     Raises:
-        InputError: one of them is a link, which would lead what is written there out of the prior.
+        InputError: a part of it is a symbolic link, by which files would be written outside the prior.
     """
     folder = directory
     for name in names:
@@ -138,19 +140,19 @@ def write_json(path: Path, data: Mapping[str, Any], *, overwrite: bool = True) -
     """Write `data` as readable JSON, whole or not at all; see `replacing`."""
     text = json.dumps(data, indent=2, ensure_ascii=False) + "\n"
     with replacing(path, overwrite=overwrite) as temporary:
-        # what is no UTF-8, in a path for example, becomes JSON's own \udcff
+        # Text that is not UTF-8, in a path for example, becomes an escape of JSON such as \udcff.
         temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def check_folder(folder: Path, needed: int) -> None:
-    """Refuse to start what could not be written there. Nothing is left behind, no folder is made yet.
+    """Check that files can be written to a folder; leaves no file behind and creates no folder.
 
     Args:
-        folder: where files will be written; it may have to be made.
-        needed: bytes.
+        folder: the output folder; it need not exist.
+        needed: bytes that will be written.
 
     Raises:
-        InputError: no file can be made there, or less space is free.
+        InputError: no file can be created there, or less space is free.
     """
     there = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
     try:
@@ -163,7 +165,7 @@ def check_folder(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(there).free
     if free < needed:
         raise InputError(
-            f"{there} has {free / 2**20:.0f} MiB free, and this needs {needed / 2**20:.0f}; "
+            f"{there} has {free / 2**20:.0f} MiB free, expected at least {needed / 2**20:.0f} MiB; "
             "free some space or write to another disk"
         )
 
@@ -173,12 +175,12 @@ def check_folder(folder: Path, needed: int) -> None:
 
 @contextlib.contextmanager
 def locked(directory: Path) -> Iterator[None]:
-    """Keep a second writer out of a folder; ends with the process, however that ends. Readers may read on.
+    """Lock a folder against a second writer; the lock ends with the process. Readers are not locked out.
 
-    Clears away what a killed writer left under temporary names.
+    Removes the temporary files that a killed writer left.
 
     Raises:
-        InputError: another writer is at it, or the folder can't be written.
+        InputError: another process holds the lock, or the folder can't be written.
     """
     path = directory / LOCK_FILE
     try:
@@ -202,12 +204,12 @@ def _removed_at_the_end(path: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        with contextlib.suppress(OSError):  # the disk may be what failed
+        with contextlib.suppress(OSError):  # the block may have failed because of the disk
             path.unlink()
 
 
 def _take(descriptor: int) -> bool:
-    """Lock an open file; False where another process has it, or had it until it was deleted."""
+    """Lock an open file; return False if another process holds the lock or has deleted the file."""
     if sys.platform == "win32":  # has no flock
         return True
     try:
@@ -217,5 +219,7 @@ def _take(descriptor: int) -> bool:
     except OSError as error:
         if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
             raise
-        log.warning("locks don't work on this file system: make sure that nothing else writes here")
+        log.warning(
+            "locks don't work on this file system: make sure that no other process writes to this folder"
+        )
     return os.fstat(descriptor).st_nlink > 0

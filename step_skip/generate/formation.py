@@ -8,7 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from step_skip.errors import InputError
-from step_skip.method.formation import DEFAULT_TEXT_SHARE, latest_step, part_distances, say_left, text_moves
+from step_skip.method.formation import (
+    DEFAULT_TEXT_SHARE,
+    influence_left,
+    latest_step,
+    part_distances,
+    text_moves,
+)
 from step_skip.prior.files import load_denoised, load_latents
 from step_skip.prior.preview import colours_of, draw
 from step_skip.prior.prior import Prior, step_file
@@ -49,7 +55,7 @@ def draw_formation(prior: Prior, record: Mapping[str, Any], path: Path) -> None:
     """Draw the record, with what `--start_step auto` makes of it."""
     left, measured, auto = None, False, None
     if record["text_moves"] is not None:
-        left, measured = say_left(record["text_moves"], sigmas=prior.metadata.scheduler_sigmas)
+        left, measured = influence_left(record["text_moves"], sigmas=prior.metadata.scheduler_sigmas)
         auto = latest_step(left, DEFAULT_TEXT_SHARE)
     plot_formation(prior, record, path, left=left, measured=measured, share=DEFAULT_TEXT_SHARE, auto=auto)
 

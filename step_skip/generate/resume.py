@@ -13,7 +13,7 @@ from step_skip.generate.generate import pipeline_images
 from step_skip.generate.plan import bytes_needed
 from step_skip.generate.run import Left, run_what_is_left, what_is_left
 from step_skip.models.families import MODEL_NAMES
-from step_skip.models.loading import Model, load_told
+from step_skip.models.loading import Model, load_logged
 from step_skip.models.lora import find_recorded_loras
 from step_skip.models.machine import differences_since, pick_device
 from step_skip.models.weights import LoadOptions, model_defaults
@@ -114,7 +114,7 @@ def load_recorded(prior: Prior, left: Left, *, device: str, vram: str, model_dir
     def check(found: Mapping[str, str]) -> None:
         check_fingerprint(prior, found)
 
-    return load_told(options, left.components, check=check, by_expert=True)
+    return load_logged(options, left.components, check=check, by_expert=True)
 
 
 # --- whether it can go on here ------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from step_skip.errors import InputError
 from step_skip.infer.choices import Choices, check_choices
 from step_skip.infer.steps import choose_steps
 from step_skip.method.formation import AutoStep
-from step_skip.method.steps import place_on_path
+from step_skip.method.steps import locate_sigma
 from step_skip.models.compute import inherited
 from step_skip.models.families import Defaults
 from step_skip.models.lora import RecordedLora, check_lora_experts, describe_loras, lora_entries
@@ -237,7 +237,7 @@ def part_of_step(plan: Plan, prior: Prior) -> float:
     """Return how far into the step after start_step a resume on custom sigmas begins, 0 ... 1."""
     if plan.sigmas is None:
         return 0.0
-    return place_on_path(plan.sigmas[0], prior.metadata.scheduler_sigmas)[1]
+    return locate_sigma(plan.sigmas[0], prior.metadata.scheduler_sigmas)[1]
 
 
 def velocity_files(plan: Plan) -> list[str]:

@@ -14,10 +14,10 @@ from step_skip.errors import InputError
 from step_skip.infer.choices import AUTO
 from step_skip.infer.schema import ClipReport
 from step_skip.method.closeness import CLOSENESS, DEFAULT_CLOSENESS, FIT
-from step_skip.method.formation import DEFAULT_TEXT_SHARE, AutoStep, latest_step, say_left
+from step_skip.method.formation import DEFAULT_TEXT_SHARE, AutoStep, influence_left, latest_step
 from step_skip.method.steps import (
     SAME_SIGMA,
-    place_on_path,
+    locate_sigma,
     recommended_num_steps,
     recommended_start_step,
     tail_sigmas,
@@ -114,7 +114,7 @@ def own_sigmas(sigmas: Sequence[float], prior: Prior) -> dict[str, Any]:
         raise InputError(f"--sigmas {' '.join(map(str, sigmas))}: expected decreasing values above 0")
     known = prior.metadata.scheduler_sigmas
     try:
-        step, _ = place_on_path(sigmas[0], known)
+        step, _ = locate_sigma(sigmas[0], known)
     except ValueError:
         raise InputError(
             f"--sigmas {sigmas[0]}: the prior begins at sigma {known[0]:.6g}; begin there or below"
@@ -194,7 +194,7 @@ def choose_start_step(prior: Prior, text_share: float = DEFAULT_TEXT_SHARE) -> A
     Raises:
         InputError: the prior doesn't say what the text had to say, or no step leaves as much.
     """
-    left, measured = say_left(read_text_moves(prior), sigmas=prior.metadata.scheduler_sigmas)
+    left, measured = influence_left(read_text_moves(prior), sigmas=prior.metadata.scheduler_sigmas)
     step = latest_step(left, text_share)
     if step is None:
         raise InputError(

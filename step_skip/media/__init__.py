@@ -1,4 +1,4 @@
-"""Images and videos as people have them and as a model sees them.
+"""Read images and videos as users have them, fit them to a model's size, and write .mp4 files.
 
-Imports `files`.
+Of the package this folder imports `errors` and `files`.
 """

@@ -1,4 +1,8 @@
-"""TODO"""
+"""Read images that users name and fit them to a clip's size.
+
+`files_of` lists the images of a folder, `open_image` reads one as upright RGB, `fit_picture` crops, pads or
+stretches it to the size that a model takes and returns it as a `Picture`.
+"""
 
 from __future__ import annotations
 
@@ -19,30 +23,30 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "TIFF", "BMP")  # Pillow hands others to programs
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".tif", ".tiff", ".bmp")  # looked for in folders
-MIN_IMAGE_SIDE = 16  # pixels; anything smaller is no picture
-CROP_PREVIEW_SIDE = 512  # pixels, of the longer one
+IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "TIFF", "BMP")  # Pillow runs external programs for others
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".tif", ".tiff", ".bmp")  # of files in a folder
+MIN_IMAGE_SIDE = 16  # pixels of the shorter side
+CROP_PREVIEW_SIDE = 512  # pixels of the longer side
 
 Box = tuple[int, int, int, int]  # left, top, right and bottom in an image's own pixels
 
 
 @dataclass(frozen=True, kw_only=True)
 class Picture:
-    """An image as the model will see it, and what became of the one that was given."""
+    """An image fitted to the clip's size, with a record of the given image and of how it was fitted."""
 
-    image: Image  # RGB, of the video's size
-    name: str  # of its file; "" where there is none
-    size: tuple[int, int]  # its own width and height
-    box: Box  # what is seen of it; with "pad" it reaches beyond
-    fit: str
-    background: str
-    sha256: str | None = None  # of its file
-    preview: Image | None = None  # what was cropped away, in the dark
+    image: Image  # RGB, of the clip's size
+    name: str  # name of the given file; "" if there is none
+    size: tuple[int, int]  # width and height of the given image, in pixels
+    box: Box  # the visible part of the given image; with "pad" it extends beyond the image
+    fit: str  # one of FITS
+    background: str  # colour as CSS names it
+    sha256: str | None = None  # SHA-256 of the given file, in hex
+    preview: Image | None = None  # the given image with the cropped parts darkened; None: nothing was cropped
 
     @property
     def record(self) -> dict[str, Any]:
-        """As a prior's metadata has it."""
+        """Return the entry of a prior's metadata for this image."""
         return {
             "name": self.name,
             "size": list(self.size),
@@ -54,7 +58,7 @@ class Picture:
 
 
 def hex_colour(name: str) -> str:
-    """A colour as CSS names it, as #rrggbb."""
+    """Convert a colour as CSS names it to #rrggbb."""
     from PIL import ImageColor
 
     red, green, blue = ImageColor.getrgb(name)[:3]
@@ -65,10 +69,10 @@ def hex_colour(name: str) -> str:
 
 
 def files_of(path: Path) -> list[Path]:
-    """The images in a folder, by name, or the file itself; none is opened.
+    """Return the images in a folder, sorted by name, or the file itself; opens none of them.
 
     Raises:
-        InputError: nothing is there, or no image in the folder.
+        InputError: there is no such file, or no image in the folder.
     """
     if not path.is_dir():
         if not path.is_file():
@@ -83,14 +87,14 @@ def files_of(path: Path) -> list[Path]:
 
 
 def open_image(given: str | Path | Image, *, background: str = "white", label: str = "--image") -> Image:
-    """An image, or the file of one, upright and in RGB, of its own size.
+    """Return an image, given as a path or a PIL image, upright and in RGB at its original size.
 
     Args:
-        background: a colour as CSS names it; transparent parts are put on it.
-        label: what an error calls it.
+        background: a colour as CSS names it, shown through transparent parts.
+        label: name of the image in error messages.
 
     Raises:
-        InputError: no file, not an image, or too small or too large to be one.
+        InputError: no file, not an image, or an image that is too small or too large.
     """
     if isinstance(given, str | Path):
         return _open_file(Path(given), background=background, label=label)
@@ -110,7 +114,12 @@ def _open_file(
     size: tuple[int, int] | None = None,
     content: bytes | None = None,
 ) -> Image:
-    """Of a size that is not the given one nothing is decoded; content: of a file that is read already."""
+    """Read an image file; see `open_image`.
+
+    Args:
+        size: expected width and height; another size is rejected before decoding. None: any size.
+        content: the file's bytes; None: they are read from `path`.
+    """
     with _opened(path, label=label, content=content) as opened:
         if size not in (None, opened.size):
             expected = "{} x {}".format(*size)
@@ -120,7 +129,7 @@ def _open_file(
 
 
 def image_size(path: Path, *, label: str = "--image") -> tuple[int, int]:
-    """Width and height of an image that is held upright; nothing of it is decoded.
+    """Return width and height of an upright image, in pixels, without decoding it.
 
     Raises:
         InputError: no file, or not an image.
@@ -128,13 +137,14 @@ def image_size(path: Path, *, label: str = "--image") -> tuple[int, int]:
     from PIL import ExifTags, Image
 
     with _opened(path, label=label) as opened:
-        orientation = Image.Image.getexif(opened).get(ExifTags.Base.Orientation, 1)  # PNG's own decodes
+        # The method of Image, because PNG's own override decodes the image.
+        orientation = Image.Image.getexif(opened).get(ExifTags.Base.Orientation, 1)
         return opened.size if orientation < 5 else (opened.height, opened.width)
 
 
 @contextlib.contextmanager
 def _opened(path: Path, *, label: str, content: bytes | None = None) -> Iterator[Image]:
-    """An image file, with whatever Pillow makes of it in one line."""
+    """Open an image file; turn any error of Pillow's into an InputError of one line."""
     from PIL import Image, UnidentifiedImageError
 
     if content is None and not path.is_file():
@@ -144,7 +154,7 @@ def _opened(path: Path, *, label: str, content: bytes | None = None) -> Iterator
             yield opened
     except UnidentifiedImageError:
         raise InputError(f"{label} {path} is not an image that can be read; use PNG, JPEG or WebP") from None
-    except Exception as error:  # Pillow's readers raise whatever they meet in a broken file
+    except Exception as error:  # Pillow's readers raise errors of many types for a broken file
         raise InputError(
             f"{label} {path} cannot be read ({str(error)[:100] or type(error).__name__}); "
             "save it again as PNG or JPEG"
@@ -155,20 +165,20 @@ def _large_enough(image: Image, *, label: str) -> Image:
     if min(image.size) < MIN_IMAGE_SIDE:
         raise InputError(
             f"{label} is {image.width} x {image.height} pixels, expected {MIN_IMAGE_SIDE} or more "
-            "a side; use a larger picture"
+            "per side; use a larger picture"
         )
     return image
 
 
 def to_rgb(image: Image, *, background: str, label: str) -> Image:
-    """An image of any mode of Pillow's, turned as its EXIF says and converted to RGB.
+    """Convert an image of any of Pillow's modes to RGB, rotated by its EXIF orientation.
 
     Args:
-        background: a colour as CSS names it; transparent parts are put on it.
-        label: what a message calls the image.
+        background: a colour as CSS names it, shown through transparent parts.
+        label: name of the image in messages.
 
     Raises:
-        ValueError: pixel values of which nobody can tell what is white.
+        ValueError: pixel values outside the known ranges, so that white is undefined (see `grey_levels`).
     """
     from PIL import Image, ImageOps
 
@@ -180,19 +190,19 @@ def to_rgb(image: Image, *, background: str, label: str) -> Image:
     if image.has_transparency_data:
         image = image.convert("LA").convert("RGBA") if image.mode == "La" else image.convert("RGBA")
         if image.getchannel("A").getextrema() != (255, 255):
-            log.info(f"{label} is transparent in places: {background} shows through (--background)")
+            log.info(f"{label} has transparent parts: {background} shows through (--background)")
         return Image.alpha_composite(Image.new("RGBA", image.size, background), image).convert("RGB")
     return image.convert("RGB")
 
 
 def grey_levels(image: Image) -> np.ndarray:
-    """The pixels of a grey image of more than 8 bits: uint8 [H, W].
+    """Convert the pixels of a grey image of more than 8 bits to uint8, [H, W].
 
-    White is 65535 in a file of 16 bits, which Pillow may read as 32; of floats it is 1, or 255 where there is
-    any above 1.
+    White is 65535 in a file of 16 bits, which Pillow may read as 32 bits. In floats it is 1, or 255 if any
+    value is above 1.
 
     Raises:
-        ValueError: values beyond that.
+        ValueError: values below 0 or above white.
     """
     import numpy as np
 
@@ -205,7 +215,7 @@ def grey_levels(image: Image) -> np.ndarray:
 
 
 def lab_to_rgb(image: Image) -> Image:
-    """From CIE L*a*b* to sRGB."""
+    """Convert an image from CIE L*a*b* to sRGB."""
     from PIL import ImageCms
 
     lab, srgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
@@ -219,7 +229,7 @@ def lab_to_rgb(image: Image) -> Image:
 def fit_picture(
     image: Image, *, width: int, height: int, fit: str, background: str, name: str, label: str
 ) -> Picture:
-    """Bring an image to width x height pixels: "crop" its middle, "pad" it, or "stretch" it."""
+    """Fit an image to width x height pixels: "crop" it to its centre, "pad" it, or "stretch" it."""
     box = fit_box(image.size, width=width, height=height, fit=fit)
     if fit == "stretch":
         fitted = fit_image(image, width=width, height=height, label=label)
@@ -232,7 +242,7 @@ def fit_picture(
         preview = show_box(image, box)
         left, top, right, bottom = box
         log.info(
-            f"{label} ({image.width} x {image.height}) is cropped to its middle, "
+            f"{label} ({image.width} x {image.height}) is cropped to its centre, "
             f"{right - left} x {bottom - top}; --fit pad keeps all of it"
         )
     return Picture(
@@ -241,16 +251,18 @@ def fit_picture(
 
 
 def fit_image(image: Image, *, width: int, height: int, label: str = "the image") -> Image:
-    """An image stretched to width x height pixels."""
+    """Stretch an image to width x height pixels; warn if its aspect ratio changes by more than 10%."""
     if abs(math.log(image.width * height / (image.height * width))) > math.log(1.1):
         log.warning(f"{label} ({image.width} x {image.height}) is stretched to {width} x {height}")
     return image.resize((width, height))
 
 
 def fit_box(size: tuple[int, int], *, width: int, height: int, fit: str) -> Box:
-    """What of an image of this size is seen in width x height pixels.
+    """Return the box of an image, in its own pixels, that is shown in width x height pixels.
 
-    Its middle with "crop", all of it with "stretch"; with "pad" more than there is.
+    Args:
+        size: width and height of the image.
+        fit: "crop" gives the centre, "stretch" the whole image, "pad" a box that extends beyond the image.
     """
     own_width, own_height = size
     is_wider = own_width * height > own_height * width
@@ -264,7 +276,11 @@ def fit_box(size: tuple[int, int], *, width: int, height: int, fit: str) -> Box:
 
 
 def pad(image: Image, box: Box, *, width: int, height: int, background: str) -> Image:
-    """All of an image, in the middle of width x height pixels."""
+    """Return the whole image, centred on a background of width x height pixels.
+
+    Args:
+        box: from `fit_box` with "pad".
+    """
     from PIL import Image
 
     left, top, right, bottom = box
@@ -276,7 +292,7 @@ def pad(image: Image, box: Box, *, width: int, height: int, background: str) -> 
 
 
 def show_box(image: Image, box: Box) -> Image:
-    """An image made small, dark where it is outside the box."""
+    """Return a preview of an image, darkened outside the box, at most CROP_PREVIEW_SIDE pixels per side."""
     scale = min(1, CROP_PREVIEW_SIDE / max(image.size))
     small = image.resize((max(1, round(image.width * scale)), max(1, round(image.height * scale))))
     left, top, right, bottom = (round(edge * scale) for edge in box)
@@ -285,14 +301,14 @@ def show_box(image: Image, box: Box) -> Image:
     return shown
 
 
-FITS = ("crop", "pad", "stretch")  # what becomes of an image of another shape than the video's
+FITS = ("crop", "pad", "stretch")  # ways to fit an image whose aspect ratio is not the clip's
 
 
 def check_colour(background: str) -> None:
-    """Refuse what Pillow takes for no colour.
+    """Check that Pillow knows a colour.
 
     Raises:
-        InputError: it does.
+        InputError: it doesn't.
     """
     from PIL import ImageColor
 
@@ -305,5 +321,5 @@ def check_colour(background: str) -> None:
 
 
 def crop_preview_file(name: str) -> str:
-    """Name of the picture that shows what was cropped from the image `name`."""
+    """Return the name of the preview file that shows how the image `name` was cropped."""
     return f"{Path(name).stem}_crop.png"

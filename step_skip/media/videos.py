@@ -1,4 +1,8 @@
-"""Videos that a user names, or that a prior holds: read as the model sees them, written whole."""
+"""Read video files at a model's size, write clips as .mp4 files, and decode frames for a page.
+
+`read_video` reads a user's video, `write_video` writes a clip, `is_whole_mp4` finds truncated files,
+`read_thumbs` decodes three small frames.
+"""
 
 from __future__ import annotations
 
@@ -16,11 +20,11 @@ if TYPE_CHECKING:
     import numpy as np
     from PIL.Image import Image
 
-THUMB_HEIGHT = 240  # pixels, at most
+THUMB_HEIGHT = 240  # largest height of a thumbnail, in pixels
 
 
 def fetch_example(image: Path, *, root: Path) -> Path:
-    """Fetch DiffSynth's example image from ModelScope to its place below `root`, once.
+    """Download DiffSynth's example image from ModelScope to its path below `root`, unless it exists.
 
     Raises:
         RunError: it could not be fetched.
@@ -57,7 +61,7 @@ def read_video(path: Path, *, width: int, height: int, num_frames: int) -> list[
         video = VideoData(str(path.absolute()), height=height, width=width)
         found = len(video)
         frames = [video[i] for i in range(min(found, num_frames))]
-    except Exception as error:  # imageio and ffmpeg raise whatever they like for a broken file
+    except Exception as error:  # imageio and ffmpeg raise errors of many types for a broken file
         raise InputError(
             f"--input_video {path} is not a video that can be read ({type(error).__name__}); "
             "save it again as MP4"
@@ -77,30 +81,36 @@ def write_video(
     overwrite: bool = True,
     tags: Mapping[str, str] | None = None,
 ) -> None:
-    """Write frames as an .mp4 (H.264), whole or not at all; see `replacing`.
+    """Write frames to an .mp4 file (H.264), completely or not at all; see `replacing`.
 
     Args:
-        tags: the video's own metadata, by MP4's names.
+        fps: frames per second.
+        overwrite: replace an existing file.
+        tags: metadata to store in the file, by MP4's names.
+
+    Raises:
+        TakenError: the file exists and may not be replaced.
+        DiskError: the file could not be written, or ffmpeg wrote only a part of it.
     """
     import imageio
     import numpy as np
 
-    cut_off = OSError(errno.EIO, "ffmpeg wrote only a part of it, its own message is above", str(path))
+    cut_off = OSError(errno.EIO, "ffmpeg wrote only a part of the file, see its message above", str(path))
+    options = [word for name, text in (tags or {}).items() for word in ("-metadata", f"{name}={text}")]
     with replacing(path, overwrite=overwrite) as temporary:
-        try:  # imageio takes a first "~" for the user's home
-            said = [word for name, text in (tags or {}).items() for word in ("-metadata", f"{name}={text}")]
-            writer = imageio.get_writer(temporary.absolute(), fps=fps, quality=8, output_params=said)
+        try:  # an absolute path, because imageio expands a leading "~" to the user's home
+            writer = imageio.get_writer(temporary.absolute(), fps=fps, quality=8, output_params=options)
             with writer:
                 for frame in frames:
                     writer.append_data(np.asarray(frame))
         except OSError as error:
             raise cut_off from error
-        if not is_whole_mp4(temporary):  # imageio doesn't look at ffmpeg's exit code
+        if not is_whole_mp4(temporary):  # imageio ignores ffmpeg's exit code
             raise cut_off
 
 
 def video_bytes(size: tuple[int, int, int]) -> int:
-    """Return a safe upper bound of a video's size on disk, in bytes: a quarter of its raw frames.
+    """Return a safe upper bound of a clip's size on disk, in bytes: a quarter of its raw frames.
 
     Args:
         size: height, width (pixels) and number of frames.
@@ -109,35 +119,35 @@ def video_bytes(size: tuple[int, int, int]) -> int:
 
 
 def is_whole_mp4(path: Path) -> bool:
-    """Whether a file is a row of whole MP4 boxes, the index (moov) that ffmpeg writes last among them."""
-    kinds, place, size = set(), 0, path.stat().st_size
+    """Return whether a file consists of complete MP4 boxes, among them moov, which ffmpeg writes last."""
+    kinds, offset, size = set(), 0, path.stat().st_size
     with path.open("rb") as file:
         for _ in range(MAX_BOXES):
-            if place >= size:
+            if offset >= size:
                 break
-            file.seek(place)
-            head = file.read(16)  # length, kind and, where the length is 1, the length again in 64 bits
+            file.seek(offset)
+            head = file.read(16)  # length in 32 bits, kind and, if the length is 1, the length in 64 bits
             length = int.from_bytes(head[:4], "big")
-            place += max(8, int.from_bytes(head[8:], "big") if length == 1 else length)
+            offset += max(8, int.from_bytes(head[8:], "big") if length == 1 else length)
             kinds.add(head[4:8])
-    return place == size and b"moov" in kinds
+    return offset == size and b"moov" in kinds
 
 
 def read_thumbs(path: Path, *, num_frames: int | None) -> list[Image]:
-    """First, middle and last frame of a video, at most THUMB_HEIGHT pixels high.
+    """Return the first, middle and last frame of a video, at most THUMB_HEIGHT pixels high.
 
     Args:
-        num_frames: how many it must have; None: unknown.
+        num_frames: expected number of frames; None: unknown.
 
     Raises:
-        InputError: it is missing, cut off, or has another number of frames.
+        InputError: the video is missing, truncated, or has another number of frames.
     """
     if path.is_symlink():
-        raise InputError(f"{path.name} is a symbolic link, which may lead anywhere")
+        raise InputError(f"{path.name} is a symbolic link, expected a file; copy the file there")
     if not path.is_file():
-        raise InputError(f"{path.name} is missing from {path.parent}")
+        raise InputError(f"{path.name} is missing from {path.parent}; copy it again or make it again")
     if not is_whole_mp4(path):
-        raise InputError(f"{path.name} is damaged: it is no whole .mp4")
+        raise InputError(f"{path.name} is damaged: it is not a complete .mp4 file; make it again")
     most = num_frames or LIMITS["num_frames"][1]
     thumbs, found = {}, 0
     try:
@@ -146,16 +156,19 @@ def read_thumbs(path: Path, *, num_frames: int | None) -> list[Image]:
         for found, frame in enumerate(_decoded(path, most=most), 1):
             if found in wanted:
                 thumbs[found] = thumb(frame)
-    except Exception as error:  # imageio and ffmpeg raise whatever they like for a broken file
-        raise InputError(f"{path.name} is damaged: it cannot be decoded") from error
+    except Exception as error:  # imageio and ffmpeg raise errors of many types for a broken file
+        raise InputError(f"{path.name} is damaged: it cannot be decoded; make it again") from error
     if not 0 < found == expected <= most:
-        told = f"over {most}" if found > most else found
-        raise InputError(f"{path.name} is damaged: {told} frames, expected {num_frames or f'at most {most}'}")
+        shown = f"over {most}" if found > most else found
+        raise InputError(
+            f"{path.name} is damaged: {shown} frames, expected {num_frames or f'at most {most}'}; "
+            "make it again"
+        )
     return [thumbs[number] for number in wanted]
 
 
 def _decoded(path: Path, *, most: int) -> Iterator[np.ndarray]:
-    """The first frames of a video, [H, W, 3] uint8, one more than `most`, or as many as MAX_PIXELS."""
+    """Yield the frames of a video, [H, W, 3] uint8: at most `most` + 1 frames and MAX_PIXELS pixels."""
     import imageio
 
     input_params = ["-max_pixels", str(MAX_AREA)]
@@ -168,7 +181,7 @@ def _decoded(path: Path, *, most: int) -> Iterator[np.ndarray]:
 
 
 def thumb(frame: Any) -> Image:
-    """A frame, [H, W, 3] uint8, as an image of at most THUMB_HEIGHT pixels in height."""
+    """Convert a frame, [H, W, 3] uint8, to an image of at most THUMB_HEIGHT pixels in height."""
     from PIL import Image
 
     height, width, _ = frame.shape

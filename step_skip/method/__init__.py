@@ -1,5 +1,5 @@
-"""The method itself, on tensors: differential resume and what it is built from.
+"""Implement the method on tensors: differential resume (`differential.follow`) and its parts.
 
-Knows neither files nor DiffSynth; imports nothing of the package. torch is imported at module level only
-where tensors are computed with.
+This folder uses neither files nor DiffSynth and imports nothing of the package. Only the modules that compute
+with tensors import torch at module level.
 """

@@ -1,18 +1,18 @@
-"""What a differential resume's first evaluation tells: the nearest prior, and how near its clip will come.
+"""Choose the prior and the number of steps by a differential resume's first evaluation (`FirstLook`).
 
 Priors of one image, size, seed and model begin at the same noise. The new prompt's first velocity there is
-evaluated anyway; how far it is from each prior's own says which of them to follow, and how much there is to
-change. A few steps bring a clip the nearer to a full run the less there is and the less guidance adds to it:
+evaluated anyway; its distance to each prior's velocity tells which prior to follow and how much changes. A
+few steps bring a clip closer to a full run if less changes and if guidance adds less to the change:
 
-    predicted PSNR to the full run, dB = a - b * log10(apart) - c * log10(cfg_scale),   by steps: FIT
+    predicted PSNR to the full run, dB = a - b * log10(distance) - c * log10(cfg_scale),   by steps: FIT
 
-    apart = root mean square of new velocity - prior's velocity, over all of the latents
+    distance = root mean square of new velocity - prior's velocity, over all of the latents
 
-A prior that was made of a clip has that clip's own distance to a full run, and what follows it has both; the
-errors are taken to be independent, so their squares add up.
+A prior made of a clip has that clip's error relative to a full run, and a clip that follows it has both
+errors. They are assumed to be independent, so their squares add up.
 
-FIT is fitted to the embedded model's clips by benchmarks/bank.py; docs/bank.md shows how far off it is. Of
-another model the order holds, the numbers only say what as much change meant there.
+FIT is fitted to the embedded model's clips by benchmarks/bank.py; docs/bank.md shows its accuracy. For
+another model the order holds; the numbers are those that the same distance gave on the embedded model.
 """
 
 from __future__ import annotations
@@ -34,95 +34,114 @@ FIT: Final[Mapping[int, tuple[float, float, float]]] = {
     4: (47.3, 7.2, 8.6),
     6: (53.4, 4.4, 9.9),
 }
-MOST_CLOSENESS = 50.0  # dB; no prediction is above, the prior's own clip's neither: who could see it?
+MOST_CLOSENESS = 50.0  # dB; upper bound of predictions, since larger values are visually identical
 CLOSENESS: Final[Mapping[str, float]] = {"draft": 34.0, "good": 38.0, "best": 42.0}  # dB
 DEFAULT_CLOSENESS: Final = "good"
 
 
-def velocities_apart(new: torch.Tensor, old: torch.Tensor) -> float:
-    """How far a new velocity is from a prior's: root mean square; [B, C, T, H, W], both."""
+def velocity_distance(new: torch.Tensor, old: torch.Tensor) -> float:
+    """Return the root mean square difference of a new velocity and a prior's, both [B, C, T, H, W]."""
     return float((new.float() - old.to(new.device).float()).square().mean().sqrt())
 
 
 def predicted_closeness(
-    apart: float, num_steps: int, *, cfg_scale: float = 1.0, own: float = math.inf
+    distance: float, num_steps: int, *, cfg_scale: float = 1.0, own: float = math.inf
 ) -> float:
-    """The PSNR to a full run, in dB, that so many steps are expected to reach; at most MOST.
+    """Return the expected PSNR to a full run, in dB, of a clip of `num_steps` steps; at most MOST_CLOSENESS.
+
+    The formula and its source are in the module's docstring.
 
     Args:
-        cfg_scale: of the new run's first step.
-        own: of the prior's own clip, likewise; a full run's is infinite.
+        distance: `velocity_distance` of the first velocities.
+        num_steps: number of steps that run.
+        cfg_scale: guidance of the new run's first step.
+        own: PSNR of the prior's own clip to a full run, in dB; infinite if the prior is a full run.
     """
-    if apart == 0:
+    if distance == 0:
         return min(MOST_CLOSENESS, own)
     a, b, c = FIT[max(number for number in FIT if number <= num_steps)]
-    followed = min(MOST_CLOSENESS, a - b * math.log10(apart) - c * math.log10(cfg_scale))
+    followed = min(MOST_CLOSENESS, a - b * math.log10(distance) - c * math.log10(cfg_scale))
     return -10 * math.log10(10 ** (-followed / 10) + 10 ** (-own / 10))
 
 
 def fewest_steps(
-    apart: float, numbers: Iterable[int], closeness: float, *, cfg_scale: float = 1.0, own: float = math.inf
+    distance: float,
+    numbers: Iterable[int],
+    closeness: float,
+    *,
+    cfg_scale: float = 1.0,
+    own: float = math.inf,
 ) -> int:
-    """The fewest of these steps that are expected to reach a closeness, else the most; numbers: few first."""
+    """Return the smallest number of steps that is expected to reach a closeness, else the largest.
+
+    Args:
+        distance, cfg_scale, own: see `predicted_closeness`.
+        numbers: numbers of steps to choose from, increasing.
+        closeness: PSNR to a full run, in dB.
+    """
     numbers = list(numbers)
-    predicted = {n: predicted_closeness(apart, n, cfg_scale=cfg_scale, own=own) for n in numbers}
+    predicted = {n: predicted_closeness(distance, n, cfg_scale=cfg_scale, own=own) for n in numbers}
     reach = (n for n in numbers if predicted[n] >= closeness)
     return next(reach, numbers[-1])
 
 
 @dataclass
 class FirstLook:
-    """The paths a run may follow, and what its first velocity tells of them.
+    """The paths a run may follow, and the path chosen by its first velocity.
 
     Args:
-        paths: of each prior that begins here one trajectory by number of steps, few first.
-        closeness: in dB; the fewest steps that are expected to reach it are taken, else the most.
-        cfg_scale: of the run's first step.
-        own: of each prior that of its own clip, in dB; (): all are full runs.
+        paths: for each prior that begins at the same noise, one trajectory by number of steps, increasing.
+        closeness: in dB; the smallest number of steps expected to reach it is taken, else the largest.
+        cfg_scale: guidance of the run's first step.
+        own: for each prior, the PSNR of its own clip to a full run, in dB; (): all priors are full runs.
     """
 
     paths: Sequence[Mapping[int, Trajectory]]
     closeness: float = math.inf
     cfg_scale: float = 1.0
     own: Sequence[float] = ()
-    apart: list[float] = field(default_factory=list)  # of each prior, once the first velocity is known
-    nearest: int = 0  # likewise: the place of the prior that is followed
-    num_steps: int | None = None  # likewise
+    # Set by `choose`, once the first velocity is known:
+    distances: list[float] = field(default_factory=list)  # velocity_distance to each prior
+    nearest: int = 0  # index of the prior that is followed
+    num_steps: int | None = None  # number of steps that run
 
     def __post_init__(self):
         self.own = self.own or [math.inf] * len(self.paths)
 
     @property
     def first(self) -> Trajectory:
-        """The path to begin on: all have the same first step."""
+        """Return the path on which the run begins; all paths have the same first step."""
         return self.paths[0][max(self.paths[0])]
 
     @property
     def differ_in_length(self) -> bool:
-        """Whether the number of steps is chosen, too."""
+        """Return whether the number of steps is chosen as well."""
         return len(self.paths[0]) > 1
 
     def choose(self, noise_pred: torch.Tensor) -> Trajectory:
-        """The path to follow from the first velocity on, [B, C, T, H, W]."""
-        self.apart = [
-            velocities_apart(noise_pred, next(iter(each.values())).noise_pred[0]) for each in self.paths
+        """Choose the path to follow by the run's first velocity, [B, C, T, H, W]."""
+        self.distances = [
+            velocity_distance(noise_pred, next(iter(each.values())).noise_pred[0]) for each in self.paths
         ]
         most = max(self.paths[0])
-        ranks = [(apart == 0, self.predicted(place, most), -apart) for place, apart in enumerate(self.apart)]
+        ranks = [
+            (distance == 0, self.predicted(index, most), -distance)
+            for index, distance in enumerate(self.distances)
+        ]
         self.nearest = nearest = ranks.index(max(ranks))
-        path, apart, own = self.paths[nearest], self.apart[nearest], self.own[nearest]
-        self.num_steps = fewest_steps(apart, path, self.closeness, cfg_scale=self.cfg_scale, own=own)
+        path, distance, own = self.paths[nearest], self.distances[nearest], self.own[nearest]
+        self.num_steps = fewest_steps(distance, path, self.closeness, cfg_scale=self.cfg_scale, own=own)
         return path[self.num_steps]
 
-    def predicted(self, place: int, num_steps: int) -> float:
-        """How near so many steps along a prior's path are expected to come, in dB; once `apart` is known."""
+    def predicted(self, index: int, num_steps: int) -> float:
+        """Return the closeness, in dB, expected of `num_steps` steps along a prior's path, after `choose`."""
         return predicted_closeness(
-            self.apart[place], num_steps, cfg_scale=self.cfg_scale, own=self.own[place]
+            self.distances[index], num_steps, cfg_scale=self.cfg_scale, own=self.own[index]
         )
 
     def describe(self) -> dict[str, Any]:
-        """For a result's JSON; empty where nothing is predicted: the run began further down the path."""
+        """Return the entries for a clip's JSON; empty if the run began after step 0 or has not chosen yet."""
         if self.num_steps is None or self.first.steps[0] != 0:
             return {}
         predicted = self.predicted(self.nearest, self.num_steps)
-        return {"apart": self.apart[self.nearest], "predicted_closeness": predicted}
+        return {"apart": self.distances[self.nearest], "predicted_closeness": predicted}

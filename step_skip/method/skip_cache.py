@@ -1,9 +1,9 @@
-"""Skip-Cache: the blocks between a DiT's first and last, replaced by what they added at an earlier step.
+"""Replace the blocks between a DiT's first and last by their update at an earlier step: Skip-Cache.
 
-From one step to the next the deep blocks add nearly the same. So a full step keeps what the blocks between
-the first and the last added, and the steps after it put that in their place (the Skip-Cache of Skip-DiT,
-arXiv 2411.17616, in its form without training). Each guidance branch keeps its own. `Branch` corrects what is
-reused: the trained form.
+From one step to the next the deep blocks add nearly the same update. So a full step stores the update of the
+blocks between the first and the last, and the steps after it add the stored update instead of running them
+(the Skip-Cache of Skip-DiT, arXiv 2411.17616, in its form without training). Each guidance branch has its own
+update. `Branch` corrects the reused update: the trained form.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ ModelFn = Callable[..., torch.Tensor]
 
 
 class Branch(torch.nn.Module):
-    """A linear layer from shallow and kept deep features to what the plain reuse misses.
+    """A linear layer from shallow features and a stored update to the error of plain reuse.
 
     Args:
-        weight: [A, D, 2 D], one for each number of steps apart; the last also for those farther apart.
+        weight: [A, D, 2 D], one matrix for each age of an update, 1 ... A steps; the last also for older.
         bias: [A, D]
     """
 
@@ -32,20 +32,26 @@ class Branch(torch.nn.Module):
         self.weight = torch.nn.Parameter(weight, requires_grad=False)
         self.bias = torch.nn.Parameter(bias, requires_grad=False)
 
-    def forward(self, x: torch.Tensor, added: torch.Tensor, *, apart: int) -> torch.Tensor:
-        """x, added: [B, tokens, D]; apart: steps since `added` was kept"""
-        place = min(apart, len(self.weight)) - 1
+    def forward(self, x: torch.Tensor, added: torch.Tensor, *, age: int) -> torch.Tensor:
+        """Return the correction of a reused update, [B, tokens, D].
+
+        Args:
+            x: output of the first block, [B, tokens, D].
+            added: the stored update, [B, tokens, D].
+            age: number of steps since `added` was stored.
+        """
+        index = min(age, len(self.weight)) - 1
         inputs = torch.cat([x, added], -1)
-        return torch.nn.functional.linear(inputs, self.weight[place], self.bias[place])
+        return torch.nn.functional.linear(inputs, self.weight[index], self.bias[index])
 
 
 class Middle(torch.nn.Module):
-    """The blocks between a DiT's first and last: run, or replaced by what they added when they last ran.
+    """The blocks between a DiT's first and last, which run or are replaced by their last update.
 
     Args:
-        blocks: those between; they stay modules of the DiT, so that offloading finds them.
-        every: what was kept is used for every - 1 steps.
-        branch: corrects what is used again; None: it is used as it is.
+        blocks: the blocks; they stay modules of the DiT, so that offloading finds them.
+        every: one step in `every` runs the blocks; the update is reused for every - 1 steps.
+        branch: correction of a reused update; None: it is reused as it is.
     """
 
     def __init__(self, blocks: torch.nn.ModuleList, *, every: int, branch: Branch | None = None):
@@ -54,14 +60,14 @@ class Middle(torch.nn.Module):
         self.every = every
         self.branch = branch
         self.step, self.positive = 0, True
-        self.kept: dict[bool, tuple[int, torch.Tensor]] = {}  # by guidance branch: step, what was added
+        self.kept: dict[bool, tuple[int, torch.Tensor]] = {}  # by guidance branch: step, update
 
     def forward(self, x: torch.Tensor, *inputs: torch.Tensor) -> torch.Tensor:
-        """What the blocks make of x, [B, tokens, dim], exactly or as they did at an earlier step."""
+        """Return the blocks' output for x, [B, tokens, D], computed or with the update of an earlier step."""
         step, added = self.kept.get(self.positive, (self.step - self.every, None))
         if added is not None and self.step - step < self.every:
             used = x + added
-            return used if self.branch is None else used + self.branch(x, added, apart=self.step - step)
+            return used if self.branch is None else used + self.branch(x, added, age=self.step - step)
         deep = x
         for block in self.blocks:
             deep = block(deep, *inputs)
@@ -70,7 +76,7 @@ class Middle(torch.nn.Module):
 
 
 class SkipCacheModelFn:
-    """A model_fn that tells the middles which step it is and which guidance branch."""
+    """A model_fn that sets the current step and guidance branch of each `Middle` before it runs."""
 
     def __init__(self, model_fn: ModelFn, middles: Mapping[torch.nn.Module, Middle]):
         self.model_fn = model_fn

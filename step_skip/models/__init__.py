@@ -1,4 +1,4 @@
-"""The Wan family: its models as a table, their weight files, loading them, LoRAs, devices and memory.
+"""List the Wan models, find and load their weights, apply LoRAs, choose the device and estimate memory.
 
-Imports `media`, `files` and `method`.
+Of the package this folder imports `errors`, `files` and `method`.
 """

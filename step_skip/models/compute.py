@@ -1,6 +1,6 @@
-"""What computes: which attention DiffSynth found, blocks compiled by torch, matrices quantised.
+"""Detect DiffSynth's attention, compile a DiT's blocks with torch, and quantise its matrices.
 
-Each of them changes a run's last bits, so a run records them.
+Each of them changes the last bits of a run's result, so a run records them.
 """
 
 from __future__ import annotations
@@ -15,20 +15,21 @@ if TYPE_CHECKING:
     from diffsynth.core.quant import QuantizeConfig
     from diffsynth.pipelines.wan_video import WanVideoPipeline
 
-# DiffSynth's own names of what --quantize offers (diffsynth/core/quant/backends/torchao.py)
-QUANTIZATIONS: Final = {"fp8": "torchao_fp8_w8a16"}  # weights in 8 bits, computed in the pipeline's dtype
-# linear layers outside the blocks: a thousandth of the weights, and all of time and text passes through them
+# Values of --quantize and DiffSynth's names for them (diffsynth/core/quant/backends/torchao.py): weights in
+# 8 bits, computed in the pipeline's dtype.
+QUANTIZATIONS: Final = {"fp8": "torchao_fp8_w8a16"}
+# Linear layers outside the blocks: they have a thousandth of the weights and process all of time and text.
 NOT_QUANTIZED: Final = [
-    *(f"{name}.{place}" for name in ("text_embedding", "time_embedding") for place in (0, 2)),
-    *(f"img_emb.proj.{place}" for place in (1, 3)),
+    *(f"{name}.{index}" for name in ("text_embedding", "time_embedding") for index in (0, 2)),
+    *(f"img_emb.proj.{index}" for index in (1, 3)),
     "time_projection.1",
     "head.head",
 ]
-OFF: Final = "off"  # takes back what a prior was made with
+OFF: Final = "off"  # value of a flag that turns off the prior's recorded choice
 
 
 def attention_backend() -> str:
-    """The attention that DiffSynth's Wan uses here, by what is installed (models/wan_video_dit.py)."""
+    """Return DiffSynth's attention for Wan with the packages installed here (models/wan_video_dit.py)."""
     from diffsynth.models import wan_video_dit
 
     for name, there in (
@@ -42,20 +43,20 @@ def attention_backend() -> str:
 
 
 def inherited(given: str | None, recorded: str | None) -> str | None:
-    """What a run computes with: what was given, else what its prior was made with; OFF is none."""
+    """Return the given value of a flag, else the one recorded by the prior; None for OFF."""
     chosen = given or recorded
     return None if chosen == OFF else chosen
 
 
 def check_compute(*, vram: str, quantize: str | None, compile: str | None) -> None:
-    """Refuse what can't be had here, before anything is loaded.
+    """Check --quantize and --compile before anything is loaded.
 
     Raises:
-        InputError: naming the flag.
+        InputError: a value is unknown, not supported here, or contradicts --vram; the message names the flag.
     """
     if quantize is not None and vram not in ("auto", "plain"):
         raise InputError(
-            f"--quantize {quantize} keeps the whole DiT on the GPU, and --vram {vram} doesn't: leave one out"
+            f"--quantize {quantize} needs the DiT on the GPU, and --vram {vram} offloads it; leave one out"
         )
     if quantize is not None and quantize not in QUANTIZATIONS:
         raise InputError(f"--quantize {str(quantize)[:40]!r}: expected one of {', '.join(QUANTIZATIONS)}")
@@ -83,20 +84,20 @@ def _quantize_config(method: str) -> QuantizeConfig:
 
 
 def quantize_network(pipe: WanVideoPipeline, name: str, method: str, *, device: str) -> None:
-    """Quantise the blocks of `dit` or `dit2` layer by layer, from wherever they are onto the device.
+    """Quantise the blocks of `dit` or `dit2` layer by layer, from any device onto the given one.
 
     Raises:
-        InputError: this device can't.
+        InputError: the device doesn't support the method.
     """
     config, network = _quantize_config(method), getattr(pipe, name)
     try:
         config.quantize_model(network, compute_device=device, model_device=device)
-    except AssertionError as error:  # torchao's way of naming the hardware it needs
+    except AssertionError as error:  # torchao names the hardware it needs by an assertion
         raise InputError(f"--quantize {method}: {error}") from error
     network.to(device)
-    network.quantize_config = config  # DiffSynth's load_lora asks for it
+    network.quantize_config = config  # DiffSynth's load_lora reads it
 
 
 def compile_network(pipe: WanVideoPipeline, name: str, backend: str) -> None:
-    """Compile the blocks of `dit` or `dit2`, by DiffSynth's own means."""
+    """Compile the blocks of `dit` or `dit2` with DiffSynth's own compile_pipeline."""
     pipe.compile_pipeline(compile_models=[name], backend=backend)

@@ -1,6 +1,7 @@
-"""The embedded model's classes: DiffSynth's own, at the small sizes of a folder's config.json.
+"""Build and load the embedded model: DiffSynth's own classes at the small sizes of a folder's config.json.
 
-Importing this module is cheap; torch and diffsynth are imported by the functions that need them.
+`load_tiny_modules` and `load_tiny_tokenizer` load it; `warn_of_embedded` warns of prompts and sizes that it
+was not trained for. torch and diffsynth are imported by the functions that need them.
 """
 
 from __future__ import annotations
@@ -25,7 +26,13 @@ log = logging.getLogger(__name__)
 def build_tiny(
     config: dict, *, seed: int = 0, only: Collection[str] | None = None
 ) -> dict[str, torch.nn.Module]:
-    """The modules at the config's sizes in float32, seeded and untrained; all of its family, or some."""
+    """Build untrained modules at the config's sizes, in float32.
+
+    Args:
+        config: content of config.json.
+        seed: of the random weights.
+        only: components to build; None: all of the config's family.
+    """
     import torch
 
     builders = {
@@ -44,14 +51,18 @@ def build_tiny(
 
 
 def embedded_components(config: dict) -> tuple[str, ...]:
-    """The components of an embedded model, by its family."""
+    """Return the components of an embedded model's family."""
     return FAMILIES[config.get("family", DEFAULT_FAMILY)].components
 
 
 def load_tiny_modules(
     folder: Path = TINY_DIR, *, only: Collection[str] | None = None
 ) -> dict[str, torch.nn.Module]:
-    """The trained modules in float32, whatever the dtype of the files; a skip_branch is put into the DiT."""
+    """Load the trained modules in float32, whatever the files' dtype; a skip_branch is attached to the DiT.
+
+    Args:
+        only: components to load; None: all of the model's family.
+    """
     from safetensors.torch import load_file
 
     from step_skip.method.skip_cache import Branch
@@ -71,10 +82,10 @@ def load_tiny_modules(
 
 
 def load_tiny_tokenizer(folder: Path = TINY_DIR) -> HuggingfaceTokenizer:
-    """The word-level tokenizer in `folder/tokenizer`.
+    """Load the word-level tokenizer in `folder/tokenizer`.
 
     Raises:
-        InputError: it is damaged.
+        InputError: the tokenizer is damaged.
     """
     from diffsynth.models.wan_video_text_encoder import HuggingfaceTokenizer
 
@@ -88,7 +99,7 @@ def load_tiny_tokenizer(folder: Path = TINY_DIR) -> HuggingfaceTokenizer:
 
 
 def set_latent_statistics(vae: WanVideoVAE, mean: torch.Tensor, std: torch.Tensor) -> None:
-    """Per-channel mean and std of the latents, plain attributes of WanVideoVAE. mean, std: [z_dim]"""
+    """Set the channels' mean and std, [z_dim] each, which are plain attributes of WanVideoVAE."""
     vae.mean, vae.std = mean, std
     vae.scale = [mean, 1.0 / std]
 
@@ -100,7 +111,7 @@ def _build_dit(config: dict) -> torch.nn.Module:
     sizes = dict(config["dit"])
     sizes["patch_size"] = tuple(sizes["patch_size"])
     dit = WanModel(**sizes)
-    if dit.has_image_input:  # WanModel's own takes 1280 channels and, of two images, 514 tokens
+    if dit.has_image_input:  # WanModel's own img_emb has fixed sizes: 1280 channels, 514 tokens of two images
         encoder = config["image_encoder"]
         dit.img_emb = MLP(encoder["vision_dim"], sizes["dim"], has_pos_emb=dit.has_image_pos_emb)
         if dit.has_image_pos_emb:
@@ -116,7 +127,7 @@ def _build_text_encoder(config: dict) -> torch.nn.Module:
 
 
 def _build_image_encoder(config: dict) -> torch.nn.Module:
-    """WanImageEncoder around a small CLIP; its own constructor would allocate ViT-H."""
+    """Build a WanImageEncoder around a small CLIP; its own constructor would allocate ViT-H."""
     import torch
     from diffsynth.models.wan_video_image_encoder import WanImageEncoder, clip_xlm_roberta_vit_h_14
 
@@ -129,9 +140,9 @@ def _build_image_encoder(config: dict) -> torch.nn.Module:
 
 
 def _build_vae(config: dict) -> torch.nn.Module:
-    """WanVideoVAE around a small VideoVAE_; its own full-size one is only laid out on the meta device.
+    """Build a WanVideoVAE around a small VideoVAE_; its own full-size one is created on the meta device only.
 
-    The VAE of Wan2.2's 5B is WanVideoVAE38; its config has `dec_dim`, which the other doesn't know.
+    The VAE of Wan2.2's 5B is WanVideoVAE38; only its config has `dec_dim`.
     """
     import torch
     from diffsynth.models.wan_video_vae import VideoVAE38_, VideoVAE_, WanVideoVAE, WanVideoVAE38
@@ -145,45 +156,47 @@ def _build_vae(config: dict) -> torch.nn.Module:
     return vae
 
 
-TOLD_WORDS = 5  # of those it doesn't know
+MAX_LISTED_WORDS = 5  # unknown words that a warning lists
 
 
 def warn_of_embedded(
     options: LoadOptions, prompts: Iterable[str], sizes: Mapping[str, int] | None = None
 ) -> None:
-    """Say in one line what of prompts and sizes the embedded model was not made for; nothing of other models.
+    """Warn in one line of prompts and sizes the embedded model was not trained for; ignore other models.
 
     Args:
-        sizes: height, width and num_frames; None: the prior's, which were told of.
+        prompts: the prompts of the run.
+        sizes: height, width and num_frames; None: the prior's sizes, of which its own run has warned.
     """
     if options.model != "tiny":
         return
     folder = options.model_dir or TINY_DIR
     config = read_tiny_config(folder)
-    if "motions" not in config:  # nobody has said what it knows
+    if "motions" not in config:  # the config doesn't list the motions the model knows
         return
-    doubts = doubts_of_words(folder, prompts, most=config["tokenizer"]["seq_len"] - 1)
-    if doubts:
-        doubts.append(f"try: {', '.join(config['motions'])}")
+    warnings = word_warnings(folder, prompts, most=config["tokenizer"]["seq_len"] - 1)
+    if warnings:
+        warnings.append(f"try: {', '.join(config['motions'])}")
     defaults = model_defaults("tiny", options.model_dir)
     made_for = {name: getattr(defaults, name) for name in ("width", "height", "num_frames")}
     if sizes is not None and any(sizes[name] != value for name, value in made_for.items()):
         shape = "{width} x {height} pixels, {num_frames} frames"
-        doubts.append(f"it was made for {shape.format(**made_for)}, not {shape.format(**sizes)}")
-    if doubts:
-        log.warning(f"the embedded model won't do as it is told: {'; '.join(doubts)}")
+        warnings.append(f"it was trained for {shape.format(**made_for)}, not {shape.format(**sizes)}")
+    if warnings:
+        log.warning(f"the embedded model may not follow this prompt: {'; '.join(warnings)}")
 
 
-def doubts_of_words(folder: Path, prompts: Iterable[str], *, most: int) -> list[str]:
-    """What a model's tokenizer doesn't know, and what is longer than it reads.
+def word_warnings(folder: Path, prompts: Iterable[str], *, most: int) -> list[str]:
+    """Return warnings of words that a model's tokenizer doesn't know and of prompts that it truncates.
 
     Args:
-        most: words it reads of a prompt.
+        folder: of the model.
+        most: number of words that the model reads of a prompt.
     """
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer" / "tokenizer.json"))
-    doubts: list[str] = []
+    warnings: list[str] = []
     unknown: dict[str, None] = {}
     for prompt in prompts:
         found = tokenizer.encode(prompt, add_special_tokens=False)
@@ -191,9 +204,9 @@ def doubts_of_words(folder: Path, prompts: Iterable[str], *, most: int) -> list[
             if token == tokenizer.model.unk_token:
                 unknown[prompt[begin:end]] = None
         if len(found.tokens) > most:
-            doubts.append(f'it reads {most} words, and "{prompt[:40]}..." has {len(found.tokens)}')
+            warnings.append(f'it reads {most} words, and "{prompt[:40]}..." has {len(found.tokens)}')
     if unknown:
-        words = ", ".join(f'"{word}"' for word in list(unknown)[:TOLD_WORDS])
-        others = len(unknown) - TOLD_WORDS
-        doubts.insert(0, f"it doesn't know {words}{f' and {others} others' if others > 0 else ''}")
-    return doubts
+        words = ", ".join(f'"{word}"' for word in list(unknown)[:MAX_LISTED_WORDS])
+        others = len(unknown) - MAX_LISTED_WORDS
+        warnings.insert(0, f"it doesn't know {words}{f' and {others} others' if others > 0 else ''}")
+    return warnings

@@ -1,11 +1,13 @@
-"""The Wan family as one table: what each kind of network takes, and the weights that were published of it.
+"""Define the Wan models in two tables: the inputs of each kind of network, and the published weights.
 
-    FAMILIES   kinds of networks: their latents, the images they take, what a prior keeps of those images;
-               a prior's metadata names its own
-    MODELS     published weights by the name that --model takes: files in order, sizes, settings
+    FAMILIES   kinds of networks: their latents, their input images, the tensors of those images that a prior
+               keeps; a prior's metadata names its family
+    MODELS     published weights by the names that --model takes: files in the order of loading, sizes,
+               settings
 
-DiffSynth knows a checkpoint by its keys and shapes. That tells neither 480P from 720P nor the high-noise
-expert from the low-noise one: of two experts the first that is loaded becomes `dit`, the second `dit2`.
+DiffSynth recognises a checkpoint by its keys and shapes. They distinguish neither 480P from 720P nor the
+high-noise expert from the low-noise one: of two experts the first that is loaded becomes `dit`, the second
+`dit2`.
 
 Sources: parameters counted on diffsynth 2.1.12's own classes; dtypes of the files from their published sizes;
 settings from generate.py and wan/configs of Wan2.1 and Wan2.2, for T2V-1.3B from Wan2.1's readme, for Fun
@@ -35,10 +37,11 @@ WAN_NEGATIVE_PROMPT = (
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """What a kind of network takes and gives.
+    """The inputs and the latents of one kind of network.
 
-    conditioning: what the pipeline makes of the images, by its own names; a prior keeps it in their place.
-    experts: the pipeline's names of the networks, for high noise first.
+    conditioning: shapes of the tensors that the pipeline computes from the images, by its own names; a prior
+        keeps these tensors instead of the images.
+    experts: the pipeline's names of the networks, the one for high noise first.
     """
 
     latent_channels: int = 16  # z_dim of the VAE
@@ -51,12 +54,12 @@ class Family:
 
     @property
     def components(self) -> tuple[str, ...]:
-        """The parts of the pipeline that a full run needs."""
+        """Return the components of the pipeline that a full run needs."""
         image_encoder = ("image_encoder",) if "clip_feature" in self.conditioning else ()
         return (*self.experts, "vae", "text_encoder", *image_encoder)
 
 
-Y: Final[ShapePattern] = (1, 20, "T", "H", "W")  # 4 channels of a mask, 16 of the encoded images
+Y: Final[ShapePattern] = (1, 20, "T", "H", "W")  # 4 channels of the mask and 16 of the encoded images
 CLIP_FEATURE: Final[ShapePattern] = (1, 257, 1280)
 CLIP_OF_TWO: Final[ShapePattern] = (1, 514, 1280)
 FIRST_FRAME: Final[ShapePattern] = (1, 48, 1, "H", "W")
@@ -81,14 +84,15 @@ FAMILIES: Final[Mapping[str, Family]] = {
     ),
     "T2V-A14B": Family(experts=("dit", "dit2")),
 }
-DEFAULT_FAMILY: Final = "I2V"  # of a prior that names none: only this one was known
+DEFAULT_FAMILY: Final = "I2V"  # family of priors that name none; when they were made there was no other
 
 
 def expert_of(timestep: float, boundary: float | None) -> str:
-    """The network WanVideoPipeline takes at a timestep, 0 ... 1000: of two experts dit2 below the boundary.
+    """Return the network that WanVideoPipeline uses at a timestep: "dit2" below the boundary, else "dit".
 
     Args:
-        boundary: switch_DiT_boundary, 0 ... 1; None: there is only one.
+        timestep: 0 ... 1000.
+        boundary: switch_DiT_boundary, 0 ... 1; None: there is only one network.
     """
     return "dit2" if boundary is not None and timestep < boundary * 1000 else "dit"
 
@@ -100,39 +104,39 @@ def expert_of(timestep: float, boundary: float | None) -> str:
 class Weights:
     """The files of one component."""
 
-    model_id: str  # ModelScope's
-    pattern: str
-    model_hash: str  # DiffSynth's, of keys and shapes
-    parameters: int  # that are loaded
-    file_bytes: int  # to download and to hold on disk
+    model_id: str  # on ModelScope
+    pattern: str  # glob of the files
+    model_hash: str  # DiffSynth's hash of keys and shapes
+    parameters: int  # number of parameters that are loaded
+    file_bytes: int  # size of the files
 
 
 @dataclass(frozen=True)
 class Defaults:
-    """What a model runs with unless told otherwise; the names are WanVideoPipeline's."""
+    """The default settings of a model, named as the arguments of WanVideoPipeline."""
 
     height: int = 480
     width: int = 832
     num_frames: int = 81
     fps: float = 16
-    cfg_scale: float = 5.0  # of two experts the high-noise one's
-    cfg_scale_2: float | None = None  # the low-noise one's; None: the same
+    cfg_scale: float = 5.0  # of two experts, guidance of the high-noise one
+    cfg_scale_2: float | None = None  # guidance of the low-noise expert; None: cfg_scale
     sigma_shift: float = 5.0
-    switch_DiT_boundary: float | None = None  # None: there is only one
+    switch_DiT_boundary: float | None = None  # None: there is only one network
     negative_prompt: str = WAN_NEGATIVE_PROMPT
     dtype: str = "bfloat16"
-    any_size: bool = True  # of this area: without one given, the image's own aspect ratio
+    any_size: bool = True  # a size that isn't given gets this area and the image's aspect ratio
 
 
 @dataclass(frozen=True, kw_only=True)
 class Published:
-    """A model that was published: its family, its files in the order of loading, its settings."""
+    """A published model: its family, its files in the order of loading, its settings."""
 
     model_id: str
     family: str
     weights: Mapping[str, Weights]  # by component
     defaults: Defaults = Defaults()
-    num_inference_steps: int = 50  # of its authors' own runs; a prior's default is PriorChoices'
+    num_inference_steps: int = 50  # used by the model's authors; a prior's default is that of PriorChoices
 
 
 CONVERTED = "DiffSynth-Studio/Wan-Series-Converted-Safetensors"  # where DiffSynth redirects the .pth files
@@ -150,7 +154,7 @@ TEXT_ENCODER = Weights(
     5_680_910_336,
     11_361_820_672,
 )
-IMAGE_ENCODER = Weights(  # of the file's parameters, float32, the text tower's are not loaded
+IMAGE_ENCODER = Weights(  # the file is float32 and has a text tower, too, which is not loaded
     CONVERTED,
     "models_clip_open-clip-xlm-roberta-large-vit-huge-14.safetensors",
     "5941c53e207d62f20f9025686193c40b",
@@ -171,7 +175,12 @@ def _published(
     defaults: Defaults = Defaults(),
     num_inference_steps: int = 50,
 ) -> Published:
-    """Put the shared files behind the model's own; `folders` holds one for each expert, in their order."""
+    """Return a published model with the shared files after its own.
+
+    Args:
+        parameters, stored_bytes: number of parameters of each expert, and bytes per parameter in its files.
+        folders: the folder of each expert, in their order.
+    """
     kind = FAMILIES[family]
     pattern = "diffusion_pytorch_model*.safetensors"
     networks = {
@@ -193,7 +202,7 @@ I2V_HASH, T2V_HASH = "6bfcfb3b342cb286ce886889d519a77e", "aafcfd9672c3a2456dc46e
 LARGE = Defaults(height=720, width=1280)
 
 MODELS: Final[Mapping[str, Published]] = {
-    "I2V-480P": _published(  # Wan's own code has shift 3 at this size; DiffSynth's examples, as here, 5
+    "I2V-480P": _published(  # sigma_shift 5 as in DiffSynth's examples; Wan's own code has 3 at this size
         "Wan-AI/Wan2.1-I2V-14B-480P", "I2V", I2V_HASH, parameters=I2V_14B, num_inference_steps=40
     ),
     "I2V-720P": _published(
@@ -260,7 +269,7 @@ MODEL_NAMES: Final = (*MODELS, "tiny")
 def latents_shape(
     *, height: int, width: int, num_frames: int, family: Family = FAMILIES[DEFAULT_FAMILY]
 ) -> tuple[int, ...]:
-    """[B, C, T, H, W] of the latents of a video of this size (pixels, frames)."""
+    """Return the shape [B, C, T, H, W] of the latents of a clip of this size (pixels, frames)."""
     frames = (num_frames - 1) // family.temporal_factor + 1
     factor = family.spatial_factor
     return (1, family.latent_channels, frames, height // factor, width // factor)
@@ -269,7 +278,7 @@ def latents_shape(
 def round_sizes(
     *, height: int, width: int, num_frames: int, family: Family = FAMILIES[DEFAULT_FAMILY]
 ) -> dict[str, int]:
-    """The sizes WanVideoPipeline rounds these to, up and silently (`check_resize_height_width`)."""
+    """Round sizes up as WanVideoPipeline does silently (`check_resize_height_width`)."""
     pixels, frames = 2 * family.spatial_factor, family.temporal_factor  # the DiT's patches are 2 x 2 latents
     return {
         "height": math.ceil(height / pixels) * pixels,

@@ -1,6 +1,7 @@
-"""Load a model: onto which device, and by which means; DiffSynth's own loader does it for the real ones.
+"""Load a model's components onto a device: published models by DiffSynth's own loader, and the embedded one.
 
-Importing this module is cheap; torch and diffsynth are imported by the functions that need them.
+`load` takes a model's name, `load_components` the options of the scripts; `model_of` wraps a user's own
+pipeline. torch and diffsynth are imported by the functions that need them.
 """
 
 from __future__ import annotations
@@ -27,9 +28,9 @@ from step_skip.models.machine import pick_device
 from step_skip.models.memory import (
     begin_peak,
     check_download,
+    log_expected_memory,
     offload_config,
     pick_vram,
-    say_what_is_expected,
     vram_limit,
 )
 from step_skip.models.weights import (
@@ -52,8 +53,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-OWN_PIPELINE = "own"  # the model of a prior that was made on a pipeline we didn't load
-UNVERIFIED = "unverified"
+OWN_PIPELINE = "own"  # model name of a prior that was made on a user's own pipeline
+UNVERIFIED = "unverified"  # fingerprint of weights whose values can't be read
 
 
 # --- loading ------------------------------------------------------------------------------------------------
@@ -61,16 +62,16 @@ UNVERIFIED = "unverified"
 
 @dataclass(frozen=True)
 class Model:
-    """A pipeline that is loaded, and what it was loaded from."""
+    """A loaded pipeline, with the options and files it was loaded from."""
 
     pipe: WanVideoPipeline
     options: LoadOptions
     fingerprint: Mapping[str, str] = field(default_factory=dict)  # of the files, by component
-    seconds: float = 0.0  # loading took
-    experts: Mapping[str, list[Path]] = field(default_factory=dict)  # files of two that take turns in memory
+    seconds: float = 0.0  # loading time
+    experts: Mapping[str, list[Path]] = field(default_factory=dict)  # files of experts that take turns
 
     def use_expert(self, name: str) -> float:
-        """Of two experts that take turns, load this one in the other's place; returns the seconds it took."""
+        """Load an expert in place of the other if they take turns; return the seconds it took."""
         begin = time.perf_counter()
         if name in self.experts and getattr(self.pipe, name) is None:
             release(self.pipe, self.experts)
@@ -80,24 +81,27 @@ class Model:
 
     @property
     def family(self) -> str:
-        """Its family's name: by the model's, of somebody's own pipeline by what its network takes."""
+        """Return the family's name, by the model's name or, for a user's own pipeline, by its inputs."""
         if self.options.model == OWN_PIPELINE:
             return family_of_pipe(self.pipe)
         return family_name(self.options.model, self.options.model_dir)
 
     @property
     def parameters(self) -> dict[str, str]:
-        """A fingerprint of the values of each component that is loaded; see `fingerprint_parameters`."""
+        """Return a fingerprint of the values of each loaded component; see `fingerprint_parameters`."""
         modules = {name: getattr(self.pipe, name, None) for name in COMPONENTS}
         return {
             name: fingerprint_parameters(module) for name, module in modules.items() if module is not None
         }
 
     def require(self, component: str, purpose: str) -> None:
-        """Refuse what the pipeline was loaded without.
+        """Check that the pipeline has a component.
+
+        Args:
+            purpose: a verb phrase for the message, "decode latents" for example.
 
         Raises:
-            InputError: naming the component.
+            InputError: it was loaded without the component.
         """
         if getattr(self.pipe, component, None) is None and component not in self.experts:
             raise InputError(f"the pipeline has no {component}, needed to {purpose}; load it with one")
@@ -114,21 +118,21 @@ def load(
     quantize: str | None = None,
     compile: str | None = None,
 ) -> Model:
-    """Load a model by its name, whole: what the scripts run on.
+    """Load all components of a model by its name.
 
     Args:
         model: one of MODEL_NAMES, "I2V-480P" for example.
-        device: "cuda", "cuda:1", "cpu"; None: CUDA where there is one.
+        device: "cuda", "cuda:1", "cpu"; None: CUDA if available.
         dtype: "bfloat16", "float16" or "float32"; None: the model's own.
         vram: "plain", "cpu", "low", "disk" or "auto" (docs/machines.md).
-        model_dir: a folder of downloaded weights; None: DiffSynth finds or fetches them.
-        lora: paths, PATH:ALPHA, or Lora.
+        model_dir: a folder of downloaded weights; None: DiffSynth finds or downloads them.
+        lora: paths, texts PATH:ALPHA, or `Lora` objects.
         quantize: "fp8", which needs torchao.
         compile: a backend of torch.compile, "inductor" for example.
 
     Raises:
-        InputError: a device, a file or a name that isn't there.
-        RunError: weights that could not be fetched.
+        InputError: a device, a file or a model doesn't exist, or a LoRA doesn't fit.
+        RunError: weights could not be downloaded.
     """
     if model not in MODEL_NAMES:
         raise InputError(f"there is no model {model!r}; expected one of {', '.join(MODEL_NAMES)}")
@@ -148,14 +152,14 @@ def load_components(
     check: Callable[[Mapping[str, str]], object] = lambda fingerprint: None,
     by_expert: bool = False,
 ) -> Model:
-    """Find, check and load these components and no others.
+    """Find, check and load the given components and no others.
 
     Args:
-        check: called with the files' fingerprints, before anything is loaded.
-        by_expert: of two experts load the first only; `Model.use_expert` then changes them.
+        check: called with the files' fingerprints before anything is loaded.
+        by_expert: of two experts load only the first; `Model.use_expert` swaps them.
 
     Raises:
-        InputError, RunError: see `weight_files` and `check_loras`; and what `check` raises.
+        InputError, RunError: see `weight_files` and `check_loras`; errors of `check` pass through.
     """
     begin = time.perf_counter()
     at_once = loaded_first(components) if by_expert else list(components)
@@ -168,7 +172,7 @@ def load_components(
         log.warning(note)
     fingerprint = fingerprint_files(files)
     check(fingerprint)
-    say_what_is_expected(options, at_once)
+    log_expected_memory(options, at_once)
     begin_peak(options.device)
     experts = {name: files[name] for name in EXPERTS} if len(at_once) < len(files) else {}
     pipe = load_pipeline(options, {name: files[name] for name in at_once})
@@ -176,13 +180,13 @@ def load_components(
 
 
 def loaded_first(components: Collection[str]) -> list[str]:
-    """What is in memory at once: of two experts the first."""
+    """Return the components in memory at once: without the second of two experts."""
     turns = set(EXPERTS) <= set(components)
     return [name for name in components if not (turns and name == EXPERTS[1])]
 
 
 def model_of(pipe: WanVideoPipeline | Model) -> Model:
-    """What is known of a pipeline: all of one that `load` gave, else only its device and dtype."""
+    """Return the Model itself, or wrap a user's own pipeline, of which only device and dtype are known."""
     if isinstance(pipe, Model):
         return pipe
     dtype = str(pipe.torch_dtype).removeprefix("torch.")
@@ -190,10 +194,10 @@ def model_of(pipe: WanVideoPipeline | Model) -> Model:
 
 
 def family_of_pipe(pipe: WanVideoPipeline) -> str:
-    """The family whose latents, conditioning and experts are those of a pipeline.
+    """Return the family whose latents, conditioning and experts match those of a pipeline.
 
     Raises:
-        InputError: there is none.
+        InputError: no family matches.
     """
     experts = [name for name in EXPERTS if getattr(pipe, name) is not None]
     if not experts or pipe.vae is None:
@@ -212,15 +216,18 @@ def family_of_pipe(pipe: WanVideoPipeline) -> str:
             return name
     raise InputError(
         f"the pipeline has {len(experts)} networks that take {', '.join(names) or 'no image'} and "
-        f"{latent_channels} latent channels, as none of {', '.join(FAMILIES)} does: priors of it aren't known"
+        f"{latent_channels} latent channels, expected those of {', '.join(FAMILIES)}; load such a model"
     )
 
 
 def fingerprint_parameters(module: torch.nn.Module, *, samples: int = 16) -> str:
-    """A fingerprint of a module's values, in hex: so many of each parameter, evenly spread, by name.
+    """Return a fingerprint of a module's values, in hex, from evenly spread samples of each parameter.
 
-    It is the same for the same weights on any device, offloaded to the CPU or compiled, and another where a
-    LoRA is fused. UNVERIFIED where the values are not in memory (offloaded to disk, quantised).
+    It is the same for the same weights on any device, offloaded to the CPU or compiled, and differs if a LoRA
+    is fused. It is UNVERIFIED if the values are not in memory (offloaded to disk, quantised).
+
+    Args:
+        samples: number of values of each parameter.
     """
     import torch
 
@@ -234,14 +241,14 @@ def fingerprint_parameters(module: torch.nn.Module, *, samples: int = 16) -> str
     for name, values in parameters:
         name = name.replace("_orig_mod.", "").replace(".module.", ".")
         flat = values.detach().flatten()
-        places = torch.linspace(0, len(flat) - 1, min(samples, len(flat)), dtype=torch.float64).long()
-        sample = flat[places.to(flat.device)].float().cpu()
+        indices = torch.linspace(0, len(flat) - 1, min(samples, len(flat)), dtype=torch.float64).long()
+        sample = flat[indices.to(flat.device)].float().cpu()
         digest.update(f"{name}:{tuple(values.shape)}".encode() + sample.numpy().tobytes())
     return digest.hexdigest()
 
 
 def load_pipeline(options: LoadOptions, files: Mapping[str, list[Path]]) -> WanVideoPipeline:
-    """Load the components named in `files` (see `weight_files`), and no others, into a WanVideoPipeline."""
+    """Load the components of `files` (see `weight_files`), and no others, into a WanVideoPipeline."""
     load = _load_real if options.model in MODELS else _load_tiny
     files = {name: paths for name, paths in files.items() if paths}
     pipe = load(options, files)
@@ -287,7 +294,7 @@ def _load_real(options: LoadOptions, files: Mapping[str, list[Path]]) -> WanVide
 
     def config(name: str, paths: list[Path]) -> ModelConfig:
         homes = offload_config(mode, name, dtype=dtype, device=options.device)
-        if name in EXPERTS and options.quantize is not None:  # goes to the device layer by layer
+        if name in EXPERTS and options.quantize is not None:  # quantising moves it to the device by layers
             homes = {"computation_device": "cpu", "computation_dtype": dtype}
         named = [str(path) for path in paths]
         return ModelConfig(path=named if len(named) > 1 else named[0], **homes)
@@ -301,21 +308,20 @@ def _load_real(options: LoadOptions, files: Mapping[str, list[Path]]) -> WanVide
             tokenizer_config=tokenizer,
             vram_limit=vram_limit(options.device),
         )
-    except (SafetensorError, ValueError) as error:  # a file that was cut off; keys and shapes of no model
+    except (SafetensorError, ValueError) as error:  # a truncated file; keys and shapes of an unknown model
         raise InputError(
-            f"DiffSynth can't load the weights of {options.model} ({str(error)[:300]}); fetch the file again"
+            f"DiffSynth can't load the weights of {options.model} ({str(error)[:300]}); download them again"
         ) from error
     if torch.device(options.device).type == "cpu":
-        pipe.device_type = (
-            "cuda"  # where DiffSynth empties the cache: torch.cpu can't, torch.cuda needs no GPU
-        )
-    if "dit2" in files and "dit" not in files:  # the first network that is loaded becomes dit
+        # DiffSynth calls empty_cache of torch.<device_type>: torch.cpu has none, torch.cuda's needs no GPU.
+        pipe.device_type = "cuda"
+    if "dit2" in files and "dit" not in files:  # DiffSynth makes the first network that is loaded dit
         pipe.dit, pipe.dit2 = None, pipe.dit
     return pipe
 
 
 def release(pipe: WanVideoPipeline, names: Iterable[str]) -> None:
-    """Let go of components that are not needed any more, to make room on the device."""
+    """Release components that are no longer needed, to free memory on the device."""
     import torch
 
     for name in names:
@@ -325,9 +331,13 @@ def release(pipe: WanVideoPipeline, names: Iterable[str]) -> None:
         torch.cuda.empty_cache()
 
 
-def load_told(options: LoadOptions, components: Collection[str], **how: Any) -> Model:
-    """`load_components`, with a word before it, because it may take minutes, and the seconds after it."""
+def load_logged(options: LoadOptions, components: Collection[str], **arguments: Any) -> Model:
+    """Call `load_components`, with a log line before it, because it may take minutes, and one after it.
+
+    Args:
+        arguments: further arguments of `load_components`.
+    """
     log.info(f"loading {', '.join(components)} of {options.model} to {options.device} ...")
-    model = load_components(options, components, **how)
+    model = load_components(options, components, **arguments)
     log.info(f"loaded in {model.seconds:.1f} s")
     return model

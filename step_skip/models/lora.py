@@ -1,9 +1,9 @@
-"""LoRAs as a command line names them, as a run records them, and what a distilled one wants.
+"""Parse LoRAs of a command line, record them in metadata and find them again, and detect distilled ones.
 
-    PATH[:ALPHA]      a LoRA; ALPHA is its strength, 1 unless given; of a sweep several, 0.5,1
-    high=PATH[:ALPHA], low=PATH[:ALPHA]   of two experts for one; without a word for both
+    PATH[:ALPHA]      a LoRA; ALPHA is its strength, 1 by default; a sweep takes several, 0.5,1
+    high=PATH[:ALPHA], low=PATH[:ALPHA]   a LoRA for one of two experts; without the word it is for both
 
-lora_file.py reads the files.
+models/lora_file.py reads and applies the files.
 """
 
 from __future__ import annotations
@@ -29,27 +29,27 @@ EXPERT_WORDS = {"high": "dit", "low": "dit2"}
 DISTILLED = re.compile(r"lightx2v|lightning|distil", re.IGNORECASE)
 STEPS = re.compile(r"(?<!\d)([1-9]|1\d)[ _-]?steps?", re.IGNORECASE)
 DISTILLED_SHIFT = 5.0
-# where tools put a name: kohya's trainer, the Stability AI model metadata standard, others
+# Metadata keys in which tools put a name: kohya's trainer, the Stability AI model metadata standard, others.
 TITLES = ("ss_output_name", "modelspec.title", "modelspec.description", "name", "description")
 
 
 def parse_lora(text: str) -> Lora:
-    """PATH or PATH:ALPHA, with high= or low= before it for one of two experts.
+    """Parse PATH or PATH:ALPHA, with high= or low= before it for one of two experts.
 
     Raises:
-        ValueError: ALPHA is no strength, or several.
+        ValueError: ALPHA is not a number other than 0, or there are several.
     """
     lora, *more = parse_strengths(text)
     if more:
-        raise ValueError(f"{text} has several strengths, which only infer_from_prior.py tries; give one")
+        raise ValueError(f"{text} has several strengths, which only infer_from_prior.py takes; give one")
     return lora
 
 
 def parse_strengths(text: str) -> list[Lora]:
-    """The same, or PATH:ALPHA,ALPHA: a LoRA at several strengths, to be tried in turn.
+    """Parse the text of one LoRA (see `parse_lora`) with one or more strengths, PATH:ALPHA,ALPHA.
 
     Raises:
-        ValueError: ALPHA is no strength.
+        ValueError: ALPHA is not a number other than 0.
     """
     word, equals, rest = text.partition("=")
     expert = EXPERT_WORDS.get(word) if equals else None
@@ -67,10 +67,10 @@ def parse_strengths(text: str) -> list[Lora]:
 
 
 def check_lora_experts(loras: Iterable[Lora], *, experts: int) -> None:
-    """Refuse a LoRA for one of two experts where there is one network.
+    """Check that no LoRA names an expert if the model has a single network.
 
     Raises:
-        InputError: naming it.
+        InputError: a LoRA names one.
     """
     for lora in loras:
         if lora.expert is not None and experts == 1:
@@ -80,26 +80,26 @@ def check_lora_experts(loras: Iterable[Lora], *, experts: int) -> None:
 
 
 def _word(lora: Lora) -> str:
-    """What stands before a LoRA's path."""
+    """Return the word before a LoRA's path: "high=", "low=" or ""."""
     return "".join(f"{word}=" for word, expert in EXPERT_WORDS.items() if expert == lora.expert)
 
 
 def lora_text(lora: Lora) -> str:
-    """A LoRA as `parse_lora` reads it."""
+    """Return the text of a LoRA that `parse_lora` parses."""
     return f"{_word(lora)}{lora.path}:{lora.alpha:g}"
 
 
 def check_loras(loras: Iterable[Lora], weights: Iterable[Path]) -> list[str]:
-    """Compare LoRAs with the parameters they are for, and look at their values.
+    """Check that LoRAs fit a DiT's parameters and that their values are finite.
 
     Args:
         weights: the DiT's .safetensors files, of which only the headers are read.
 
     Returns:
-        A line on each LoRA about which something is doubtful.
+        Warnings about the LoRAs, a line each.
 
     Raises:
-        InputError: a file that can't be read, or of which something can't be applied.
+        InputError: a file can't be read, or a part of it can't be applied.
     """
     loras = list(loras)
     parameters: dict[str, Sequence[int]] = {}
@@ -111,27 +111,27 @@ def check_loras(loras: Iterable[Lora], weights: Iterable[Path]) -> list[str]:
     return [file.note for file in files if file.note is not None]
 
 
-# --- what a distilled one wants -----------------------------------------------------------------------------
+# --- distilled LoRAs ----------------------------------------------------------------------------------------
 
 
 def distilled_steps(lora: Lora) -> int | None:
-    """The steps that a LoRA was distilled for, by its name or its metadata; None: neither says that it was.
+    """Return the number of steps that a LoRA was distilled for, by its name or metadata; None: not distilled.
 
-    LightX2V's are made for 4 steps without guidance (its configs/distill/wan21).
+    The default is 4, as LightX2V's LoRAs are made for 4 steps without guidance (its configs/distill/wan21).
 
     Raises:
-        InputError: the file isn't there, or can't be read.
+        InputError: the file doesn't exist or can't be read.
     """
     metadata = read_header(lora.path, what="--lora").metadata
-    told = " ".join([lora.path.name, *(metadata.get(name, "")[:200] for name in TITLES)])
-    if DISTILLED.search(told) is None:
+    names = " ".join([lora.path.name, *(metadata.get(name, "")[:200] for name in TITLES)])
+    if DISTILLED.search(names) is None:
         return None
-    steps = STEPS.search(told)
+    steps = STEPS.search(names)
     return 4 if steps is None else int(steps[1])
 
 
 def distilled_hint(loras: Iterable[Lora]) -> str | None:
-    """Return the flags of generate_prior.py that a distilled LoRA is made for; None if none looks distilled.
+    """Return a hint with the flags of generate_prior.py for a distilled LoRA; None if no LoRA is distilled.
 
     Raises:
         InputError: see `distilled_steps`.
@@ -140,13 +140,13 @@ def distilled_hint(loras: Iterable[Lora]) -> str | None:
         if steps := distilled_steps(lora):
             flags = f"--cfg_scale 1 --num_inference_steps {steps} --sigma_shift {DISTILLED_SHIFT:g}"
             return (
-                f"hint: {lora.path.name} says that it is distilled for {steps} steps without guidance; "
+                f"hint: {lora.path.name} appears to be distilled for {steps} steps without guidance; "
                 f"make its prior with {flags}"
             )
     return None
 
 
-# --- what a run records -------------------------------------------------------------------------------------
+# --- LoRAs in metadata --------------------------------------------------------------------------------------
 
 
 class RecordedLora(Record):
@@ -168,7 +168,7 @@ def describe_loras(loras: Iterable[Lora]) -> list[RecordedLora]:
     """Return what a run records of its LoRAs.
 
     Raises:
-        InputError: a file isn't there, or can't be read.
+        InputError: a file doesn't exist or can't be read.
     """
     described = []
     for lora in loras:
@@ -237,10 +237,11 @@ def find_recorded_loras(loras: Iterable[RecordedLora]) -> tuple[Lora, ...]:
         lora = each.lora
         if not (lora.path.is_absolute() and lora.path.suffix == ".safetensors"):
             raise InputError(
-                f"the prior records {lora.path} as a LoRA, which is no .safetensors file; {hint}"
+                f"the prior records {lora.path} as a LoRA, expected an absolute path of a .safetensors file; "
+                f"{hint}"
             )
         if not lora.path.is_file():
-            raise InputError(f"the prior was made with the LoRA {lora.path}, which is not there; {hint}")
+            raise InputError(f"the prior was made with the LoRA {lora.path}, which does not exist; {hint}")
         if _lora_sha256(lora.path) != each.sha256:
             raise InputError(f"the prior was made with another {lora.path} than is there now; {hint}")
         found.append(lora)
@@ -248,7 +249,7 @@ def find_recorded_loras(loras: Iterable[RecordedLora]) -> tuple[Lora, ...]:
 
 
 def _lora_sha256(path: Path) -> str:
-    """Of the file; where PEFT keeps its alpha in another one beside it, of both."""
+    """Return the SHA-256 of a LoRA file, together with PEFT's file of its alpha if there is one."""
     if not path.is_file():
         raise InputError(f"--lora {path} is not a file; name a .safetensors file")
     config = peft_config(path)

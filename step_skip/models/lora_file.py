@@ -1,12 +1,12 @@
-"""LoRA files, with the names of several tools: what they hold, whether all of it fits a model, fused into it.
+"""Read LoRA files of several tools (`read_lora`, all of a file must fit a model); fuse them (`fuse_loras`).
 
-Of a layer with weight W and bias b a file may hold, s being the strength that was asked for:
+For a layer with weight W and bias b a file may hold, with the requested strength s:
 
     lora_A, lora_B, alpha    W + s * (alpha / rank) * B @ A, without alpha W + s * B @ A; or lora_down, _up
     lora_B.bias              b + s * (alpha / rank) * bias
     diff, diff_b, diff_m     W + s * diff, b + s * diff_b, modulation + s * diff_m
 
-and name it as
+and name the layer as in
 
     blocks.0.self_attn.q                     DiffSynth does, as the checkpoint
     diffusion_model.blocks.0.self_attn.q     ComfyUI (comfy/lora.py), LightX2V (extract/lora_extractor.py)
@@ -14,11 +14,12 @@ and name it as
     transformer.blocks.0.attn1.to_q          diffusers (convert_wan_transformer_to_diffusers)
     base_model.model.blocks.0.self_attn.q    PEFT (get_peft_model_state_dict); also with diffusers' layers
 
-All of a file is applied, or it is refused. diffusers' own converters don't do that: they drop the differences
-of norms and of the time projection.
+All of a file is applied, or the file is rejected. diffusers' own converters, in contrast, drop the
+differences of norms and of the time projection.
 
-Pairs are fused in the pipeline's dtype, to the bits that DiffSynth's loader gives (diffsynth 2.1.12,
-diffsynth/utils/lora/general.py), which passes over all else; differences in float32, rounded once.
+Pairs are fused in the pipeline's dtype, bit for bit as by DiffSynth's loader (diffsynth 2.1.12,
+diffsynth/utils/lora/general.py), which ignores everything else; differences are added in float32 and rounded
+once.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ if TYPE_CHECKING:
     import torch
 
 FLOATS = ("BF16", "F16", "F32", "F64")
-ENTRIES = {  # what a tensor's key ends with, the layer before it; PEFT may put an adapter's name between
+ENTRIES = {  # kinds of tensors by key: the layer, then a suffix, into which PEFT may put an adapter's name
     "down": re.compile(r"(.+)\.(?:lora_A|lora_down)(?:\.[\w-]+)?\.weight"),
     "up": re.compile(r"(.+)\.(?:lora_B|lora_up)(?:\.[\w-]+)?\.weight"),
     "alpha": re.compile(r"(.+)\.alpha"),
@@ -52,8 +53,8 @@ ENTRIES = {  # what a tensor's key ends with, the layer before it; PEFT may put 
 DIFFERENCES = ("up_bias", "diff", "diff_b", "diff_m")
 PEFT_PREFIX, DIFFUSERS_PREFIX = "base_model.model.", "transformer."
 PREFIXES = (PEFT_PREFIX, DIFFUSERS_PREFIX, "diffusion_model.")
-KOHYA_PREFIX = "lora_unet_"  # and dots are underscores
-# layers as diffusers 0.42 names them (loaders/single_file_utils.py)
+KOHYA_PREFIX = "lora_unet_"  # in the names behind it dots are replaced by underscores
+# Wan's layers by their names in diffusers 0.42 (loaders/single_file_utils.py)
 DIFFUSERS_ATTENTION = {
     **{name: f"to_{name}" for name in "qkv"},
     **{name: name for name in ("norm_q", "norm_k")},
@@ -86,18 +87,18 @@ Shapes = Mapping[str, Sequence[int]]
 
 @dataclass(frozen=True)
 class Lora:
-    """A LoRA file, its strength, and which of two experts it is for."""
+    """A LoRA file, its strength, and the expert it applies to."""
 
     path: Path
-    alpha: float = 1.0
-    expert: str | None = None  # "dit" or "dit2"; None: both, or the one there is
+    alpha: float = 1.0  # strength, s in the module's docstring
+    expert: str | None = None  # "dit" or "dit2"; None: all networks of the model
 
 
 # --- names --------------------------------------------------------------------------------------------------
 
 
 def kind_of(key: str) -> tuple[str | None, str]:
-    """What a tensor is, one of ENTRIES or None, and the layer it is for, as the file names it."""
+    """Return a tensor's kind, a key of ENTRIES or None, and its layer as the file names it."""
     for kind, pattern in ENTRIES.items():
         if match := pattern.fullmatch(key):
             return kind, match[1]
@@ -105,16 +106,16 @@ def kind_of(key: str) -> tuple[str | None, str]:
 
 
 class LayerNames:
-    """Every name that a tool may give the layers of a model with these parameters."""
+    """All names that the tools give to the layers of a model with these parameters."""
 
     def __init__(self, parameters: Collection[str]):
         layers = {name.rpartition(".")[0] for name in parameters}
-        layers |= {name for name in parameters if not name.endswith((".weight", ".bias"))}  # a modulation
+        layers |= {name for name in parameters if not name.endswith((".weight", ".bias"))}  # modulations
         self.dotted = {_diffusers_name(layer): layer for layer in layers} | {layer: layer for layer in layers}
         self.kohya = {name.replace(".", "_"): layer for name, layer in self.dotted.items()}
 
     def find(self, name: str) -> str | None:
-        """The model's own name of a layer as a file names it; None: it has no such layer."""
+        """Return the model's own name of a layer as a file names it, or None if it has no such layer."""
         if name.startswith(KOHYA_PREFIX):
             return self.kohya.get(name.removeprefix(KOHYA_PREFIX))
         for prefix in PREFIXES:
@@ -134,12 +135,12 @@ def _diffusers_name(layer: str) -> str:
 
 @dataclass(frozen=True)
 class LoraFile:
-    """A LoRA of which every tensor was found to fit a model."""
+    """A LoRA file of which every tensor fits a model."""
 
     lora: Lora
     changes: Mapping[str, Mapping[str, str]]  # by the model's parameter: keys of the file by kind
-    network_alpha: float | None  # of every pair without an alpha tensor; None: its rank
-    note: str | None  # what is doubtful
+    network_alpha: float | None  # alpha of the pairs without an alpha tensor; None: their rank
+    note: str | None  # a warning about the file
 
     @functools.cached_property
     def _opened(self) -> Any:
@@ -148,10 +149,10 @@ class LoraFile:
         return safe_open(self.lora.path, framework="pt", device="cpu")
 
     def check_values(self) -> None:
-        """Look at every value, one tensor at a time.
+        """Check that all values are finite, one tensor at a time.
 
         Raises:
-            InputError: one is NaN or infinite.
+            InputError: a value is NaN or infinite.
         """
         import torch
 
@@ -162,7 +163,13 @@ class LoraFile:
     def apply(
         self, name: str, weight: torch.Tensor, *, dtype: torch.dtype, device: str | torch.device
     ) -> torch.Tensor:
-        """A parameter with what this LoRA does to it, in dtype, on the device; the sum is made there."""
+        """Return a parameter with this LoRA's change added, in dtype, on the device that adds them.
+
+        Args:
+            name: of the parameter.
+            weight: of the parameter, any shape.
+            dtype: of the result; pairs are multiplied in it.
+        """
         keys, strength = self.changes[name], self.lora.alpha
         weight = weight.to(device=device, dtype=dtype)
         given = {kind: self._opened.get_tensor(key).to(device) for kind, key in keys.items()}
@@ -179,7 +186,7 @@ class LoraFile:
         return weight
 
     def _scale(self, given: Mapping[str, torch.Tensor], dtype: torch.dtype) -> torch.Tensor | None:
-        """alpha / rank of a pair, in dtype; None: 1."""
+        """Return alpha / rank of a pair, in dtype; None stands for 1."""
         import torch
 
         if "down" not in given or ("alpha" not in given and self.network_alpha is None):
@@ -190,15 +197,15 @@ class LoraFile:
 
 @dataclass(frozen=True)
 class FusedWeights:
-    """A model's parameters with LoRAs in them, by name; serves DiffSynth's offloading as its DiskMap does."""
+    """A model's parameters by name, with LoRAs fused; replaces the DiskMap of DiffSynth's offloading."""
 
     weights: Any  # a mapping from names to tensors, or a DiskMap
     files: Sequence[LoraFile]
     dtype: torch.dtype
-    device: str | torch.device  # where the sums are made
+    device: str | torch.device  # device of the computation
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        """A parameter with all LoRAs, one after the other, on its own device; in dtype if one changes it."""
+        """Return a parameter with all LoRAs added, on its own device; in dtype if a LoRA changes it."""
         weight = self.weights[name]
         home = weight.device
         for file in self.files:
@@ -216,10 +223,14 @@ class FusedWeights:
 def fuse_loras(
     dit: torch.nn.Module, loras: Iterable[Lora], *, dtype: torch.dtype, device: str | torch.device
 ) -> None:
-    """Put LoRAs into a DiT's parameters, wherever they are; of layers on the disk whenever they are read.
+    """Fuse LoRAs into a DiT's parameters on any device; layers on the disk are fused whenever they are read.
+
+    Args:
+        dtype: of the fused parameters.
+        device: of the computation.
 
     Raises:
-        InputError: a LoRA that doesn't fit, whole.
+        InputError: a LoRA doesn't fit as a whole.
     """
     import torch
 
@@ -235,26 +246,26 @@ def fuse_loras(
                 own[name].copy_(weights[name])
 
 
-# --- whether all of it fits ---------------------------------------------------------------------------------
+# --- checks -------------------------------------------------------------------------------------------------
 
 
 def read_lora(lora: Lora, parameters: Shapes) -> LoraFile:
-    """Find the parameter that each of a file's tensors is for; no value is read.
+    """Assign each of a file's tensors to a parameter of the DiT, without reading any values.
 
     Args:
-        parameters: the DiT's, their shapes by name.
+        parameters: shapes of the DiT's parameters by name.
 
     Raises:
-        InputError: naming what can't be applied.
+        InputError: a tensor can't be applied; the message names it.
     """
     header, names = read_header(lora.path, what="--lora"), LayerNames(parameters)
-    layers: dict[str, dict[str, str]] = {}  # of each layer: keys by kind
-    homeless = []
+    layers: dict[str, dict[str, str]] = {}  # by layer: keys by kind
+    unmatched = []
     for key in header.shapes:
         kind, name = kind_of(key)
         layer = names.find(name)
         if kind is None or layer is None:
-            homeless.append(key)
+            unmatched.append(key)
         elif layers.setdefault(layer, {}).setdefault(kind, key) != key:
             raise _refusal(lora, f"has both {layers[layer][kind]!r} and {key!r} for one layer")
     changes: dict[str, dict[str, str]] = {}
@@ -263,11 +274,11 @@ def read_lora(lora: Lora, parameters: Shapes) -> LoraFile:
             if parameter in parameters:
                 changes.setdefault(parameter, {}).update(own)
             else:
-                homeless += own.values()
-    if homeless or not changes:
-        some = f"{homeless[0]!r} for one" if homeless else "there is nothing to apply"
+                unmatched += own.values()
+    if unmatched or not changes:
+        example = f"{unmatched[0]!r}, for example" if unmatched else "there is nothing to apply"
         raise _refusal(
-            lora, f"holds {len(header.shapes)} tensors, {len(homeless)} of them fit nowhere: {some}"
+            lora, f"holds {len(header.shapes)} tensors, {len(unmatched)} of them fit nowhere: {example}"
         )
     for parameter, own in changes.items():
         _check_change(lora, parameter, own, header, parameters[parameter])
@@ -277,7 +288,7 @@ def read_lora(lora: Lora, parameters: Shapes) -> LoraFile:
 def _changes_of_layer(
     keys: Mapping[str, str], layer: str, parameters: Shapes
 ) -> Iterator[tuple[str, dict[str, str]]]:
-    """The parameters that a layer's tensors change, and for each their keys by kind."""
+    """Yield the parameters that a layer's tensors change, each with the tensors' keys by kind."""
     own = layer if layer in parameters else f"{layer}.weight"
     bias = f"{layer}.bias"
     homes = {"diff": own, "diff_b": bias, "diff_m": f"{layer}.modulation", "up_bias": bias}
@@ -292,10 +303,10 @@ def _changes_of_layer(
 def _check_change(
     lora: Lora, name: str, keys: Mapping[str, str], header: Header, shape: Sequence[int]
 ) -> None:
-    """Check dtypes, pairs and shapes of what is for a parameter. up: [out, rank, ...], down: [rank, in, ...]
+    """Check the tensors for a parameter: dtypes, pairs, shapes. up: [out, rank, ...], down: [rank, in, ...]
 
     Raises:
-        InputError: it doesn't fit the parameter.
+        InputError: they don't fit the parameter.
     """
     shapes = {kind: list(header.shapes[key]) for kind, key in keys.items()}
     for kind, key in keys.items():
@@ -306,21 +317,21 @@ def _check_change(
     differences = [found for kind, found in shapes.items() if kind in DIFFERENCES]
     up, down = shapes.get("up"), shapes.get("down")
     if not shapes or (down is None) == bool(shapes.keys() & {"up", "up_bias"}):
-        raise _refusal(lora, f"has {next(iter(keys.values()))!r} and not the pair that goes with it")
+        raise _refusal(lora, f"has {next(iter(keys.values()))!r} without the other tensor of its pair")
     fits = all(found == list(shape) for found in differences)
     if up is not None and down is not None:
         ranks = up[1:2] == down[:1] != [0]
         fits &= ranks and [*up[:1], *down[1:]] == list(shape) and math.prod(up[2:]) == 1
     if not fits:
         found = " and ".join(map(str, shapes.values()))
-        raise _refusal(lora, f"has {found} for {name}, which is {list(shape)} in this model")
+        raise _refusal(lora, f"has {found} for {name}, expected {list(shape)} as in this model")
 
 
 def _read_network_alpha(lora: Lora, header: Header) -> tuple[float | None, str | None]:
-    """The alpha of all pairs, where diffusers and PEFT keep it beside the tensors; what is doubtful about it.
+    """Return the alpha of all pairs, which diffusers and PEFT store outside the tensors, and a warning.
 
     Raises:
-        InputError: it can't be read, or the LoRA is of a kind that is more than its pairs.
+        InputError: alpha can't be read, or the LoRA is of a kind that consists of more than pairs.
     """
     keys, beside = header.shapes, peft_config(lora.path)
     is_peft = any(key.startswith(PEFT_PREFIX) for key in keys)
@@ -330,8 +341,8 @@ def _read_network_alpha(lora: Lora, header: Header) -> tuple[float | None, str |
         return None, None
     stored = header.metadata.get("lora_adapter_metadata")
     if stored is None and beside is None:
-        told = f"{lora.path}: no adapter_config.json lies beside it, so its alpha is taken to be its rank"
-        return None, told if is_peft else None
+        note = f"{lora.path}: there is no adapter_config.json beside it, so alpha is assumed to be the rank"
+        return None, note if is_peft else None
     try:
         if stored is None and beside is not None:
             with beside.open("rb") as file:
@@ -348,7 +359,7 @@ def _read_network_alpha(lora: Lora, header: Header) -> tuple[float | None, str |
 
 
 def peft_config(path: Path) -> Path | None:
-    """Where PEFT keeps the alpha of adapter_model.safetensors: in a file beside it, if that is there."""
+    """Return PEFT's file of alpha beside an adapter_model.safetensors, or None if there is none."""
     config = path.with_name("adapter_config.json")
     return config if path.name == "adapter_model.safetensors" and config.is_file() else None
 

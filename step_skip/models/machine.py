@@ -1,4 +1,4 @@
-"""The device a model runs on, and what of machine and versions a run's last bits depend on."""
+"""Choose the device of a model, and record the machine and the versions that a run's last bits depend on."""
 
 from __future__ import annotations
 
@@ -17,10 +17,12 @@ log = logging.getLogger(__name__)
 
 
 def pick_device(model: str, device: str | None) -> str:
-    """The device to run on: CUDA where there is one, else the CPU, for all but `tiny` only where named.
+    """Return the device to run on: the given one, else CUDA if available, else the CPU.
+
+    A published model runs on the CPU only if the CPU is named.
 
     Raises:
-        InputError: the device isn't there, or is a CPU that wasn't asked for and the model is large.
+        InputError: the device doesn't exist, or the model is large and the CPU wasn't named.
     """
     import torch
 
@@ -31,14 +33,14 @@ def pick_device(model: str, device: str | None) -> str:
     except RuntimeError:
         kind = None
     if kind not in ("cpu", "cuda"):
-        raise InputError(f"--device {device} is no device this runs on; use cpu, cuda or cuda:1")
+        raise InputError(f"--device {device} is not a supported device; use cpu, cuda or cuda:1")
     if model in MODELS and kind == "cpu" and not is_named:
         raise InputError(
             f"{model} needs a CUDA GPU, and the device here is the CPU; use --model tiny to run the same "
-            "code on a CPU, or say --device cpu if you have hours for a clip"
+            "code on a CPU, or pass --device cpu if a clip may take hours"
         )
     if model in MODELS and kind == "cpu":
-        log.warning(f"{model} on a CPU, as asked for: a clip of its usual size takes hours")
+        log.warning(f"{model} runs on the CPU, as asked for: a clip of its usual size takes hours")
     if kind == "cuda" and found != "cuda":
         raise InputError(
             f"--device {device}: torch {torch.__version__} sees no CUDA GPU here; use --device cpu"
@@ -50,7 +52,7 @@ def pick_device(model: str, device: str | None) -> str:
 
 
 def describe_machine(device: str) -> dict[str, Any]:
-    """What a run's last bits depend on besides versions: the device and its attention, the CPU's threads."""
+    """Return the metadata of the machine that a run's last bits depend on: device, attention, CPU threads."""
     import platform
 
     import torch
@@ -64,7 +66,7 @@ def describe_machine(device: str) -> dict[str, Any]:
 
 
 def installed_versions() -> dict[str, Any]:
-    """Versions of what decides a run's numbers."""
+    """Return the versions of Python and of the packages that a run's numbers depend on."""
     import platform
     from importlib.metadata import version
 
@@ -84,6 +86,6 @@ def differences_since(
     """
     now = installed_versions() | describe_machine(device)
     for name in names:
-        is_known = name in then or name != "attention"  # older priors record none
+        is_known = name in then or name != "attention"  # older priors record no attention
         if is_known and now[name] != then.get(name):
             yield name, now[name], then.get(name)

@@ -1,21 +1,21 @@
-"""Where weights lie while a model runs, what that takes of VRAM, host memory and disk, and what it took.
+"""Choose where weights are stored while a model runs (`pick_vram`), and estimate and measure memory and disk.
 
-    mode     the encoders' weights   those of DiT and VAE
+    mode     the encoders' weights   the weights of DiT and VAE
     plain    in host memory          in VRAM
     cpu      in host memory          in host memory
     low      on the disk             in host memory
     disk     on the disk             on the disk
-    auto     the first of these that has the room
+    auto     the first of these modes that fits into the free memory
 
-DiffSynth's VRAM management brings to the GPU what is at work, and keeps it there while there is room: the
-encoders are out of the way while the DiT runs, and no mode but `disk` reads a DiT twice. On a CPU, VRAM is
-host memory.
+DiffSynth's VRAM management moves a component to the GPU before it runs, and keeps it there while there is
+room: the encoders are offloaded while the DiT runs, and only the mode `disk` reads a DiT more than once. On a
+CPU, VRAM is host memory.
 
-Two experts take turns, in each mode as in DiT's place.
+Two experts take turns: in each mode one of them is loaded at a time.
 
-Estimates are exact for weights. What lies between them was counted on the meta device with diffsynth 2.1.12's
-full-size classes (benchmarks/activations.py), without what attention kernels take for themselves; none was
-compared with a GPU.
+Estimates are exact for weights. Activations were counted on the meta device with diffsynth 2.1.12's full-size
+classes (benchmarks/activations.py), without the workspaces of attention kernels; no estimate was compared
+with a GPU.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 Home = Literal["device", "cpu", "disk"]
-HOMES: Final[Mapping[str, tuple[Home, Home]]] = {  # of the encoders, of the rest
+HOMES: Final[Mapping[str, tuple[Home, Home]]] = {  # by mode: of the encoders, of DiT and VAE
     "plain": ("cpu", "device"),
     "cpu": ("cpu", "cpu"),
     "low": ("disk", "cpu"),
@@ -59,24 +59,29 @@ HOMES: Final[Mapping[str, tuple[Home, Home]]] = {  # of the encoders, of the res
 }
 GIB = 2**30
 VALUE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
-SPARED_VRAM = 2 * GIB  # DiffSynth's examples leave so much of a GPU free
-DEVICE_BASE = 3 * GIB // 2  # CUDA's context, workspaces of its libraries, what the allocator can't use
+SPARED_VRAM = 2 * GIB  # VRAM that stays free, as in DiffSynth's examples
+DEVICE_BASE = 3 * GIB // 2  # CUDA's context, workspaces of its libraries, fragmentation of the allocator
 HOST_BASE = 2 * GIB  # Python, torch and its libraries
-LAYER = GIB // 2  # the largest layer of a 14B model while it is brought in from the disk
-# Values between the weights, by benchmarks/activations.py: of a DiT for each token and channel, most of them
-# where DiffSynth turns by angles in float64; of a VAE for each pixel of a frame that it decodes at once.
-# TI2V's has a modulation of its own for each token.
+LAYER = GIB // 2  # the largest layer of a 14B model while it is read from the disk
+# Number of activation values, by benchmarks/activations.py: of a DiT per token and channel, most of them in
+# the rotary embedding, which DiffSynth computes in float64; of a VAE per pixel of a frame that is decoded at
+# once. TI2V has more, because each token has its own modulation.
 DIT_VALUES = {"I2V": 16, "TI2V": 27}
-VAE_VALUES = {8: 5_150, 16: 5_650}  # by the pixels of a latent
-TILE_LATENTS = 30 * 52  # pipeline.TILING
-CHANNELS = {10**10: 5120, 3 * 10**9: 3072, 0: 1536}  # of a published DiT with more parameters than that
+VAE_VALUES = {8: 5_150, 16: 5_650}  # by the family's spatial factor
+TILE_LATENTS = 30 * 52  # tile_size of pipeline/settings.TILING
+CHANNELS = {10**10: 5120, 3 * 10**9: 3072, 0: 1536}  # of a published DiT, by its least number of parameters
 
 
 # --- modes --------------------------------------------------------------------------------------------------
 
 
 def offload_config(mode: str, component: str, *, dtype: torch.dtype, device: str) -> dict[str, Any]:
-    """What DiffSynth's ModelConfig is told of a component: nothing where its weights stay on the device."""
+    """Return the offloading arguments of DiffSynth's ModelConfig; empty if the weights stay on the device.
+
+    Args:
+        mode: a key of HOMES.
+        component: one of weights.COMPONENTS.
+    """
     import torch
 
     home = HOMES[mode][component not in ENCODERS]
@@ -85,19 +90,21 @@ def offload_config(mode: str, component: str, *, dtype: torch.dtype, device: str
         return {}
     resting = (home, "disk" if home == "disk" else dtype)
     working = (device, dtype)
-    keeps_none = is_cpu and home == "disk"  # what is prepared stays, and here that is host memory
+    keeps_none = (
+        is_cpu and home == "disk"
+    )  # DiffSynth keeps prepared weights, here they would fill host memory
     stages = {
         "offload": resting,
         "onload": resting,
         "preparing": resting if keeps_none else working,
         "computation": working,
     }
-    places = {f"{stage}_device": place for stage, (place, _) in stages.items()}
-    return places | {f"{stage}_dtype": kind for stage, (_, kind) in stages.items()}
+    devices = {f"{stage}_device": target for stage, (target, _) in stages.items()}
+    return devices | {f"{stage}_dtype": kind for stage, (_, kind) in stages.items()}
 
 
 def vram_limit(device: str) -> float | None:
-    """GiB of VRAM in use up to which DiffSynth keeps weights there; None: it need not look."""
+    """Return the GiB of used VRAM up to which DiffSynth keeps weights there; None on a CPU: no limit."""
     import torch
 
     if torch.device(device).type == "cpu":
@@ -106,10 +113,10 @@ def vram_limit(device: str) -> float | None:
 
 
 def pick_vram(options: LoadOptions, components: Collection[str]) -> str:
-    """The mode to run in: the one that was asked for, or the first for which there is room.
+    """Return the mode to run in: the given one or, for "auto", the first that fits into the free memory.
 
     Args:
-        components: those that are in memory at once.
+        components: the components in memory at once.
     """
     if options.vram != "auto":
         return options.vram
@@ -130,7 +137,7 @@ class Memory:
     host: int
 
     def fits(self, free: Memory) -> bool:
-        """Whether so much is free."""
+        """Return whether this much memory fits into the free memory."""
         return self.vram <= free.vram and self.host <= free.host
 
     def __str__(self) -> str:
@@ -139,7 +146,7 @@ class Memory:
 
 
 def expected_memory(options: LoadOptions, components: Collection[str], mode: str) -> Memory:
-    """What a run takes at its peak, in this mode, with these components in memory at once."""
+    """Return the expected peak memory of a run in a mode, with these components in memory at once."""
     import torch
 
     weights = weight_bytes(options, components)
@@ -148,17 +155,17 @@ def expected_memory(options: LoadOptions, components: Collection[str], mode: str
     resting: dict[Home, int] = {"device": 0, "cpu": 0, "disk": LAYER}
     for home, size in zip(HOMES[mode], (encoders, networks), strict=True):
         resting[home] += size if home != "disk" else 0
-    if options.quantize is not None:  # a DiT lies in host memory whole before it is quantised
+    if options.quantize is not None:  # a DiT is loaded into host memory as a whole before it is quantised
         whole = weight_bytes(dataclasses.replace(options, quantize=None), components)
         resting["cpu"] += sum(whole[name] for name in EXPERTS if name in whole)
-    between = bytes_between(options)
+    activations = activation_bytes(options)
     if torch.device(options.device).type == "cpu":
-        return Memory(0, HOST_BASE + resting["device"] + resting["cpu"] + between)
-    return Memory(DEVICE_BASE + resting["device"] + LAYER + between, HOST_BASE + resting["cpu"])
+        return Memory(0, HOST_BASE + resting["device"] + resting["cpu"] + activations)
+    return Memory(DEVICE_BASE + resting["device"] + LAYER + activations, HOST_BASE + resting["cpu"])
 
 
 def weight_bytes(options: LoadOptions, components: Collection[str]) -> dict[str, int]:
-    """The bytes of each component's weights while it runs."""
+    """Return the size of each component's weights in memory while it runs, in bytes."""
     if options.model in MODELS:
         published = MODELS[options.model].weights
         counts = {name: published[name].parameters for name in components if name in published}
@@ -171,19 +178,19 @@ def weight_bytes(options: LoadOptions, components: Collection[str]) -> dict[str,
 
 
 def _count_parameters(options: LoadOptions, component: str) -> int:
-    """How many an embedded model's file holds; none where it has no such file."""
+    """Return the number of parameters in an embedded model's file; 0 if there is no such file."""
     path = (options.model_dir or TINY_DIR) / f"{component}.safetensors"
     shapes = read_header(path, what=f"the {component}").shapes if path.is_file() else {}
     return sum(map(math.prod, shapes.values()))
 
 
-def bytes_between(options: LoadOptions) -> int:
-    """The most that lies between the weights, while the DiT runs or a video is decoded."""
-    return max(bytes_of_step(options), bytes_of_decoding(options, tiled=options.tiled))
+def activation_bytes(options: LoadOptions) -> int:
+    """Return the peak activation memory of a run, in bytes: of a DiT forward or of decoding."""
+    return max(dit_activation_bytes(options), vae_activation_bytes(options, tiled=options.tiled))
 
 
-def bytes_of_step(options: LoadOptions) -> int:
-    """What lies between a DiT's weights while it runs."""
+def dit_activation_bytes(options: LoadOptions) -> int:
+    """Return the activation memory of one DiT forward, in bytes."""
     height, width, num_frames = _size(options)
     family = family_name(options.model, options.model_dir)
     shape = latents_shape(height=height, width=width, num_frames=num_frames, family=FAMILIES[family])
@@ -192,12 +199,12 @@ def bytes_of_step(options: LoadOptions) -> int:
         channels = next(channels for least, channels in CHANNELS.items() if parameters >= least)
     else:
         channels = read_tiny_config(options.model_dir or TINY_DIR)["dit"]["dim"]
-    tokens = math.prod(shape[2:]) // 4  # patches of 2 x 2
+    tokens = math.prod(shape[2:]) // 4  # a token is a patch of 2 x 2 latents
     return DIT_VALUES.get(family, DIT_VALUES["I2V"]) * channels * tokens * VALUE_BYTES[options.dtype]
 
 
-def bytes_of_decoding(options: LoadOptions, *, tiled: bool) -> int:
-    """What lies between the VAE's weights while it decodes, whole frames or in DiffSynth's default tiles."""
+def vae_activation_bytes(options: LoadOptions, *, tiled: bool) -> int:
+    """Return the activation memory of decoding, in bytes, with whole frames or DiffSynth's default tiles."""
     height, width, _ = _size(options)
     factor = FAMILIES[family_name(options.model, options.model_dir)].spatial_factor
     pixels = min(height * width, TILE_LATENTS * factor**2) if tiled else height * width
@@ -207,26 +214,27 @@ def bytes_of_decoding(options: LoadOptions, *, tiled: bool) -> int:
 def in_tiles(
     choice: bool | str, model: str, sizes: Mapping[str, int], *, model_dir: Path | None = None
 ) -> bool:
-    """Whether a VAE decodes in tiles; "auto": unless whole frames take no more than the DiT did.
+    """Return whether a VAE decodes in tiles; "auto" does if whole frames need more memory than the DiT.
 
     Args:
-        sizes: height, width, num_frames, and whatever else.
+        choice: True, False or "auto".
+        sizes: height, width and num_frames; other entries are ignored.
     """
-    if choice != "auto" or model not in MODEL_NAMES:  # of a pipeline of somebody's own nothing is known
+    if choice != "auto" or model not in MODEL_NAMES:  # the sizes of a user's own pipeline are unknown
         return bool(choice)
     size = (sizes["height"], sizes["width"], sizes["num_frames"])
     options = LoadOptions(model, "cpu", "bfloat16", model_dir=model_dir, size=size)
-    return bytes_of_decoding(options, tiled=False) > bytes_of_step(options)
+    return vae_activation_bytes(options, tiled=False) > dit_activation_bytes(options)
 
 
 def _size(options: LoadOptions) -> tuple[int, int, int]:
-    """Height, width and number of frames: those of the run, else the model's own."""
+    """Return height, width and number of frames: those of the run, else the model's defaults."""
     defaults = model_defaults(options.model, options.model_dir)
     return options.size or (defaults.height, defaults.width, defaults.num_frames)
 
 
 def free_memory(device: str) -> Memory:
-    """What is free now, of VRAM and, within a container's limit, of host memory."""
+    """Return the free VRAM and the free host memory, within the limit of a container."""
     import psutil
     import torch
 
@@ -244,24 +252,24 @@ def free_memory(device: str) -> Memory:
 
 
 def _file_cache(folder: Path) -> int:
-    """What a cgroup counts as used and gives back when it is needed."""
+    """Return the bytes of file cache that a cgroup counts as used but frees when memory is needed."""
     lines = (folder / "memory.stat").read_text().splitlines()
     return sum(int(line.split()[1]) for line in lines if line.startswith("inactive_file "))
 
 
-def say_what_is_expected(options: LoadOptions, components: Collection[str]) -> None:
-    """Tell the memory that a run in its mode takes, and warn where less is free."""
+def log_expected_memory(options: LoadOptions, components: Collection[str]) -> None:
+    """Log the expected memory of a run in its mode, and warn if less is free."""
     expected, free = expected_memory(options, components, options.vram), free_memory(options.device)
     log.info(f"--vram {options.vram}: expects about {expected}; {free} are free")
     if not expected.fits(free):
         log.warning(
-            "that is more than is free, and the run may end for want of it; try --vram low or disk, "
+            "that is more than is free, and the run may run out of memory; try --vram low or disk, "
             "fewer --num_frames, or a smaller size"
         )
 
 
-def say_what_each_mode_takes(options: LoadOptions, components: Collection[str]) -> None:
-    """Tell the memory that a run would take in each mode, and the mode of auto where the device is here."""
+def log_memory_of_modes(options: LoadOptions, components: Collection[str]) -> None:
+    """Log the expected memory of a run in each mode and, if the device exists, the mode that auto takes."""
     import torch
 
     modes = HOMES if options.model in MODELS and options.quantize is None else ("plain",)
@@ -276,7 +284,7 @@ def say_what_each_mode_takes(options: LoadOptions, components: Collection[str]) 
 
 
 def bytes_to_fetch(options: LoadOptions, components: Collection[str]) -> dict[str, int]:
-    """The bytes of each component that DiffSynth would download; none of those that are there, or named."""
+    """Return the bytes that DiffSynth would download of each component, without existing or named files."""
     skipped = os.environ.get("DIFFSYNTH_SKIP_DOWNLOAD", "").lower() == "true"
     if options.model not in MODELS or options.model_dir is not None or skipped:
         return {}
@@ -290,15 +298,15 @@ def bytes_to_fetch(options: LoadOptions, components: Collection[str]) -> dict[st
 
 
 def model_base() -> Path:
-    """Where DiffSynth's ModelConfig puts what it downloads."""
+    """Return the folder into which DiffSynth's ModelConfig downloads."""
     return Path(os.environ.get("DIFFSYNTH_MODEL_BASE_PATH", "./models"))
 
 
 def check_download(options: LoadOptions, components: Collection[str]) -> None:
-    """Say what has to be downloaded, and whether the disk has room for it.
+    """Log the size of a pending download, and check that the disk has room for it.
 
     Raises:
-        InputError: it hasn't.
+        InputError: the disk has less free space.
     """
     sizes, base = bytes_to_fetch(options, components), model_base()
     if not sizes:
@@ -306,20 +314,20 @@ def check_download(options: LoadOptions, components: Collection[str]) -> None:
     there = next(parent for parent in (base.absolute(), *base.absolute().parents) if parent.exists())
     free, needed = shutil.disk_usage(there).free, sum(sizes.values())
     parts = ", ".join(f"{name} {size / GIB:.1f}" for name, size in sizes.items())
-    told = f"{needed / GIB:.1f} GiB of weights to download to {base} ({parts})"
+    pending = f"{needed / GIB:.1f} GiB of weights to download to {base} ({parts})"
     if free < needed:
         raise InputError(
-            f"{told}, and {free / GIB:.1f} GiB are free there; free some space, name another disk with "
+            f"{pending}, and {free / GIB:.1f} GiB are free there; free some space, name another disk with "
             "DIFFSYNTH_MODEL_BASE_PATH, or a folder that has the weights with --model_dir"
         )
-    log.info(f"{told}; {free / GIB:.1f} GiB are free there")
+    log.info(f"{pending}; {free / GIB:.1f} GiB are free there")
 
 
 # --- after a run --------------------------------------------------------------------------------------------
 
 
 def begin_peak(device: str) -> None:
-    """Forget what was taken of VRAM before."""
+    """Reset the recorded peak of VRAM."""
     import torch
 
     if torch.device(device).type == "cuda":
@@ -327,7 +335,7 @@ def begin_peak(device: str) -> None:
 
 
 def peak_memory(device: str) -> dict[str, int | None]:
-    """The most that was taken, in bytes: of VRAM by torch's allocator, of host memory by this process."""
+    """Return the peak memory in bytes: of VRAM by torch's allocator, of host memory by this process."""
     import torch
 
     on_gpu = torch.device(device).type == "cuda"
@@ -338,14 +346,14 @@ def peak_memory(device: str) -> dict[str, int | None]:
 
 
 def describe_peak(peak: Mapping[str, int | None]) -> str:
-    """What `peak_memory` found, for people."""
+    """Return the result of `peak_memory` as a text."""
     parts = {"GiB of VRAM": peak.get("vram"), "GiB of host memory": peak.get("host")}
-    told = " and ".join(f"{size / GIB:.1f} {unit}" for unit, size in parts.items() if size is not None)
-    return f"peak memory: {told or 'unknown'}"
+    known = " and ".join(f"{size / GIB:.1f} {unit}" for unit, size in parts.items() if size is not None)
+    return f"peak memory: {known or 'unknown'}"
 
 
 def _peak_of_process() -> int | None:
-    if sys.platform == "win32":  # has no getrusage
+    if sys.platform == "win32":  # Windows has no getrusage
         return None
     import resource
 

@@ -1,7 +1,10 @@
-"""The weights of a model by its name, before any is loaded: found or fetched, fingerprinted.
+"""Find or download the weight files of a model by its name, and compute their fingerprints.
 
-those of families.py   fetched from ModelScope by DiffSynth's own ModelConfig
-tiny                   data/tiny_wan_i2v: the same classes, small and trained, for the CPU
+The models of models/families.py are downloaded from ModelScope by DiffSynth's own ModelConfig; `tiny` is the
+embedded model in data/tiny_wan_i2v: the same classes, small and trained, for the CPU.
+
+`weight_files` and `tokenizer_folder` find the files, `fingerprint_files` identifies them, `LoadOptions` says
+which model is loaded and how.
 """
 
 from __future__ import annotations
@@ -22,39 +25,39 @@ from step_skip.models.families import DEFAULT_FAMILY, FAMILIES, MODELS, TOKENIZE
 from step_skip.models.lora_file import Lora
 
 ROOT = Path(__file__).resolve().parents[2]
-# the embedded model: in the repository, or installed with the package
-TINY_PLACES = (ROOT / "data" / "tiny_wan_i2v", ROOT / "step_skip" / "tiny_wan_i2v")
-TINY_DIR = next((path for path in TINY_PLACES if path.is_dir()), TINY_PLACES[0])
-COMPONENTS = ("dit", "dit2", "vae", "text_encoder", "image_encoder")  # of all families, as they are loaded
+# Folders of the embedded model: in the repository, or installed with the package.
+TINY_DIRS = (ROOT / "data" / "tiny_wan_i2v", ROOT / "step_skip" / "tiny_wan_i2v")
+TINY_DIR = next((path for path in TINY_DIRS if path.is_dir()), TINY_DIRS[0])
+COMPONENTS = ("dit", "dit2", "vae", "text_encoder", "image_encoder")  # of all families, in loading order
 EXPERTS = ("dit", "dit2")  # for high noise, for low noise
 ENCODERS = ("text_encoder", "image_encoder")
-SKIP_BRANCH = "skip_branch"  # what --skip_cache uses besides, of a model that has it (cheaper.Branch)
+SKIP_BRANCH = "skip_branch"  # optional component for --skip_cache (method/skip_cache.Branch)
 
 
 @dataclass(frozen=True)
 class LoadOptions:
-    """Which model, from where, onto what; the flags that both scripts share."""
+    """A model, its source and its destination; the flags that both scripts share."""
 
     model: str
     device: str
     dtype: str
-    vram: str = "auto"  # or one of memory.HOMES
-    model_dir: Path | None = None
+    vram: str = "auto"  # or a key of memory.HOMES
+    model_dir: Path | None = None  # folder of the weights; None: DiffSynth's, or TINY_DIR
     loras: tuple[Lora, ...] = ()
-    quantize: str | None = None  # one of compute.METHODS
+    quantize: str | None = None  # a key of compute.QUANTIZATIONS
     compile: str | None = None  # a backend of torch.compile
-    size: tuple[int, int, int] | None = None  # height, width, num_frames; None: the model's; for estimates
-    tiled: bool = True  # for estimates
+    size: tuple[int, int, int] | None = None  # height, width, num_frames for estimates; None: the model's
+    tiled: bool = True  # decoding in tiles, for estimates
 
 
 def published_name(name: str) -> str:
-    """A model's name where it was published, Wan2.1-I2V-14B-480P for example; tiny has no other."""
+    """Return the name under which a model was published, Wan2.1-I2V-14B-480P for example; tiny stays tiny."""
     return MODELS[name].model_id.split("/")[-1] if name in MODELS else name
 
 
 def model_defaults(name: str, model_dir: Path | None = None) -> Defaults:
-    """The defaults of a model; an embedded one keeps its own in its config.json."""
-    if name != "tiny":  # a pipeline of somebody's own has Wan's
+    """Return the defaults of a model; those of an embedded model are in its config.json."""
+    if name != "tiny":  # a user's own pipeline has Wan's defaults
         return MODELS[name].defaults if name in MODELS else Defaults()
     folder = model_dir or TINY_DIR
     try:
@@ -67,10 +70,10 @@ def model_defaults(name: str, model_dir: Path | None = None) -> Defaults:
 
 
 def family_name(model: str, model_dir: Path | None = None) -> str:
-    """The family of a model, in families.py; an embedded one may name another than I2V in its config.json.
+    """Return a model's family, a key of families.FAMILIES; an embedded model names it in its config.json.
 
     Raises:
-        InputError: it names one that isn't there.
+        InputError: config.json names an unknown family.
     """
     if model in MODELS:
         return MODELS[model].family
@@ -78,21 +81,21 @@ def family_name(model: str, model_dir: Path | None = None) -> str:
     name = read_tiny_config(folder).get("family", DEFAULT_FAMILY)
     if name not in FAMILIES:
         raise InputError(
-            f"{folder / 'config.json'} has family = {name!r}, expected one of {', '.join(FAMILIES)}"
+            f"{folder / 'config.json'} has family = {name!r}, expected one of {', '.join(FAMILIES)}; fix it"
         )
     return name
 
 
 def all_components(model: str, model_dir: Path | None = None) -> tuple[str, ...]:
-    """All parts of a model, in the order in which they are loaded, and the skip_branch it may have."""
+    """Return all components of a model in the order of loading, and the skip_branch that it may have."""
     return (*FAMILIES[family_name(model, model_dir)].components, SKIP_BRANCH)
 
 
 def read_tiny_config(folder: Path = TINY_DIR) -> dict[str, Any]:
-    """The sizes of an embedded model's modules, the tokenizer's length and the command line's defaults.
+    """Read an embedded model's config.json: sizes of its modules, length of the tokenizer, default settings.
 
     Raises:
-        InputError: the folder holds none.
+        InputError: the folder has none, or it can't be read.
     """
     path = folder / "config.json"
     try:
@@ -104,7 +107,7 @@ def read_tiny_config(folder: Path = TINY_DIR) -> dict[str, Any]:
 
 @functools.lru_cache(maxsize=8)
 def _config_of_version(path: Path, size: int, mtime_ns: int) -> dict[str, Any]:
-    """Once for all plans of a sweep."""
+    """Read a config.json once for all plans of a sweep; size and date are part of the cache's key."""
     return dict(json.loads(path.read_text(encoding="utf-8")))
 
 
@@ -116,21 +119,24 @@ def _no_config(folder: Path, error: Exception) -> InputError:
 
 
 def cache_components(skip_cache: int | None) -> list[str]:
-    """What a run with --skip_cache needs besides the four components."""
+    """Return the additional components of a run with --skip_cache."""
     return [] if skip_cache is None else [SKIP_BRANCH]
 
 
-# --- where the weights are ----------------------------------------------------------------------------------
+# --- weight files -------------------------------------------------------------------------------------------
 
 
 def weight_files(options: LoadOptions, components: Collection[str] | None = None) -> dict[str, list[Path]]:
-    """The weight files of each component, fetched first where they are not there yet.
+    """Return the weight files of each component, after downloading the missing ones.
 
-    A model without a skip_branch has no file of it, which is no error.
+    A model without a skip_branch has an empty list for it.
+
+    Args:
+        components: components to find; None: all of the model.
 
     Raises:
-        RunError: they could not be fetched.
-        InputError: --model_dir lacks some.
+        RunError: files could not be downloaded.
+        InputError: --model_dir lacks files.
     """
     if components is None:
         components = all_components(options.model, options.model_dir)
@@ -152,19 +158,19 @@ def _component_files(options: LoadOptions, name: str) -> list[Path]:
 
 
 def _skip_branch(options: LoadOptions) -> list[Path]:
-    """No branch was published for a real model."""
+    """Return the file of an embedded model's skip_branch, if it exists; published models have none."""
     path = (options.model_dir or TINY_DIR) / f"{SKIP_BRANCH}.safetensors"
     return [path] if options.model not in MODELS and path.is_file() else []
 
 
 def _fetch(model_id: str, pattern: str) -> list[Path]:
-    """Let DiffSynth's ModelConfig find or download the files, by its own environment variables."""
+    """Find or download files with DiffSynth's ModelConfig and its environment variables."""
     from diffsynth.pipelines.wan_video import ModelConfig
 
     config = ModelConfig(model_id=model_id, origin_file_pattern=pattern)
     try:
         config.download_if_necessary()
-    except Exception as error:  # modelscope, huggingface_hub, requests and urllib3 each raise their own
+    except Exception as error:  # modelscope, huggingface_hub, requests and urllib3 raise different errors
         raise RunError(
             f"cannot fetch {model_id}/{pattern} ({type(error).__name__}): connect to the network, name a "
             "folder of downloaded weights with --model_dir, or use --model tiny"
@@ -179,7 +185,7 @@ def _fetch(model_id: str, pattern: str) -> list[Path]:
 
 
 def _in_folder(folder: Path, model: str, component: str) -> list[Path]:
-    """The files of a component in --model_dir, laid out flat or as ModelScope lays them out."""
+    """Return the files of a component in --model_dir, which may be flat or have ModelScope's layout."""
     weights, own_id = MODELS[model].weights[component], MODELS[model].model_id
     model_id, pattern = weights.model_id, weights.pattern
     original = pattern.replace(".safetensors", ".pth")
@@ -198,7 +204,7 @@ def _existing(folder: Path, patterns: list[str], component: str) -> list[Path]:
 
 
 def _complete_shards(paths: list[Path]) -> list[Path]:
-    """Refuse a sharded file of which some shards are missing."""
+    """Check that no shard of a sharded file is missing."""
     match = re.fullmatch(r"(.*-)\d{5}-of-(\d{5})(\..*)", paths[0].name)
     if match is None:
         return paths
@@ -213,7 +219,7 @@ def _complete_shards(paths: list[Path]) -> list[Path]:
 
 
 def tokenizer_folder(options: LoadOptions) -> Path:
-    """The tokenizer's folder, fetched first where it is not there yet."""
+    """Return the tokenizer's folder, after downloading it if it is missing."""
     model_id, folder = TOKENIZER
     if options.model not in MODELS:
         where, candidates = options.model_dir or TINY_DIR, ["tokenizer/"]
@@ -232,10 +238,10 @@ def tokenizer_folder(options: LoadOptions) -> Path:
 
 
 def fingerprint_files(files: Mapping[str, list[Path]]) -> dict[str, str]:
-    """A cheap fingerprint of each component's weights: names, sizes, headers and samples, in hex.
+    """Return a cheap fingerprint of each component's files, in hex, of names, sizes, headers and samples.
 
-    Reads the header of a safetensors file and 33 pieces of 4 KiB spread evenly over the file, the first
-    and the last among them, so 28 GB cost milliseconds.
+    It reads the header of a safetensors file and 33 pieces of 4 KiB spread evenly over the file, the first
+    and the last included, so that 28 GB take milliseconds. A component without files has "none".
     """
     return {component: _fingerprint(paths) if paths else "none" for component, paths in files.items()}
 
@@ -247,7 +253,7 @@ def _fingerprint(paths: list[Path], *, pieces: int = 32, piece_bytes: int = 4096
         digest.update(f"{path.name}:{size}".encode())
         with path.open("rb") as file:
             if path.suffix == ".safetensors":
-                header_bytes = int.from_bytes(file.read(8), "little")  # as the format begins
+                header_bytes = int.from_bytes(file.read(8), "little")  # the format begins with it
                 digest.update(file.read(min(header_bytes, MAX_HEADER_BYTES)))
             for i in range(pieces + 1):
                 file.seek(max(0, size - piece_bytes) * i // pieces)

@@ -41,11 +41,11 @@ from step_skip.infer.plan import needed_components, settings_of
 from step_skip.infer.warnings import warn_before_run
 from step_skip.media.videos import video_bytes
 from step_skip.models.families import MODELS
-from step_skip.models.loading import Model, load_told, loaded_first
+from step_skip.models.loading import Model, load_logged, loaded_first
 from step_skip.models.lora import describe_loras, distilled_hint, find_recorded_loras, loras_of
 from step_skip.models.lora_file import Lora
 from step_skip.models.machine import pick_device
-from step_skip.models.memory import check_download, describe_peak, peak_memory, say_what_each_mode_takes
+from step_skip.models.memory import check_download, describe_peak, log_memory_of_modes, peak_memory
 from step_skip.models.weights import (
     COMPONENTS,
     ENCODERS,
@@ -417,7 +417,7 @@ def log_what_it_takes(sweep: Sweep, *, device: str | None, vram: str, model_dir:
             loras=loras_of(plan.lora),
         )
         check_download(options, components)
-        say_what_each_mode_takes(options, loaded_first(components))
+        log_memory_of_modes(options, loaded_first(components))
 
 
 # --- in this process ----------------------------------------------------------------------------------------
@@ -458,7 +458,7 @@ class ThisProcess:
             def check(found: Mapping[str, str]) -> None:
                 failed.update(check_weights(groups, lambda prior: check_fingerprint(prior, found)))
 
-            model = load_told(options, components_of(groups, store), check=check, by_expert=True)
+            model = load_logged(options, components_of(groups, store), check=check, by_expert=True)
         else:
             model = self.model
             failed.update(check_weights(groups, lambda prior: check_model(model, prior)))

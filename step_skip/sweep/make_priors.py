@@ -29,10 +29,10 @@ from step_skip.media.images import Picture
 from step_skip.method.steps import recommended_num_steps
 from step_skip.models.compute import check_compute
 from step_skip.models.families import FAMILIES, MODELS
-from step_skip.models.loading import Model, load_told, loaded_first
+from step_skip.models.loading import Model, load_logged, loaded_first
 from step_skip.models.lora import distilled_hint
 from step_skip.models.machine import pick_device
-from step_skip.models.memory import check_download, say_what_each_mode_takes
+from step_skip.models.memory import check_download, log_memory_of_modes
 from step_skip.models.weights import LoadOptions, cache_components, model_defaults
 from step_skip.pipeline.settings import RunSettings
 from step_skip.prior.prior import END_IMAGE_FILE, IMAGE_FILE, Prior, bytes_of_steps
@@ -341,7 +341,7 @@ def log_what_a_batch_takes(batch: Batch) -> None:
         if not batch.is_here and options.model in MODELS:
             options = dataclasses.replace(options, device="cuda")
         check_download(options, components)
-        say_what_each_mode_takes(options, loaded_first(components))
+        log_memory_of_modes(options, loaded_first(components))
 
 
 # --- in this process ----------------------------------------------------------------------------------------
@@ -363,7 +363,7 @@ class PriorProcess:
 
     def make(self, run: PriorRun) -> None:
         """Load the model, unless one was given, and make the priors; see `PriorMachine`."""
-        model = self.model or load_told(run.options, run.components, by_expert=True)
+        model = self.model or load_logged(run.options, run.components, by_expert=True)
         if run.is_single:
             make_one(run.jobs[0], model, run)
             return

@@ -75,7 +75,7 @@ def test_what_is_transparent_shows_the_background(mode, caplog):
     image = open_image(transparent(mode), background="#336699")
     assert image.getpixel((15, 10)) == (0x33, 0x66, 0x99)
     assert image.getpixel((5, 10)) == ((88, 88, 88) if mode == "LA" else (200, 40, 40))
-    assert "transparent in places: #336699 shows" in caplog.text
+    assert "has transparent parts: #336699 shows" in caplog.text
 
 
 def test_an_opaque_alpha_channel_changes_nothing(caplog):
@@ -194,7 +194,7 @@ def test_fit_on_the_command_line(generate, infer, wide, fit, left, top, box):
     assert preview.exists() == (fit == "crop")
     assert infer(outcome.path, "--start_step", 0, "--image", wide).code == 0  # read the same way again
     if fit == "crop":
-        assert "cropped to its middle, 96 x 96; --fit pad" in outcome.err
+        assert "cropped to its centre, 96 x 96; --fit pad" in outcome.err
         with Image.open(preview) as shown:
             assert shown.size == (192, 96)
             assert shown.getpixel((96, 48)) == (255, 255, 255)

@@ -232,9 +232,8 @@ def test_two_prompts_alike_leave_what_the_schedule_does():
     chosen = choose_start_step(prior_with([0.0, 0.0, 0.0]), 0.6)
     assert (chosen.step, chosen.measured) == (0, False)
     assert chosen.text_left == pytest.approx(0.4375 / 0.6875)
-    assert (
-        str(chosen) == "step 0, about 0.64 of the text's say left, by the schedule: its two prompts are alike"
-    )
+    expected = "step 0, about 0.64 of the text influence remains, estimated from the schedule"
+    assert str(chosen) == f"{expected}: the prior's two prompts are alike"
 
 
 @pytest.mark.parametrize(
@@ -255,7 +254,7 @@ def test_auto_resumes_there_and_says_so(prior, infer, tmp_path):
     step = max(step for step in range(10) if left[step] >= 0.4)
     flags = ("--start_step", "auto", "--text_share", 0.4)
     auto = infer(prior, *flags, "--prompt", OTHER_PROMPT, "--output", tmp_path / "auto.mp4")
-    assert f"auto: step {step}, {left[step]:.2f} of the text's say left\n" in auto.err
+    assert f"auto: step {step}, {left[step]:.2f} of the text influence remains\n" in auto.err
     assert auto.report["start_step"] == step
     assert auto.report["steps_run"] == list(range(step + 1, 10))
     assert auto.report["auto"] == {"step": step, "text_left": left[step], "text_share": 0.4, "measured": True}
@@ -282,9 +281,9 @@ def test_auto_in_a_sweep_is_each_priors_own_and_one_of_the_named_steps(
     lines = [json.loads(line) for line in outcome.out.splitlines()]
     assert sorted(line["start_step"] for line in lines) == sorted([*range(2, 9)] * 2)
     assert lines[0]["start_step"] == 4
-    assert f"{prior_copy}: auto: step 4, 0.50 of the text's say left\n" in outcome.err
+    assert f"{prior_copy}: auto: step 4, 0.50 of the text influence remains\n" in outcome.err
     assert f"{neutral}: auto: step 6, about 0.5" in outcome.err
-    assert "its two prompts are alike" in outcome.err
+    assert "two prompts are alike" in outcome.err
 
 
 def test_auto_in_a_prompts_file(prior, infer, tmp_path):

@@ -121,7 +121,7 @@ def test_strengths_between_commas_are_tried_in_turn():
     path = Path("a,b.safetensors")
     assert parse_strengths("low=a,b.safetensors:0.5,-1") == [Lora(path, 0.5, "dit2"), Lora(path, -1, "dit2")]
     assert parse_strengths("a,b.safetensors") == [Lora(path)]
-    with pytest.raises(ValueError, match=r"only infer_from_prior\.py tries"):
+    with pytest.raises(ValueError, match=r"only infer_from_prior\.py takes"):
         parse_lora("a,b.safetensors:0.5,-1")
 
 
@@ -295,7 +295,7 @@ def test_what_peft_saves_is_what_peft_merges(model_dir, dit_files, tmp_path, lor
 def test_pefts_config_is_part_of_what_is_recorded(model_dir, save, dit_files, tmp_path):
     path = save(lora_weights(model_dir, prefix="base_model.model."), "adapter_model")
     [note] = check_loras([Lora(path)], dit_files)
-    assert "no adapter_config.json" in note and "alpha is taken to be its rank" in note
+    assert "no adapter_config.json" in note and "alpha is assumed to be the rank" in note
     config = tmp_path / "adapter_config.json"
     config.write_text(json.dumps({"lora_alpha": 4, "r": 2}))
     assert check_loras([Lora(path)], dit_files) == []
@@ -375,12 +375,12 @@ def test_what_has_no_place_is_named_and_nothing_is_applied(model_dir, save, dit_
         ({f"{LAYERS[0]}.lora_{half}.weight": torch.zeros(shape) for half, shape in EMPTY.items()}, "[0, 48]"),
         ({f"{LAYERS[0]}.lora_A.weight": torch.zeros(48)}, "[48] and [48, 2] for blocks.0"),
         ({f"{LAYERS[0]}.diff": torch.zeros(48)}, "[48]"),
-        ({f"{LAYERS[0]}.diff_b": torch.zeros(1)}, "[1] for blocks.0.self_attn.q.bias, which is [48]"),
+        ({f"{LAYERS[0]}.diff_b": torch.zeros(1)}, "[1] for blocks.0.self_attn.q.bias, expected [48]"),
         ({f"{LAYERS[0]}.alpha": torch.zeros(2)}, "expected one number"),
-        ({"blocks.1.ffn.0.alpha": torch.tensor(1.0)}, "not the pair that goes with it"),
-        ({"blocks.1.ffn.0.lora_B.weight": torch.zeros(64, 2)}, "not the pair that goes with it"),
-        ({"blocks.1.ffn.0.lora_A.weight": torch.zeros(2, 48)}, "not the pair that goes with it"),
-        ({"blocks.1.ffn.0.lora_B.bias": torch.zeros(64)}, "not the pair that goes with it"),
+        ({"blocks.1.ffn.0.alpha": torch.tensor(1.0)}, "without the other tensor of its pair"),
+        ({"blocks.1.ffn.0.lora_B.weight": torch.zeros(64, 2)}, "without the other tensor of its pair"),
+        ({"blocks.1.ffn.0.lora_A.weight": torch.zeros(2, 48)}, "without the other tensor of its pair"),
+        ({"blocks.1.ffn.0.lora_B.bias": torch.zeros(64)}, "without the other tensor of its pair"),
         ({f"diffusion_model.{LAYERS[0]}.lora_A.weight": torch.zeros(2, 48)}, "for one layer"),
         ({f"{LAYERS[0]}.lora_down.weight": torch.zeros(2, 48)}, "for one layer"),
         ({f"{LAYERS[0]}.diff_b": torch.zeros(48, dtype=torch.int8)}, "in I8, expected one of BF16"),
@@ -441,7 +441,7 @@ def test_what_a_run_records_is_found_again_or_refused(make_lora):
     with pytest.raises(InputError, match="another .* than is there now"):
         recorded(described)
     path.unlink()
-    with pytest.raises(InputError, match="not there"):
+    with pytest.raises(InputError, match="does not exist"):
         recorded(described)
     with pytest.raises(InputError, match="as a LoRA"):
         read_recorded_loras([{"path": 3}])

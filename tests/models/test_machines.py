@@ -244,13 +244,13 @@ def test_what_lies_between_the_weights_of_the_family():
         ("TI2V-5B", 1.23, 4.19),
     ):
         run = options(model=model, size=(480, 832, 81))
-        assert 1 <= memory.bytes_of_step(run) / GIB / step < 1.25
-        assert 1 <= memory.bytes_of_decoding(run, tiled=False) / GIB / frames < 1.2
+        assert 1 <= memory.dit_activation_bytes(run) / GIB / step < 1.25
+        assert 1 <= memory.vae_activation_bytes(run, tiled=False) / GIB / frames < 1.2
 
 
 def test_whole_frames_take_more_than_tiles():
     small, large = (
-        memory.bytes_between(options(size=(720, 1280, 5), tiled=tiled)) for tiled in (True, False)
+        memory.activation_bytes(options(size=(720, 1280, 5), tiled=tiled)) for tiled in (True, False)
     )
     assert large > 8 * GIB > 2 * GIB > small
 

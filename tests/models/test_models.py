@@ -85,7 +85,7 @@ def test_a_14b_model_without_a_gpu_names_the_tiny_one(run, refused, asked, image
 
 def test_a_cpu_that_is_named_may_run_a_14b_model(caplog):
     assert pick_device("I2V-480P", "cpu") == "cpu"
-    assert "I2V-480P on a CPU, as asked for" in caplog.text
+    assert "I2V-480P runs on the CPU, as asked for" in caplog.text
 
 
 def with_published_files(base: Path, model: str) -> None:
@@ -428,4 +428,4 @@ def test_weights_that_diffsynth_does_not_know_are_told_in_one_line(run, image, t
         path.write_bytes(safetensors.torch.save(content) if content else b"cut off")
     flags = ("--model", "I2V-480P", "--model_dir", tmp_path, "--device", "cpu", "--vram", "disk")
     outcome = run("generate_prior", *flags, "--image", image, "--output_dir", tmp_path / "priors")
-    assert outcome.code == 2 and "can't load the weights" in outcome.error and "fetch" in outcome.error
+    assert outcome.code == 2 and "can't load the weights" in outcome.error and "download" in outcome.error

@@ -10,7 +10,7 @@ import sys
 import pytest
 from helpers import OTHER_PROMPT, ROOT, SIZE, read_json
 
-from step_skip.models.embedded import doubts_of_words, warn_of_embedded
+from step_skip.models.embedded import warn_of_embedded, word_warnings
 from step_skip.models.weights import TINY_DIR, LoadOptions
 
 TINY = LoadOptions("tiny", "cpu", "float32")
@@ -27,7 +27,7 @@ SIZES = {"width": 96, "height": 96, "num_frames": 17}
         ),
         ("she speaks " * 8, SIZES, ["reads 15 words", "has 16", "try:"]),
         ("x y z u v w q", SIZES, ['"x", "y", "z", "u", "v" and 2 others']),
-        ("she speaks", SIZES | {"width": 128}, ["made for 96 x 96 pixels, 17 frames, not 128 x 96"]),
+        ("she speaks", SIZES | {"width": 128}, ["trained for 96 x 96 pixels, 17 frames, not 128 x 96"]),
         ("she nods", SIZES | {"num_frames": 33}, ['"nods"', "not 96 x 96 pixels, 33 frames"]),
     ],
 )
@@ -62,12 +62,12 @@ def test_both_scripts_say_so_once(generate, run, image, model_dir, tmp_path):
     (folder / "config.json").write_text(json.dumps(config))
     flags = ("--model_dir", folder)
     made = generate("--image", image, "--prompt", "he nods", "--num_inference_steps", 2, *flags)
-    assert made.err.count("won't do as it is told") == 1
+    assert made.err.count("may not follow this prompt") == 1
     assert '"nods"; try: speaks' in made.err
     assert f"{SIZE} x {SIZE}" not in made.err
     prompts = ("--prompt", "he nods", "he waves", "he speaks", OTHER_PROMPT)
     sweep = run("infer_from_prior", "--prior_dir", made.path, *flags, "--num_steps", 1, *prompts)
-    [line] = [line for line in sweep.err.splitlines() if "won't do as it is told" in line]
+    [line] = [line for line in sweep.err.splitlines() if "may not follow this prompt" in line]
     assert line.startswith("warning: ") and '"waves"' in line and "nods" not in line  # its prior was told of
 
 
@@ -80,4 +80,4 @@ def test_every_example_uses_words_it_knows():
         examples |= {prompt for words in after for prompt in re.findall(r'"([^"]+)"', words)}
     examples -= {"..."}
     assert {"she stays still", "she moves to the left", "she speaks", "She tilts her head."} <= examples
-    assert doubts_of_words(TINY_DIR, examples, most=15) == []
+    assert word_warnings(TINY_DIR, examples, most=15) == []

@@ -201,7 +201,7 @@ def test_nothing_in_it_is_taken_for_markup(page, results):
     ("changes", "words"),
     [
         (lambda folder: (folder / "late.mp4").unlink(), "late.mp4 is missing from"),
-        (lambda folder: cut(folder / "late.mp4"), "late.mp4 is damaged: it is no whole .mp4"),
+        (lambda folder: cut(folder / "late.mp4"), "late.mp4 is damaged: it is not a complete .mp4"),
         (lambda folder: blank(folder / "late.mp4"), "late.mp4 is damaged: "),
         (lambda folder: add_result(folder, "late", num_frames=13), "9 frames, expected 13"),
         (lambda folder: (folder / "late.json").unlink(), "late.json is missing"),

@@ -8,7 +8,7 @@ from helpers import metadata_with, read_json
 
 from step_skip.errors import InputError
 from step_skip.method.steps import (
-    place_on_path,
+    locate_sigma,
     recommended_num_steps,
     recommended_start_step,
     spread_steps,
@@ -190,13 +190,13 @@ def test_a_tail_in_other_steps_is_the_schedule_of_that_many():
 
 def test_the_place_of_a_sigma_on_a_runs_path():
     sigmas = [1.0, 0.8, 0.4]
-    assert [place_on_path(sigma, sigmas)[0] for sigma in (1.0, 0.9, 0.8, 0.5, 0.4, 0.1)] == [0, 0, 1, 1, 2, 2]
-    parts = [place_on_path(sigma, sigmas)[1] for sigma in (1.0, 0.9, 0.8, 0.5, 0.4, 0.1)]
+    assert [locate_sigma(sigma, sigmas)[0] for sigma in (1.0, 0.9, 0.8, 0.5, 0.4, 0.1)] == [0, 0, 1, 1, 2, 2]
+    parts = [locate_sigma(sigma, sigmas)[1] for sigma in (1.0, 0.9, 0.8, 0.5, 0.4, 0.1)]
     assert parts == pytest.approx([0, 0.5, 0, 0.75, 0, 0.75])
-    assert place_on_path(0.8 * (1 + 1e-7), sigmas) == place_on_path(0.8 * (1 - 1e-7), sigmas) == (1, 0.0)
+    assert locate_sigma(0.8 * (1 + 1e-7), sigmas) == locate_sigma(0.8 * (1 - 1e-7), sigmas) == (1, 0.0)
     for sigma in (1.01, 0.0, -1.0):
         with pytest.raises(ValueError, match="between 0 and 1"):
-            place_on_path(sigma, sigmas)
+            locate_sigma(sigma, sigmas)
 
 
 def test_sigmas_of_ones_own_are_run_as_they_are():

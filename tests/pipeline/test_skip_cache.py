@@ -161,7 +161,7 @@ def test_a_branch_corrects_what_is_used_again_by_steps_apart():
     weight[0, 0, 0], weight[1, 0, 1] = 0.5, 2.0  # one apart: half of x; two: twice what was added
     branch = Branch(weight, bias)
     x, added = torch.tensor([[[4.0]]]), torch.tensor([[[3.0]]])
-    assert [float(branch(x, added, apart=apart)) for apart in (1, 2, 3)] == [12, 26, 26]
+    assert [float(branch(x, added, age=age)) for age in (1, 2, 3)] == [12, 26, 26]
     middle = Middle(torch.nn.ModuleList([torch.nn.Identity()]), every=3, branch=branch)
     assert float(middle(x)) == 4
     middle.step = 1
