@@ -7,6 +7,7 @@
     python prior_utils.py rm prior_output/run_mila    # likewise, all of it
     python prior_utils.py export prior_output/run_mila --step 6    # its latents as a .latent of ComfyUI
     python prior_utils.py import latents/*.latent     # a run that was made there, as a prior
+    python prior_utils.py page prior_output/run_mila/outputs       # the page of a folder of clips
 
 The names here stay; the parts they come from are in step_skip.
 """
@@ -33,6 +34,7 @@ from step_skip.errors import InputError, RunError
 from step_skip.files.reading import sha256_file
 from step_skip.files.tensors import DTYPES, sha256_tensor
 from step_skip.files.writing import replacing, write_json
+from step_skip.page.__main__ import main as write_page_of
 from step_skip.pipeline.settings import RunSettings
 from step_skip.prior.checks import check_schedule
 from step_skip.prior.files import check_files, load_conditioning, load_denoised, load_latents
@@ -76,9 +78,11 @@ __all__ = [
 ]
 
 
-def main(argv: list[str] | None = None) -> str:
+def main(argv: list[str] | None = None) -> str | Path:
     """List, show, remove, prune, export or import priors, or verify them, as infer_from_prior.py --verify."""
     argv = sys.argv[1:] if argv is None else argv
+    if argv and argv[0] == "page":
+        return write_page_of(argv[1:])
     with_parsers = {"prune": prune_priors, "export": export_prior, "import": import_prior}
     if argv and argv[0] in with_parsers:
         return with_parsers[argv[0]](argv[1:])
@@ -96,5 +100,10 @@ def main(argv: list[str] | None = None) -> str:
     return verify(parser.parse_args(argv).prior_dir)
 
 
-if __name__ == "__main__":
+def command() -> None:
+    """Run the console script of an installed package."""
     run_script(main)
+
+
+if __name__ == "__main__":
+    command()

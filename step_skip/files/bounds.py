@@ -7,6 +7,7 @@ from __future__ import annotations
 
 MAX_STEPS = 10_000
 MAX_NAME = 1000  # characters of any text that is not a prompt: ids, names of devices, versions, paths
+MAX_FILE_NAME = 200  # characters of a name that becomes a part of a file's name; systems allow 255 bytes
 MAX_PIXELS = 2**31  # of all frames together; 81 frames of 720 x 1280 are 1/28 of it
 LIMITS = {  # smallest and largest value of each setting; the largest exceed the memory of any machine
     "height": (1, 16384),
@@ -56,6 +57,7 @@ MAX_LORA_BYTES = 2**33  # a LoRA of rank 256 for a 14B model has a third of it
 MAX_BOXES = 100  # boxes of an .mp4 file; ffmpeg writes four
 MAX_AREA = 2**25  # pixels of a frame that is decoded for a page: 8K
 MAX_LATENT_BYTES = 2**30  # of a .latent file; 81 frames of 720 x 1280 pixels have 19 MB
+MAX_PREVIEW_BYTES = 2**26
 MAX_POSTER_BYTES = 2**21
 MAX_PROMPTS_BYTES = 16 * 2**20
 MAX_EMBEDDED_BYTES = 2**15  # of tags in an .mp4 file; ffmpeg takes them as an argument of limited length

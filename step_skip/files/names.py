@@ -7,6 +7,7 @@ import re
 import unicodedata
 from collections.abc import Iterator
 
+FILE_NAME = r"[\w.-]*[\w-][\w.-]*"  # ASCII: one component of a path, on any system, and not "." or ".."
 MAX_NAME_BYTES = 255  # length of a file name on every usual file system
 
 

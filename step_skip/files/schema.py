@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, PlainValidator, ValidationError
 
-from step_skip.files.bounds import MAX_NAME, MAX_STEPS, is_number, is_utf8, short
+from step_skip.files.bounds import MAX_FILE_NAME, MAX_NAME, MAX_STEPS, is_number, is_utf8, short
+from step_skip.files.names import FILE_NAME
 
 T = TypeVar("T")
 
@@ -51,6 +52,16 @@ def is_shape(value: list) -> bool:
 Text = Annotated[str, AfterValidator(must("text that is UTF-8", is_utf8))]
 Name = Annotated[
     Text, AfterValidator(must(f"at most {MAX_NAME} characters", lambda text: len(text) <= MAX_NAME))
+]
+# A name that becomes a part of a file's name: one component of a path, on any system.
+FileName = Annotated[
+    Text,
+    AfterValidator(
+        must(
+            f"1 to {MAX_FILE_NAME} letters, digits, . _ and -",
+            lambda text: re.fullmatch(FILE_NAME, text, flags=re.ASCII) and len(text) <= MAX_FILE_NAME,
+        )
+    ),
 ]
 Number = Annotated[float, PlainValidator(must("a number", is_number))]  # an int stays one
 Positive = Annotated[

@@ -8,7 +8,7 @@ import json
 import re
 import shlex
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -159,9 +159,23 @@ def flags_of(report: ClipReport, prior: Prior) -> dict[str, Any]:
             flags[name] = given or OFF
     if prior.is_legacy:
         flags |= {"image": report.image, "model": report.model}
-    if lora_entries(report.lora) != lora_entries(m.lora):
+    if [each.identity for each in report.lora] != [each.identity for each in m.lora]:
         flags["lora"] = [lora_text(lora) for lora in loras_of(report.lora)]
     return flags
+
+
+# every flag of the command lines that `command_of` writes
+COMMAND_FLAGS: Final = frozenset(
+    f"--{name}"
+    for name in (
+        *("prior_dir", "prompt", *STEP_FLAGS.values(), "negative_prompt", "cfg_scale", "fps", "skip_cache"),
+        *("tea_cache_l1_thresh", "tea_cache_model_id", "model_dir", "vae_tiling", "quantize", "compile"),
+        *("image", "model", "lora"),
+    )
+)
+
+
+FILE_FLAGS: Final = frozenset(("--prior_dir", "--image", "--lora"))
 
 
 def command_of(report: ClipReport, prior: Prior) -> str:
@@ -178,17 +192,33 @@ def command_of(report: ClipReport, prior: Prior) -> str:
 
 def video_tags(report: Mapping[str, Any]) -> dict[str, str]:
     """Return the metadata of a clip's .mp4 by MP4's names, without the prior's path or too long entries."""
-    told = {name: report[name] for name in EMBEDDED if report.get(name) is not None}
-    words = shlex.split(report["command"])
-    place = words.index("--prior_dir") + 1
-    told["command"] = shlex.join([*words[:place], Path(words[place]).name, *words[place + 1 :]])
+    recorded = {name: report[name] for name in EMBEDDED if report.get(name) is not None}
+    recorded["command"] = shlex.join(without_folders(shlex.split(report["command"])))
+    if "lora" in recorded:
+        recorded["lora"] = [each | {"path": Path(each["path"]).name} for each in recorded["lora"]]
     tags = {
         "title": report["prompt"][:200],
-        "description": told["command"],
-        "comment": json.dumps(told, ensure_ascii=False),
+        "description": recorded["command"],
+        "comment": json.dumps(recorded, ensure_ascii=False),
     }
     plain = {name: text.replace("\0", "").encode(errors="replace") for name, text in tags.items()}
     return {name: text.decode() for name, text in plain.items() if len(text) <= MAX_EMBEDDED_BYTES}
+
+
+def without_folders(words: Iterable[str]) -> Iterator[str]:
+    """Yield the words of a command line without --model_dir, and with the names of files for their paths."""
+    flag = ""
+    for word in words:
+        if word.startswith("--"):
+            flag, equals, value = word.partition("=")
+            if flag != "--model_dir":
+                yield f"{flag}={Path(value).name}" if equals and flag in FILE_FLAGS else word
+        elif flag in FILE_FLAGS:
+            is_of_expert = word.startswith(("high=", "low="))
+            expert, equals, path = word.partition("=") if is_of_expert else ("", "", word)
+            yield f"{expert}{equals}{Path(path).name}"
+        elif flag != "--model_dir":
+            yield word
 
 
 def read_clip(path: Path) -> ClipReport:

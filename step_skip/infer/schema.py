@@ -19,6 +19,7 @@ from step_skip.files.reading import is_deeper, read_file
 from step_skip.files.schema import (
     Count,
     Few,
+    FileName,
     Name,
     Number,
     PerStep,
@@ -49,8 +50,8 @@ class ClipReport(Record):
     model_config = ConfigDict(strict=True, extra="ignore")
 
     prior_dir: Name = ""
-    prior_run_id: Name = ""
-    run_id: Name = ""  # of a prior that the page keeps
+    prior_run_id: FileName = ""
+    run_id: FileName = ""  # of a prior that the page keeps
     method: Literal["resume", "differential", "sigmas"] | None = None
     start_step: Annotated[int, in_range(-1, MAX_STEPS)] | None = None
     steps_run: PerStep[Annotated[int, in_range(0, MAX_STEPS)]] = []

@@ -159,6 +159,11 @@ class RecordedLora(Record):
     differences: Count | None = None  # the number of tensors that are no part of a pair; None: not applied
 
     @property
+    def identity(self) -> tuple[object, ...]:
+        """What decides its effect: its file's content, strength and network, not where the file is."""
+        return self.sha256, self.alpha, self.expert, self.differences
+
+    @property
     def lora(self) -> Lora:
         """The LoRA to load."""
         return Lora(Path(self.path), self.alpha, self.expert)

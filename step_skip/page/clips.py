@@ -176,12 +176,17 @@ def read_clips(folder: Path) -> dict[Path, PageClip]:
 
 def in_order(folder: Path, paths: Iterable[Path]) -> list[Path]:
     """Sort clips as they were asked for, if that is recorded, then by name."""
+    indices = {str(name): index for index, name in enumerate(read_order(folder) or ())}
+    return sorted(paths, key=lambda path: (indices.get(path.name, len(indices)), path))
+
+
+def read_order(folder: Path) -> list[object] | None:
+    """Read the recorded names of a folder's clips, in the order they were asked for; None: there are none."""
     order: object = None
-    with contextlib.suppress(InputError, ValueError, RecursionError):  # none, or a stranger's
+    with contextlib.suppress(InputError, ValueError, RecursionError):
         order = json.loads(read_file(kept_folder(folder) / ORDER_FILE, most=MAX_METADATA_BYTES))
     names = order.get("videos") if isinstance(order, dict) else None
-    places = {str(name): place for place, name in enumerate(names if isinstance(names, list) else [])}
-    return sorted(paths, key=lambda path: (places.get(path.name, len(places)), path))
+    return names if isinstance(names, list) else None
 
 
 def keep_order(folder: Path, names: Sequence[str]) -> None:

@@ -20,12 +20,14 @@ from pathlib import Path
 from urllib.parse import quote
 
 from step_skip.infer.measures import describe_measures
+from step_skip.infer.report import COMMAND_FLAGS
 from step_skip.infer.schema import ClipReport
 from step_skip.infer.steps import more_steps
 from step_skip.models.lora import RecordedLora, summarize_loras
 from step_skip.page.clips import SETTINGS, PageClip, Section, prior_title
 
 NOTHING: tuple[object, ...] = (None, "", [])  # settings that were not used
+PATH_FLAGS = {"--prior_dir", "--model_dir", "--image", "--lora"}
 LATE_NOTE = "late for a new motion"
 SORTS: Mapping[str, str] = {  # what a page can be sorted by, where it is known
     "predicted_closeness": "predicted closeness",
@@ -264,7 +266,20 @@ def command_to_copy(clip: PageClip) -> str | None:
     except ValueError:
         return None
     own = words[:2] == ["python", "infer_from_prior.py"] and all(word.isprintable() for word in words)
-    return shlex.join(words) if own else None
+    flags = {word.partition("=")[0] for word in words[2:] if word.startswith("--")}
+    return shlex.join(words) if own and flags <= COMMAND_FLAGS and not names_share(words) else None
+
+
+def names_share(words: Iterable[str]) -> bool:
+    """Return whether a command line names a path on another machine's share, as Windows writes them."""
+    flag = ""
+    for word in words:
+        if word.startswith("--"):
+            flag, _, word = word.partition("=")
+        path = word.removeprefix("high=").removeprefix("low=")
+        if flag in PATH_FLAGS and path.startswith(("//", "\\\\")):
+            return True
+    return False
 
 
 def with_more_steps(command: str, report: ClipReport) -> str | None:

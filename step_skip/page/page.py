@@ -4,14 +4,25 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from step_skip.errors import InputError
+from step_skip.files.reading import opened
 from step_skip.files.writing import replacing
-from step_skip.page.clips import PageClip, Section, by_prior, keep_order, read_clips, read_page_clip
+from step_skip.page.clips import (
+    ORDER_FILE,
+    PageClip,
+    Section,
+    by_prior,
+    keep_order,
+    read_clips,
+    read_order,
+    read_page_clip,
+)
 from step_skip.page.html import Running, escaped, page_html, relative_url, summarize
 from step_skip.page.posters import kept_folder, save_poster
 from step_skip.page.sheet import draw_sheet
@@ -26,6 +37,9 @@ log = logging.getLogger(__name__)
 
 PAGE_FILE = "index.html"
 SHEET_FILE = "contact_sheet.png"
+SHEET_MARK = b"Software\0step_skip"  # in the contact sheets of this program
+# in the pages of this program; the second, of earlier versions
+PAGE_MARKS = (b'<meta name="generator" content="step_skip">', b'<body data-fps="')
 MOST_ON_A_PAGE = 300  # videos; of more each prior has a page
 MOST_ON_A_SHEET = 200  # videos; a picture of more could not be read
 SHARE_OF_TIME = 0.05  # of a sweep's, at most, goes into pages that are written while it runs
@@ -120,6 +134,8 @@ def write_page(folder: Path, order: Sequence[str] = ()) -> Path:
         InputError: no folder, a prior, no video in it, or a link in a prior leads to it.
     """
     check_way(folder)
+    if folder.is_dir():
+        check_own_files(folder)
     if order:
         keep_order(folder, order)
     page = SweepPage(folder)
@@ -135,6 +151,7 @@ def running_page(folder: Path, order: Sequence[str]) -> Iterator[OnMade]:
     Args:
         order: the names of all videos that were asked for.
     """
+    check_own_files(folder)
     keep_order(folder, order)
     page = SweepPage(folder)
     try:
@@ -146,14 +163,47 @@ def running_page(folder: Path, order: Sequence[str]) -> Iterator[OnMade]:
             page.write()
 
 
+def check_own_files(folder: Path) -> None:
+    """Refuse a folder whose index.html or contact sheet this program did not write.
+
+    A contact sheet of an earlier version has no mark, but it lies beside a page of ours.
+
+    Raises:
+        InputError: names the file.
+    """
+    page, sheet = folder / PAGE_FILE, folder / SHEET_FILE
+    if os.path.lexists(page) and not any(mark in read_start(page) for mark in PAGE_MARKS):
+        raise InputError(f"{page} exists and is no page of this program's; move it, or name another folder")
+    if os.path.lexists(sheet) and not (os.path.lexists(page) or SHEET_MARK in read_start(sheet)):
+        raise InputError(
+            f"{sheet} exists and is no contact sheet of this program's; move it, or name another folder"
+        )
+    order = kept_folder(folder) / ORDER_FILE
+    if os.path.lexists(order) and read_order(folder) is None:
+        raise InputError(
+            f"{order} exists and is none of this program's files; move it, or name another folder"
+        )
+
+
+def read_start(path: Path) -> bytes:
+    """Read the first bytes of a file; none if it can't be read."""
+    with contextlib.suppress(InputError), opened(path) as file:
+        return file.read(2**16)
+    return b""
+
+
 def write_sheet(folder: Path, sections: Sequence[Section], strays: Sequence[PageClip]) -> None:
     """Write the contact sheet, where it can be read; else there is none."""
+    from PIL.PngImagePlugin import PngInfo
+
     path = folder / SHEET_FILE
     if sum(len(section.clips) for section in sections) + len(strays) > MOST_ON_A_SHEET:
         path.unlink(missing_ok=True)
         return
     with replacing(path) as temporary:
-        draw_sheet(sections, strays).save(temporary)
+        mark = PngInfo()
+        mark.add_text("Software", "step_skip")
+        draw_sheet(sections, strays).save(temporary, pnginfo=mark)
 
 
 def write_text(path: Path, text: str) -> None:

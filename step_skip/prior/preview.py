@@ -6,10 +6,14 @@ are known: the prior's own image and its encoded first frame. So it suits any VA
 
 from __future__ import annotations
 
+import contextlib
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from step_skip.errors import InputError
+from step_skip.files.bounds import MAX_PREVIEW_BYTES
+from step_skip.files.reading import read_file
 from step_skip.files.writing import replacing
 from step_skip.prior.files import load_conditioning
 from step_skip.prior.metadata import read_run
@@ -23,6 +27,9 @@ if TYPE_CHECKING:
     from step_skip.pipeline.schedulers import ProgressCallback
 
 PREVIEW_SIDE = 256  # pixels, at least, of the longer side
+PREVIEW_MARK = (
+    b"<x:xmpmeta>step_skip preview</x:xmpmeta>"  # in a preview of this program's, which may be replaced
+)
 MASK_CHANNELS = 4  # of y, before those of the encoded images
 
 
@@ -44,10 +51,29 @@ def preview_to(prior: Prior | str | Path, path: str | Path) -> ProgressCallback:
         duration = 1000 * m.num_frames / own.fps / len(frames)
         with replacing(Path(path)) as temporary:
             frames[0].save(
-                temporary, save_all=True, loop=0, append_images=frames[1:], duration=round(duration)
+                temporary,
+                save_all=True,
+                loop=0,
+                append_images=frames[1:],
+                duration=round(duration),
+                xmp=PREVIEW_MARK,
             )
 
     return show
+
+
+def check_own_preview(path: Path) -> None:
+    """Refuse to replace a file that is no preview of this program's.
+
+    Raises:
+        InputError: names the file.
+    """
+    if not os.path.lexists(path):
+        return
+    with contextlib.suppress(InputError):
+        if PREVIEW_MARK in read_file(path, most=MAX_PREVIEW_BYTES):
+            return
+    raise InputError(f"{path} exists and is no preview of this program's; move it, or choose another name")
 
 
 def check_previewable(prior: Prior) -> None:

@@ -20,6 +20,7 @@ from step_skip.files.bounds import LIMITS, MAX_PIXELS, MAX_STEPS, is_number, sho
 from step_skip.files.schema import (
     Count,
     Few,
+    FileName,
     Name,
     NotNegative,
     PerFile,
@@ -95,7 +96,7 @@ class Metadata(Record):
     height: Annotated[int, in_range(*LIMITS["height"])]
     width: Annotated[int, in_range(*LIMITS["width"])]
     num_frames: Annotated[int, in_range(*LIMITS["num_frames"])]
-    run_id: Name = ""
+    run_id: FileName = ""
     format_version: int | None = None  # None: the older format
     status: Literal["running", "stopped", "complete"] = "running"
     files: PerFile[Sha256] = {}

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from step_skip.errors import InputError, RunError
-from step_skip.files.names import numbered
+from step_skip.files.bounds import MAX_FILE_NAME, short
+from step_skip.files.names import FILE_NAME, numbered
 from step_skip.files.reading import sha256_file
 from step_skip.files.writing import replacing, write_json
 from step_skip.prior.metadata import FORMAT_VERSION, sealed
@@ -108,8 +109,12 @@ def check_run_id(output_dir: Path, run_id: str | None, *, but_priors: bool = Fal
     Raises:
         InputError: it is.
     """
-    if run_id is not None and not re.fullmatch(r"[\w.-]+", run_id, flags=re.ASCII):
-        raise InputError(f"--run_id {run_id!r}: use letters, digits, . _ and - only")
+    if run_id is not None and not (
+        re.fullmatch(FILE_NAME, run_id, flags=re.ASCII) and len(run_id) <= MAX_FILE_NAME
+    ):
+        raise InputError(
+            f"--run_id {short(run_id)}: use letters, digits, . _ and - only, at most {MAX_FILE_NAME}"
+        )
     if run_id is None or (but_priors and (output_dir / f"run_{run_id}" / METADATA_FILE).exists()):
         return
     if (output_dir / f"run_{run_id}").exists():
@@ -137,7 +142,10 @@ def create_run_dir(output_dir: Path, run_id: str | None, *, name: str = "") -> t
         InputError: the id is taken, or the folder can't be written.
     """
     check_run_id(output_dir, run_id)
-    candidates = numbered(run_id or name or time.strftime(TIME_FORMAT))
+    wanted = run_id or name or time.strftime(TIME_FORMAT)
+    if not re.fullmatch(FILE_NAME, wanted, flags=re.ASCII):
+        raise InputError(f"{short(wanted)} is no name for a prior: use letters, digits, . _ and - only")
+    candidates = numbered(wanted)
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
         while True:

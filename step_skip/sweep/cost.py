@@ -52,9 +52,12 @@ def components_to_load(groups: Iterable[Group], folder: Path | None) -> list[str
 
 def describe_clip_job(job: Job) -> str:
     """Return a job as one line of JSON: its choices, their cost, and whether the clip exists."""
+    model_dir = None if job.plan.choices is None else job.plan.choices.model_dir
     data = {
         "video": str(job.path),
         "prior_dir": str(job.prior.directory),
+        "image": None if job.plan.image is None else str(job.plan.image),
+        "model_dir": None if model_dir is None else str(model_dir),
         **describe_choices(job.plan),
         "forwards": job.plan.forwards,
         "expected_seconds": expected_seconds(job),

@@ -62,7 +62,7 @@ def is_finished(job: Job, group: Group) -> bool:
         if not same:
             return False
         report = parse_report(found, job.report_path.name, required=("video_sha256",))
-        saved = not job.save_prior or Path(report.saved_prior or "").is_dir()
+        saved = not job.save_prior or (report.saved_prior is not None and Path(report.saved_prior).is_dir())
         return saved and is_whole(job, report)
     except (InputError, KeyError):
         return False

@@ -57,7 +57,7 @@ from step_skip.models.weights import (
 from step_skip.pipeline.results import Clock
 from step_skip.prior.checks import check_fingerprint, check_model
 from step_skip.prior.contexts import ContextStore
-from step_skip.prior.preview import check_previewable, preview_to
+from step_skip.prior.preview import check_own_preview, check_previewable, preview_to
 from step_skip.prior.prior import Prior, bytes_of_prior, experts_of
 from step_skip.sweep.clips import Group, Job, all_jobs, by_weights, make_groups
 from step_skip.sweep.cost import components_to_load, expected_seconds_of_each, summarize_jobs
@@ -189,6 +189,8 @@ def plan_sweep(
     log_auto(groups)
     if is_single:
         settle_single(groups[0], output=output, overwrite=overwrite)
+        if preview and output is not None and not overwrite:
+            check_own_preview(output.with_suffix(".webp"))
     if not overwrite:
         sweep.failed = find_existing(groups)
     return sweep

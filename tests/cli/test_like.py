@@ -81,7 +81,9 @@ def test_the_video_says_how_it_was_made(clip):
     for name in ("seed", "negative_prompt", "cfg_scale", "steps_run", "height", "prior_run_id"):
         assert comment[name] == report[name]
     prior = Path(report["prior_dir"])
-    assert comment["command"] == report["command"].replace(str(prior), prior.name)
+    command = report["command"].replace(str(prior), prior.name)
+    assert comment["command"] == command.replace(f" --model_dir {report['model_dir']}", "")
+    assert report["model_dir"] not in read_comment(clip.path)
     assert "seconds" not in comment and "device_name" not in comment
 
 

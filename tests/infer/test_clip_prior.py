@@ -13,6 +13,7 @@ from helpers import OTHER_PROMPT, PROMPT, Outcome, edit_metadata, read_json
 import step_skip
 from step_skip.errors import InputError
 from step_skip.files.tensors import sha256_tensor
+from step_skip.infer.schema import ClipReport
 from step_skip.infer.steps import more_steps
 from step_skip.method.closeness import FirstLook, fewest_steps, predicted_closeness
 from step_skip.method.steps import nearest_steps
@@ -161,7 +162,8 @@ def test_it_is_pruned_to_fewer_of_its_steps_and_more_are_not_proposed(saved, run
     assert run("prior_utils", "prune", saved, "--num_steps", 2, "--yes").code == 0
     flags = ("--prior_dir", saved, "--model_dir", model_dir, "--prompt", VARIATION)
     report = run("infer_from_prior", *flags).report
-    assert report["steps_run"] == [0, 9] and more_steps(report) is None
+    assert report["steps_run"] == [0, 9]
+    assert more_steps(ClipReport.model_validate(report)) is None
 
 
 @pytest.fixture

@@ -526,9 +526,16 @@ def test_commands_to_copy(page, results):
             "python infer_from_prior.py --prior_dir x ';' rm -rf /",
         ),
         ("python infer_from_prior.py '\x1b[2J'", None),
+        ("python infer_from_prior.py --prior_dir x --ray 10.0.0.1:6379", None),
+        ("python infer_from_prior.py --like x.json", None),
+        ("python infer_from_prior.py --prior_dir x --output mine.mp4 --overwrite", None),
+        ("python infer_from_prior.py --prior_dir x --model_dir //host/share", None),
+        ("python infer_from_prior.py --prior_dir x --lora 'high=\\\\\\\\host\\\\share.safetensors'", None),
+        ("python infer_from_prior.py --prior_dir x '--prompt=--ray //x'", "same"),
         (["python"], None),
     ):
         add_result(results, "forged", command=forged)
+        expected = forged if expected == "same" else expected
         assert command_to_copy(read_page_clip(results / "forged.mp4")) == expected
 
 

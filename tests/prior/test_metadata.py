@@ -109,9 +109,12 @@ def test_metadata_far_too_large(prior_copy, infer, refused):
         ({"shapes": {"initial_latents.pt": [1, -16, 3]}}, ["[1, -16, 3] as the shape of initial_latents.pt"]),
         ({"shapes": {"initial_latents.pt": [True]}}, ["[True] as the shape of initial_latents.pt"]),
         ({"model_fingerprint": "x"}, ["model_fingerprint = 'x'", "dict"]),
+        ({"run_id": "../../victim"}, ["run_id = '../../victim'", "letters, digits"]),
+        ({"run_id": "a\0b"}, ["run_id = 'a\\x00b'", "letters, digits"]),
+        ({"run_id": ".."}, ["run_id = '..'", "letters, digits"]),
         ({"model_fingerprint": {"dit": 7}}, ["model_fingerprint['dit'] = 7", "string"]),
         ({"parameter_fingerprint": "x"}, ["parameter_fingerprint = 'x'", "dict"]),
-        ({"run_id": "x" * 1001}, ["run_id = 'xxx", "at most 1000 characters"]),
+        ({"run_id": "x" * 1001}, ["run_id = 'xxx", "expected 1 to 200 letters, digits"]),
         ({"height": 16384, "width": 16384, "num_frames": 4097}, ["4097 frames", "pixels together"]),
         (
             {"files": {f"step_{i:04d}.pt": "" for i in range(100_001)}},
