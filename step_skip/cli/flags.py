@@ -328,7 +328,7 @@ def add_machine_arguments(parser: argparse.ArgumentParser, *, inherits: bool) ->
         "--quantize",
         choices=(*QUANTIZATIONS, OFF) if inherits else QUANTIZATIONS,
         help="fp8: keep the DiT's blocks in 8 bits, in half the memory; needs torchao."
-        f"{f' off: keep them in --dtype. {INHERITED}' if inherits else ' (default: in --dtype)'}",
+        f"{f' off: no quantization. {INHERITED}' if inherits else ' (default: no quantization)'}",
     )
     group.add_argument(
         "--compile",

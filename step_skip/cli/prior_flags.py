@@ -31,9 +31,9 @@ def add_identity_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         nargs="+",
         metavar="FILE",
-        help="Image of the identity, the first frame of every clip. Of several images, or of a folder of any "
-        "number, each becomes a prior. T2V models take no image and make a prior of each --prompt instead; "
-        "TI2V-5B works with or without one.",
+        help="Image of the identity, the first frame of every clip. With several images, or a folder of any "
+        "number, each image becomes a prior. T2V models take no image and make a prior of each --prompt "
+        "instead; TI2V-5B works with or without one.",
     )
     source.add_argument(
         "--download_example", action="store_true", help="Download DiffSynth's example image and use it."
@@ -60,9 +60,9 @@ def add_identity_arguments(parser: argparse.ArgumentParser) -> None:
         default=[""],
         metavar="TEXT",
         help="What happens in the prior's own clip. A prompt that holds still, 'she stays still', serves "
-        "most new prompts best; for --start_step it is no prompt at all, a neutral prior. Of several prompts "
-        "each image becomes a prior with each; if there are as many as files, and no folder, each file has "
-        "its own. (default: no prompt)",
+        "most new prompts best; a prior to be resumed by --start_step is best without any prompt, a neutral "
+        "prior. With several prompts, each image becomes a prior with each prompt; with as many prompts as "
+        "image files, and no folder, each file has its own prompt. (default: no prompt)",
     )
     group.add_argument(
         "--negative_prompt",
@@ -100,7 +100,7 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
         type=flags.strength,
         default=1.0,
         metavar="X",
-        help="Below 1: start from --input_video with less noise.",
+        help="Above 0, at most 1. Below 1, the run starts from --input_video with less noise.",
     )
     group.add_argument(
         "--cfg_scale",
@@ -137,7 +137,7 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=[PriorChoices.seed],
         metavar="N",
-        help="Seed of the initial noise. Of several seeds each makes a prior. "
+        help="Seed of the initial noise. With several seeds, each makes a prior. "
         f"(default: {PriorChoices.seed})",
     )
     sizes = parser.add_argument_group(
@@ -197,7 +197,7 @@ def add_prior_output_arguments(parser: argparse.ArgumentParser) -> None:
         type=flags.non_negative_int,
         metavar="N",
         help="The step after which infer_from_prior.py resumes this prior by default; it does not change "
-        "this run. (default: none: infer_from_prior.py runs 3 of 10 steps differentially)",
+        "this run. (default: none; infer_from_prior.py then runs 3 of 10 steps differentially)",
     )
     group.add_argument(
         "--preview",

@@ -280,7 +280,7 @@ class Known:
         if pruned:
             log.info(
                 f"{len(pruned)} of the existing priors were pruned, for example {pruned[0]}; "
-                "another --run_id makes a whole one"
+                "give another --run_id to make a complete one"
             )
         return kept
 

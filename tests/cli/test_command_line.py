@@ -144,7 +144,7 @@ def test_the_defaults_in_the_help_are_those_that_hold(tmp_path):
         f"halves the cost. (default: {real.cfg_scale:g}; tiny: {tiny.cfg_scale:g})",
         f"at high noise. (default: {real.sigma_shift:g})",
         f"(default: {real.dtype}; tiny: {tiny.dtype})",
-        "Seed of the initial noise. Of several seeds each makes a prior. (default: 0)",
+        "Seed of the initial noise. With several seeds, each makes a prior. (default: 0)",
     ):
         assert line in text
     assert (tiny.negative_prompt, tiny.sigma_shift) == ("", real.sigma_shift)

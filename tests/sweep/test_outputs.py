@@ -146,7 +146,10 @@ def test_two_runs_with_one_output(prior, infer, another_run, tmp_path, monkeypat
     another_run(path)
     outcome = infer(prior, "--start_step", 9, "--output", path)
     assert (outcome.code, outcome.out) == (2, "")
-    assert f"another run made {path} meanwhile; this run's clip is {tmp_path}/video_2.mp4" in outcome.error
+    assert (
+        f"another run wrote {path} in the meantime; the clip of this run is {tmp_path}/video_2.mp4"
+        in outcome.error
+    )
     assert path.read_bytes() == b"theirs" and not path.with_suffix(".json").exists()
     report = read_json(tmp_path / "video_2.json")
     assert report["video_sha256"] == listing(tmp_path)["video_2.mp4"]

@@ -132,7 +132,7 @@ def test_a_pruned_one_counts_as_made_and_is_told_of(generate, run, refused, made
     assert run("prior_utils", "prune", made_before, "--steps", 6, "--yes").code == 0
     outcome = generate(*flags)
     assert outcome.path == made_before
-    assert f"{made_before}; another --run_id makes a whole one" in outcome.err
+    assert f"{made_before}; give another --run_id to make a complete one" in outcome.err
     (made_before / "output_full.mp4").unlink()
     planned = generate(*flags, "--dry_run")
     assert "run_identity was pruned and lacks output_full.mp4" in planned.err
