@@ -354,3 +354,9 @@ def test_one_clip_from_python_is_warned_of_as_by_the_script(prior, model_dir, in
     warned = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     err = infer(prior, "--prompt", OTHER_PROMPT, "--start_step", 6).err
     assert warned and all(text in err for text in warned)
+
+
+def test_a_choice_that_no_prior_could_record_is_our_own_error(own_pipe, image, tmp_path):
+    with pytest.raises(InputError, match="has skip_cache = 1, expected 2 to 10000"):
+        step_skip.generate_prior(own_pipe, image, PROMPT, output_dir=tmp_path, skip_cache=1, **SMALL)
+    assert not any(tmp_path.glob("run_*"))

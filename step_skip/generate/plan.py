@@ -10,7 +10,10 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
+from pydantic import ValidationError
+
 from step_skip.errors import InputError
+from step_skip.files.schema import describe_error
 from step_skip.generate.choices import PriorChoices, check_prior_choices
 from step_skip.media.videos import video_bytes
 from step_skip.method.steps import recommended_start_step
@@ -61,16 +64,15 @@ def plan_prior(options: LoadOptions, choices: PriorChoices, *, family: str) -> M
     of_experts = choose_experts(choices, chosen, family)
     check_lora_experts(options.loras, experts=len(FAMILIES[family].experts))
     boundary = of_experts.get("switch_DiT_boundary")
-    check_tea_cache_experts(cheaper["tea_cache_l1_thresh"], {expert_of(each, boundary) for each in timesteps})
+    check_tea_cache_experts(cheaper.tea_cache_l1_thresh, {expert_of(each, boundary) for each in timesteps})
     names = ("cfg_scale", "seed", "negative_prompt", "fps", "stop_after", "save_decoded_videos")
     entries = {
         **schedule,
         **sizes,
         **{name: chosen[name] for name in names},
         **of_experts,
-        **cheaper,
-        "keeps_nega": 1 not in (chosen["cfg_scale"], of_experts.get("cfg_scale_2"))
-        and not any(cheaper.values()),
+        **dataclasses.asdict(cheaper),
+        "keeps_nega": 1 not in (chosen["cfg_scale"], of_experts.get("cfg_scale_2")) and not cheaper.is_used,
         "scheduler_timesteps": timesteps,
         "scheduler_sigmas": sigmas,
         "start_step": given.get("start_step", recommended_start_step(len(sigmas))),
@@ -85,7 +87,10 @@ def plan_prior(options: LoadOptions, choices: PriorChoices, *, family: str) -> M
         **describe_machine(options.device),
         "versions": installed_versions(),
     }
-    return Metadata.model_validate(entries)
+    try:
+        return Metadata.model_validate(entries)
+    except ValidationError as error:
+        raise InputError(f"a prior can't be made so: it {describe_error(error)}") from error
 
 
 def choose_experts(choices: PriorChoices, chosen: Mapping[str, Any], family: str) -> dict[str, Any]:

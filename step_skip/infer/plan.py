@@ -11,7 +11,7 @@ import itertools
 from collections.abc import Callable, Set
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from step_skip.errors import InputError
 from step_skip.infer.choices import Choices, check_choices
@@ -40,6 +40,9 @@ from step_skip.prior.prior import (
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -117,30 +120,36 @@ def make_plan(
     model = choices.model or prior.metadata.model or "I2V-480P"
     defaults = defaults_of(model, choices.model_dir)
 
-    def chosen(name: str) -> Any:
-        known = (getattr(each, name, None) for each in (choices, prior.metadata, defaults))
-        return next((value for value in known if value is not None), None)
-
+    m = prior.metadata
     steps = choose_steps(choices, prior)
-    experts = experts_of(steps["steps_to_run"], steps["sigmas"], prior)
+    experts = experts_of(steps.steps_to_run, steps.sigmas, prior)
     check_tea_cache_experts(choices.tea_cache_l1_thresh, experts)
-    recorded = prior.metadata.lora  # their files are opened only when a model is to be loaded
+    recorded = m.lora  # their files are opened only when a model is to be loaded
     given_loras = [each.lora for each in recorded] if choices.lora is None else choices.lora
     check_lora_experts(given_loras, experts=len(prior.family.experts))
-    entries: dict[str, Any] = dict(
-        **steps,
-        **choose_cheaper(
-            model,
-            skip_cache=choices.skip_cache,
-            tea_cache_l1_thresh=choices.tea_cache_l1_thresh,
-            tea_cache_model_id=choices.tea_cache_model_id,
-        ),
+    cheaper = choose_cheaper(
+        model,
+        skip_cache=choices.skip_cache,
+        tea_cache_l1_thresh=choices.tea_cache_l1_thresh,
+        tea_cache_model_id=choices.tea_cache_model_id,
+    )
+    plan = Plan(
+        method=steps.method,
+        start_step=steps.start_step,
+        steps_to_run=steps.steps_to_run,
+        sigmas=steps.sigmas,
+        auto=steps.auto,
+        paths=steps.paths,
+        closeness=steps.closeness,
+        skip_cache=cheaper.skip_cache,
+        tea_cache_l1_thresh=cheaper.tea_cache_l1_thresh,
+        tea_cache_model_id=cheaper.tea_cache_model_id,
         lora=recorded if choices.lora is None else describe_loras(choices.lora),
-        quantize=inherited(choices.quantize, prior.metadata.quantize),
-        compile=inherited(choices.compile, prior.metadata.compile),
+        quantize=inherited(choices.quantize, m.quantize),
+        compile=inherited(choices.compile, m.compile),
         tiled=choose_tiling(choices, prior, model),
-        prompt=chosen("prompt"),
-        negative_prompt=chosen("negative_prompt"),
+        prompt=first_given(choices.prompt, m.prompt, ""),
+        negative_prompt=first_given(choices.negative_prompt, m.negative_prompt, defaults.negative_prompt),
         cfg_scale=choose_guidance(
             prior,
             cfg_scale=choices.cfg_scale,
@@ -148,17 +157,22 @@ def make_plan(
             default=defaults.cfg_scale,
             experts=experts,
         ),
-        fps=chosen("fps"),
+        fps=first_given(choices.fps, m.fps, defaults.fps),
         image=choices.image,
         model=model,
-        dtype=choices.dtype or prior.metadata.dtype,
+        dtype=choices.dtype or m.dtype,
         choices=choices,
     )
-    plan = Plan(**entries)
     if knows_first_nega(plan, prior):
-        plan = Plan(**entries, knows_nega=True)
+        plan = dataclasses.replace(plan, knows_nega=True)
     check_kept(plan, prior)
     return plan
+
+
+def first_given(given: T | None, recorded: T | None, default: T) -> T:
+    """Return the value that was given, else the recorded one, else the default."""
+    known = default if recorded is None else recorded
+    return known if given is None else given
 
 
 def check_kept(plan: Plan, prior: Prior) -> None:

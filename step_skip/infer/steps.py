@@ -8,7 +8,8 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Final
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Final
 
 from step_skip.errors import InputError
 from step_skip.infer.choices import AUTO
@@ -30,8 +31,21 @@ if TYPE_CHECKING:
 MORE: Final = (1, 2, 3, 4, 6, 8, 12, 16, 25, 50)  # numbers of steps, of which the next is "more steps"
 
 
-def choose_steps(choices: Choices, prior: Prior) -> dict[str, Any]:
-    """Choose method, start_step, steps_to_run and sigmas of a plan, and record how auto chose them.
+@dataclass(frozen=True, kw_only=True)
+class ChosenSteps:
+    """The steps of a plan; the fields are those of `infer.plan.Plan`."""
+
+    method: str
+    start_step: int | None
+    steps_to_run: list[int]
+    sigmas: tuple[float, ...] | None = None
+    auto: AutoStep | None = None
+    paths: tuple[tuple[int, ...], ...] | None = None
+    closeness: float | None = None
+
+
+def choose_steps(choices: Choices, prior: Prior) -> ChosenSteps:
+    """Choose the steps that run.
 
     Raises:
         InputError: a step the prior doesn't have, or a prior without what a differential resume needs.
@@ -42,7 +56,7 @@ def choose_steps(choices: Choices, prior: Prior) -> dict[str, Any]:
             "--sigmas out"
         )
     if choices.sigmas is not None:
-        return own_sigmas(choices.sigmas, prior)
+        return custom_sigmas(choices.sigmas, prior)
     differential = choices.steps is not None or choices.num_steps is not None
     if choices.closeness is not None and choices.num_steps != AUTO:
         raise InputError("--closeness is what --num_steps auto goes by: give that, too")
@@ -57,7 +71,7 @@ def choose_steps(choices: Choices, prior: Prior) -> dict[str, Any]:
         )
     if choices.start_step == AUTO:
         auto = choose_start_step(prior, choices.text_share or DEFAULT_TEXT_SHARE)
-        return remaining_steps(auto.step, prior, num_steps=choices.num_steps_after) | {"auto": auto}
+        return replace(remaining_steps(auto.step, prior, num_steps=choices.num_steps_after), auto=auto)
     resumes = not differential and (prior.metadata.start_step_chosen or prior.is_legacy)
     if resumes or choices.start_step is not None or not prior.is_complete:
         start_step = resolve_start_step(choices.start_step, prior)
@@ -65,14 +79,13 @@ def choose_steps(choices: Choices, prior: Prior) -> dict[str, Any]:
     if choices.num_steps_after is not None:
         raise InputError("--num_steps_after spaces anew what is left after a step: give --start_step, too")
     paths = auto_paths(choices, prior) if choices.num_steps == AUTO else None
-    return {
-        "method": "differential",
-        "start_step": None,
-        "steps_to_run": differential_steps(choices, prior) if paths is None else list(paths[-1]),
-        "sigmas": None,
-        "paths": paths,
-        "closeness": None if paths is None else choices.closeness or CLOSENESS[DEFAULT_CLOSENESS],
-    }
+    return ChosenSteps(
+        method="differential",
+        start_step=None,
+        steps_to_run=differential_steps(choices, prior) if paths is None else list(paths[-1]),
+        paths=paths,
+        closeness=None if paths is None else choices.closeness or CLOSENESS[DEFAULT_CLOSENESS],
+    )
 
 
 def more_steps(report: ClipReport) -> dict[str, int] | None:
@@ -104,7 +117,7 @@ def auto_paths(choices: Choices, prior: Prior) -> tuple[tuple[int, ...], ...]:
     return tuple(tuple(usual_steps(prior, number)) for number in FIT if number <= number_of_steps(prior))
 
 
-def own_sigmas(sigmas: Sequence[float], prior: Prior) -> dict[str, Any]:
+def custom_sigmas(sigmas: Sequence[float], prior: Prior) -> ChosenSteps:
     """Return the steps of a resume on custom sigmas, from where the prior's path is at the first of them.
 
     Raises:
@@ -131,28 +144,28 @@ def own_sigmas(sigmas: Sequence[float], prior: Prior) -> dict[str, Any]:
             f"{known[1]:.6g} or below"
         )
     steps = list(range(len(sigmas)))
-    return {"method": "sigmas", "start_step": step - 1, "steps_to_run": steps, "sigmas": tuple(sigmas)}
+    return ChosenSteps(method="sigmas", start_step=step - 1, steps_to_run=steps, sigmas=tuple(sigmas))
 
 
-def remaining_steps(start_step: int, prior: Prior, *, num_steps: int | None) -> dict[str, Any]:
+def remaining_steps(start_step: int, prior: Prior, *, num_steps: int | None) -> ChosenSteps:
     """Return the steps of a resume after a step: those that are left, or so many others.
 
     Raises:
         InputError: none are left.
     """
     steps = list(range(start_step + 1, prior.num_inference_steps))
-    if num_steps in (None, len(steps)):
-        return {"method": "resume", "start_step": start_step, "steps_to_run": steps, "sigmas": None}
+    if num_steps is None or num_steps == len(steps):
+        return ChosenSteps(method="resume", start_step=start_step, steps_to_run=steps)
     if not steps:
         raise InputError(f"--num_steps_after {num_steps}: step {start_step} is the prior's last")
     m = prior.metadata
     begin = min(m.scheduler_sigmas[start_step + 1], 1.0)  # not compared with the scheduler's yet
-    return {
-        "method": "sigmas",
-        "start_step": start_step,
-        "steps_to_run": list(range(num_steps)),
-        "sigmas": tuple(tail_sigmas(begin, num_steps, sigma_shift=m.sigma_shift)),
-    }
+    return ChosenSteps(
+        method="sigmas",
+        start_step=start_step,
+        steps_to_run=list(range(num_steps)),
+        sigmas=tuple(tail_sigmas(begin, num_steps, sigma_shift=m.sigma_shift)),
+    )
 
 
 def resolve_start_step(choice: int | None, prior: Prior) -> int:

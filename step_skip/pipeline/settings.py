@@ -54,14 +54,28 @@ def one_or_each(values: Sequence[float]) -> float | tuple[float, ...]:
 CHEAPER_NAMES = ("skip_cache", "tea_cache_l1_thresh", "tea_cache_model_id")
 
 
+@dataclass(frozen=True, kw_only=True)
+class Cheaper:
+    """What makes steps cheaper, as RunSettings has it; the fields are CHEAPER_NAMES."""
+
+    skip_cache: int | None = None
+    tea_cache_l1_thresh: float | None = None
+    tea_cache_model_id: str = ""
+
+    @property
+    def is_used(self) -> bool:
+        """Whether any step is made cheaper."""
+        return (self.skip_cache, self.tea_cache_l1_thresh) != (None, None)
+
+
 def choose_cheaper(
     model: str,
     *,
     skip_cache: int | None,
     tea_cache_l1_thresh: float | None,
     tea_cache_model_id: str | None,
-) -> dict[str, Any]:
-    """skip_cache and TeaCache as RunSettings has them.
+) -> Cheaper:
+    """Check Skip-Cache and TeaCache, and choose TeaCache's coefficients.
 
     Raises:
         InputError: both at once, or a model without coefficients.
@@ -69,14 +83,14 @@ def choose_cheaper(
     if tea_cache_l1_thresh is None:
         if tea_cache_model_id:
             raise InputError("--tea_cache_model_id says nothing without --tea_cache_l1_thresh: give both")
-        return {"skip_cache": skip_cache, "tea_cache_l1_thresh": None, "tea_cache_model_id": ""}
+        return Cheaper(skip_cache=skip_cache)
     if skip_cache is not None:
         raise InputError("--skip_cache and --tea_cache_l1_thresh save the same work: give one of them")
     from step_skip.pipeline.cheaper import check_tea_cache_model_id
 
     model_id = tea_cache_model_id or published_name(model)
     check_tea_cache_model_id(model_id)
-    return {"skip_cache": None, "tea_cache_l1_thresh": tea_cache_l1_thresh, "tea_cache_model_id": model_id}
+    return Cheaper(tea_cache_l1_thresh=tea_cache_l1_thresh, tea_cache_model_id=model_id)
 
 
 def check_tea_cache_experts(tea_cache_l1_thresh: float | None, experts: Collection[str]) -> None:

@@ -299,7 +299,11 @@ def test_a_recorded_path_that_is_no_lora_is_never_opened(
     edit_metadata(prior_copy, lora=[recorded])
     monkeypatch.chdir(path.parent)
     signal.alarm(100)
-    words = {"other name": "no .safetensors", "relative": "no .safetensors", "sparse": "too large"}
+    words = {
+        "other name": "expected an absolute path",
+        "relative": "expected an absolute path",
+        "sparse": "too large",
+    }
     refused(lambda: infer(prior_copy), words.get(kind, "does not exist"))
     (prior_copy / "step_0009.pt").unlink()  # something left to do
     refused(
