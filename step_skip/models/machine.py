@@ -79,7 +79,7 @@ def installed_versions() -> dict[str, Any]:
 def differences_since(
     metadata: Mapping[str, Any], device: str, names: Iterable[str]
 ) -> Iterator[tuple[str, Any, Any]]:
-    """Yield what differs in machine and versions since a prior was made: name, value now, value then.
+    """Yield the differences of machine and versions since a prior was made: name, value now, value then.
 
     Args:
         metadata: of the prior.
