@@ -1,12 +1,14 @@
-"""A prior's latents as ComfyUI's .latent files, and a run that was made in ComfyUI as a prior.
+"""Export a prior's latents as ComfyUI's .latent files, and import a run of ComfyUI as a prior.
 
-A .latent is what ComfyUI's nodes SaveLatent and LoadLatent write and read (its nodes.py): a safetensors file
-with latents as the VAE has them. Where they are still noisy they are divided by 1 - sigma, because a sampler
-that goes on without adding noise multiplies by it (its comfy/model_sampling.py, CONST):
+A .latent file is written and read by ComfyUI's nodes SaveLatent and LoadLatent (its nodes.py): a safetensors
+file with latents in the VAE's scale. Noisy latents are divided by 1 - sigma, because a sampler that continues
+without adding noise multiplies by it (its comfy/model_sampling.py, CONST):
 
     latent = mean + std * latents / (1 - sigma)      mean, std: its comfy/latent_formats.py, Wan21
 
-So all latents of a run have a .latent but the noise it begins with, where sigma is 1.
+So all latents of a run can be exported except the initial noise, for which sigma is 1.
+
+`export_latents` writes such a file, `import_run` makes a prior of such files.
 """
 
 from __future__ import annotations
@@ -39,27 +41,25 @@ STD = (
     *(2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743),
     *(3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160),
 )
-SIGMAS = 1000  # of which ComfyUI's scheduler simple takes those of its steps
-LATENTS, MARK = (
-    "latent_tensor",
-    "latent_format_version_0",
-)  # without the mark LoadLatent scales by 1 / 0.18215
+SIGMAS = 1000  # number of sigmas from which ComfyUI's scheduler "simple" takes those of its steps
+# Keys of a .latent file; without the second LoadLatent scales by 1 / 0.18215.
+LATENTS, MARK = "latent_tensor", "latent_format_version_0"
 
 
 def to_comfyui(latents: torch.Tensor, sigma: float) -> torch.Tensor:
-    """Latents at a sigma below 1 as a LATENT of ComfyUI, in float32; [B, 16, T, H, W], both."""
+    """Convert latents at a sigma below 1 to a LATENT of ComfyUI, in float32; both [B, 16, T, H, W]."""
     mean, std = statistics()
     return mean + std * latents.float() / (1 - sigma)
 
 
 def from_comfyui(latent: torch.Tensor, sigma: float) -> torch.Tensor:
-    """The other way round."""
+    """Convert a LATENT of ComfyUI at a sigma below 1 to latents, in float32; both [B, 16, T, H, W]."""
     mean, std = statistics()
     return (latent.float() - mean) / std * (1 - sigma)
 
 
 def statistics() -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and standard deviation of the latents of Wan2.1's VAE, [1, 16, 1, 1, 1] each."""
+    """Return mean and standard deviation of the latents of Wan2.1's VAE, [1, 16, 1, 1, 1] each."""
     import torch
 
     mean, std = (torch.tensor(values).view(1, -1, 1, 1, 1) for values in (MEAN, STD))
@@ -67,10 +67,17 @@ def statistics() -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def export_latents(prior: Prior, path: Path, *, step: int | None = None) -> Path:
-    """Write the latents after a step, None: the clean ones, as a .latent; tells how ComfyUI goes on.
+    """Write the latents after a step to a .latent file, and log the settings with which ComfyUI continues.
+
+    Args:
+        path: of the file to write.
+        step: index of the step; None: the last one, whose latents are clean.
+
+    Returns:
+        The path.
 
     Raises:
-        InputError: another kind of latents than Wan2.1's, or a step that the prior doesn't have.
+        InputError: the latents are not those of Wan2.1's VAE, or the prior has no such step.
         TakenError: the file exists.
     """
     import torch
@@ -80,11 +87,11 @@ def export_latents(prior: Prior, path: Path, *, step: int | None = None) -> Path
     step = steps - 1 if step is None else step
     if prior.family.latent_channels != len(MEAN):
         raise InputError(
-            f"{prior.directory} has {prior.family.latent_channels} latent channels, and ComfyUI's scaling is "
-            f"known here for the {len(MEAN)} of Wan2.1's VAE; export a prior of such a model"
+            f"{prior.directory} has {prior.family.latent_channels} latent channels, expected the {len(MEAN)} "
+            "of Wan2.1's VAE; export a prior of a model with this VAE"
         )
     if not 0 <= step < steps:
-        raise InputError(f"--step {step}: {prior.directory} has steps 0 to {steps - 1}")
+        raise InputError(f"--step {step}: {prior.directory} has steps 0 to {steps - 1}; name one of them")
     check_free(path)
     check_files(prior, [step_file(step)])
     latent = to_comfyui(load_latents(prior, step_file(step)), sigmas_after(prior)[step])
@@ -96,7 +103,7 @@ def export_latents(prior: Prior, path: Path, *, step: int | None = None) -> Path
     log.info(
         "clean latents: LoadLatent, VAEDecode"
         if step == steps - 1
-        else f"to go on: LoadLatent, ModelSamplingSD3 with shift {shift}, KSamplerAdvanced with add_noise "
+        else f"to continue: LoadLatent, ModelSamplingSD3 with shift {shift}, KSamplerAdvanced with add_noise "
         f"disable, steps {steps}, start_at_step {step + 1}, euler, simple"
     )
     return path
@@ -110,12 +117,18 @@ def import_run(
     run_id: str | None = None,
     dtype: str = "bfloat16",
 ) -> Path:
-    """Make a prior of a run of ComfyUI, one .latent for each of its steps; returns the prior's folder.
+    """Make a prior of a run of ComfyUI, and return the prior's folder.
 
-    It is one of the older format, which records neither image nor prompt: infer_from_prior.py is given both.
+    The prior has the older format, which records neither image nor prompt: infer_from_prior.py needs both.
+
+    Args:
+        paths: one .latent file for each step, in order.
+        output_dir, run_id: the folder is `output_dir/run_<run_id>`; None: the first file's name.
+        sigma_shift: of the run.
+        dtype: in which the latents are stored, "bfloat16" for example.
 
     Raises:
-        InputError: a file that is no .latent of Wan2.1's VAE, or unlike the others.
+        InputError: a file is not a .latent file of Wan2.1's VAE, or its shape differs from the others'.
     """
     import torch
 
@@ -130,8 +143,8 @@ def import_run(
     for path, each in zip(paths, latents, strict=True):
         if each.shape != latents[0].shape:
             raise InputError(
-                f"{path} holds {list(each.shape)}, and {paths[0]} {list(latents[0].shape)}; name the files "
-                "of one run"
+                f"{path} has shape {list(each.shape)}, expected {list(latents[0].shape)} as in {paths[0]}; "
+                "name the files of one run"
             )
     directory, run_id = create_run_dir(output_dir, run_id, name=paths[0].stem)
     frames, height, width = latents[0].shape[2:]
@@ -152,10 +165,10 @@ def import_run(
 
 
 def read_latent(path: Path) -> torch.Tensor:
-    """The content of a .latent, float32 as LoadLatent gives it, [1, 16, T, H, W].
+    """Read a .latent file as LoadLatent does: float32, [1, 16, T, H, W].
 
     Raises:
-        InputError: it is none of Wan2.1's VAE.
+        InputError: it is not a .latent file of Wan2.1's VAE.
     """
     import torch
     from safetensors.torch import load
@@ -164,28 +177,32 @@ def read_latent(path: Path) -> torch.Tensor:
         tensors = load(read_file(path, most=MAX_LATENT_BYTES))
     except InputError:
         raise
-    except Exception as error:  # whatever safetensors raises for what is none
-        raise InputError(f"{path} is no .latent of ComfyUI ({type(error).__name__}); save it anew") from error
+    except Exception as error:  # safetensors raises errors of several types for other files
+        raise InputError(
+            f"{path} is not a .latent file of ComfyUI ({type(error).__name__}); save it again with SaveLatent"
+        ) from error
     latent, names = tensors.get(LATENTS), ", ".join(sorted(tensors))
     if latent is None or MARK not in tensors:
-        raise InputError(f"{path} holds {names or 'nothing'}, expected {LATENTS} and {MARK}; save it anew")
+        raise InputError(
+            f"{path} holds {names or 'nothing'}, expected {LATENTS} and {MARK}; save it again with SaveLatent"
+        )
     if latent.ndim != 5 or latent.shape[:2] != (1, len(MEAN)) or not torch.isfinite(latent).all():
         raise InputError(
-            f"{path} holds {list(latent.shape)}, expected the finite latents of one video of Wan2.1, "
-            f"[1, {len(MEAN)}, frames, height, width]"
+            f"{path} holds {list(latent.shape)}, expected finite latents of one clip of Wan2.1, "
+            f"[1, {len(MEAN)}, frames, height, width]; save one clip's latents"
         )
     return latent.float()
 
 
 def warn_of_spacing(num_inference_steps: int) -> None:
-    """Say where ComfyUI's steps are not at DiffSynth's sigmas."""
+    """Warn if the sigmas of ComfyUI's steps are not those of DiffSynth."""
     if SIGMAS % num_inference_steps:
         log.warning(
-            f"{num_inference_steps} steps: ComfyUI's simple spaces them otherwise than DiffSynth, nearly the "
-            f"same; a number that divides {SIGMAS}, 10 or 50 for example, has the same sigmas"
+            f"{num_inference_steps} steps: ComfyUI's scheduler simple has slightly other sigmas than "
+            f"DiffSynth; use a number of steps that divides {SIGMAS}, 10 or 50 for example"
         )
 
 
 def sigmas_after(prior: Prior) -> list[float]:
-    """The sigma at which each step ends."""
+    """Return the sigma at the end of each step."""
     return [*prior.metadata.scheduler_sigmas[1:], 0.0]

@@ -1,17 +1,18 @@
-"""The method on diffusers' WanImageToVideoPipeline: the same mathematics, and priors in the same format.
+"""Make priors and clips with diffusers' WanImageToVideoPipeline, by the same method and in the same format.
 
     from step_skip.diffusers import generate_prior, infer_from_prior
 
     prior = generate_prior(pipe, "face.jpg", prompt="she stays still", num_inference_steps=50)
     frames = infer_from_prior(pipe, prior, prompt="she speaks").frames
 
-Nothing of diffusers is changed. For the length of one call
+Nothing of diffusers is changed. Within one call
 
-    pipe.scheduler    is one of schedule.py or differential.py, as diffusers calls it (Adapted)
-    pipe.transformer  has a forward hook, which sees both branches of guidance and what the network is given
+    pipe.scheduler    is a scheduler of pipeline/schedulers.py with diffusers' interface (SchedulerAdapter)
+    pipe.transformer  has a forward hook, which records both guidance branches and the network's inputs
+                      (CallRecorder)
 
-and latents and prompt_embeds are arguments of the pipeline's own. It keeps its latents in float32, whatever
-its network's dtype, and so does a prior made here. Checked against diffusers 0.42.1.
+and latents and prompt_embeds are the pipeline's own arguments. The pipeline keeps its latents in float32,
+whatever its network's dtype, and so does a prior made here. Checked against diffusers 0.42.1.
 """
 
 from __future__ import annotations
@@ -66,8 +67,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 FAMILY = FAMILIES[DEFAULT_FAMILY]
-TEXT_TOKENS = 512  # of a prompt, as WanImageToVideoPipeline pads it
-NOT_HERE = {  # of PriorChoices, what DiffSynth's pipeline alone does
+TEXT_TOKENS = 512  # length to which WanImageToVideoPipeline pads a prompt
+UNSUPPORTED = {  # PriorChoices that only DiffSynth's pipeline supports
     *("denoising_strength", "stop_after", "save_decoded_videos", "tiled", "cfg_scale_2"),
     *("switch_DiT_boundary", "skip_cache", "tea_cache_l1_thresh", "tea_cache_model_id"),
 }
@@ -82,23 +83,24 @@ def generate_prior(
     run_id: str | None = None,
     **choices: Any,
 ) -> Prior:
-    """Make a prior: a full run of the pipeline by Euler steps, with everything kept in a folder.
+    """Make a prior: a full run of the pipeline by Euler steps, with all of its path saved in a folder.
 
     Args:
-        pipe: of Wan2.1; it is left as it was found, and its own scheduler isn't used.
+        pipe: of Wan2.1; its attributes are restored afterwards, and its own scheduler isn't used.
         image: the first frame, a path or a PIL image.
-        prompt: what happens in the prior's own video; best is one that holds still.
+        prompt: motion of the prior's own clip; a still one is best.
         output_dir, run_id: the folder is `output_dir/run_<run_id>`; None: the name of the image's file.
-        choices: of PriorChoices what diffusers can do: num_inference_steps, cfg_scale (its guidance_scale),
-            sigma_shift, seed, negative_prompt, height, width, num_frames, fps, fit, background.
+        choices: fields of PriorChoices that diffusers supports: num_inference_steps, cfg_scale (its
+            guidance_scale), sigma_shift, seed, negative_prompt, height, width, num_frames, fps, fit,
+            background.
 
     Raises:
-        InputError: a pipeline, a choice or an image that can't be used.
+        InputError: the pipeline, a choice or the image can't be used.
         RunError: latents became NaN or infinite.
     """
     check_pipeline(pipe)
-    for name in choices.keys() & NOT_HERE:
-        raise InputError(f"{name} is none of the choices on a pipeline of diffusers; leave it out")
+    for name in choices.keys() & UNSUPPORTED:
+        raise InputError(f"{name} is not supported on a pipeline of diffusers; leave it out")
     wanted = PriorChoices(**choices)
     check_prior_choices(wanted)
     options = LoadOptions(OWN_PIPELINE, str(pipe.device), "float32", vram="own")
@@ -149,25 +151,31 @@ def infer_from_prior(
     num_steps: int | None = None,
     start_step: int | Literal["auto"] | None = None,
 ) -> RunResult:
-    """Make a clip of a prior's identity in a few of its steps; `frames` are PIL images. Nothing is written.
+    """Make a clip of a prior's identity in a few of its steps, without writing files.
 
     Args:
-        pipe: of Wan2.1, with the prior's weights; it is left as it was found.
-        prior: of `generate_prior` here or of DiffSynth's pipeline, or its folder.
-        prompt: the new motion; None: the prior's own, which gives its own latents, bit for bit, if it was
+        pipe: of Wan2.1, with the prior's weights; its attributes are restored afterwards.
+        prior: made by `generate_prior` here or by DiffSynth's pipeline, or its folder.
+        prompt: the new motion; None: the prior's prompt, which reproduces its latents bit for bit if it was
             made by this pipeline.
         negative_prompt, cfg_scale: None: the prior's.
-        steps, num_steps: a differential resume at these steps, or at so many.
+        steps, num_steps: steps of a differential resume, or their number.
         start_step: a plain resume after this step instead, or "auto".
 
+    Returns:
+        The result, whose `frames` are PIL images.
+
     Raises:
-        InputError: a prior that is damaged or doesn't fit, or choices that contradict it.
+        InputError: the prior is damaged or doesn't fit, or the choices contradict it.
         RunError: latents became NaN or infinite.
     """
     check_pipeline(pipe)
     prior = prior if isinstance(prior, Prior) else read_prior(Path(prior))
     if prior.image_files != [IMAGE_FILE] or prior.identity_names != list(FAMILY.conditioning):
-        raise InputError(f"{prior.directory} is no prior of a Wan2.1 image-to-video model; use another one")
+        raise InputError(
+            f"{prior.directory} is another kind of prior, expected one of a Wan2.1 image-to-video model; "
+            "use such a prior"
+        )
     choices = Choices(
         prompt=prompt,
         negative_prompt=negative_prompt,
@@ -178,7 +186,7 @@ def infer_from_prior(
     )
     plan = make_plan(choices, prior)
     if plan.paths is not None:
-        raise InputError('num_steps="auto" is not to be had on a pipeline of diffusers; give a number')
+        raise InputError('num_steps="auto" is not supported on a pipeline of diffusers; give a number')
     own_scale = one_guidance(plan.cfg_scale)
     source = Source(prior)
     check_transformer(pipe, prior)
@@ -200,14 +208,14 @@ def infer_from_prior(
     )
 
 
-# --- what is refused ----------------------------------------------------------------------------------------
+# --- checks -------------------------------------------------------------------------------------------------
 
 
 def check_pipeline(pipe: WanImageToVideoPipeline) -> None:
-    """Refuse what isn't Wan2.1 with one network that takes an image.
+    """Check that a pipeline is of Wan2.1, with one network that takes an image.
 
     Raises:
-        InputError: with what was found.
+        InputError: it is not.
     """
     network = getattr(pipe, "transformer", None)
     is_wan_21 = network is not None and getattr(network.config, "image_dim", None) is not None
@@ -219,26 +227,30 @@ def check_pipeline(pipe: WanImageToVideoPipeline) -> None:
 
 
 def one_guidance(cfg_scale: float | Sequence[float]) -> float:
-    """The guidance of all steps; what diffusers' pipeline would leave out is refused.
+    """Return the guidance of all steps, after a check that diffusers' pipeline applies it.
 
     Raises:
-        InputError: with the value.
+        InputError: there are several values, or it is below 1.
     """
     if isinstance(cfg_scale, Sequence) or cfg_scale < 1:
-        raise InputError(f"cfg_scale {cfg_scale}: diffusers' pipeline takes one number, 1 or above")
+        raise InputError(
+            f"cfg_scale {cfg_scale}: expected one number, 1 or above, on a pipeline of diffusers"
+        )
     return cfg_scale
 
 
 def check_transformer(pipe: WanImageToVideoPipeline, prior: Prior) -> None:
-    """Compare the network's weights with those that made a prior; one made by DiffSynth doesn't tell.
+    """Check that the network's weights are those a prior was made with; warn if that is unknown.
+
+    It is unknown for a prior made by DiffSynth's pipeline.
 
     Raises:
-        InputError: they differ.
+        InputError: the weights differ.
     """
     recorded = prior.metadata.parameter_fingerprint.get("transformer", UNVERIFIED)
     found = fingerprint_parameters(pipe.transformer)
     if UNVERIFIED in (recorded, found):
-        log.warning(f"unverified: nothing tells whether {prior.directory} was made with these weights")
+        log.warning(f"unverified: it is unknown whether {prior.directory} was made with these weights")
     elif recorded != found:
         raise InputError(
             f"the transformer's weights are not those the prior was made with (fingerprint {found[:12]}, "
@@ -251,23 +263,28 @@ def check_transformer(pipe: WanImageToVideoPipeline, prior: Prior) -> None:
 
 @torch.no_grad()
 def encode(pipe: WanImageToVideoPipeline, text: str) -> torch.Tensor:
-    """An encoded prompt, [1, 512, 4096] for Wan2.1."""
+    """Encode a prompt: [1, 512, 4096] for Wan2.1."""
     tokens = min(TEXT_TOKENS, pipe.tokenizer.model_max_length)
     prompt_embeds, _ = pipe.encode_prompt(text, do_classifier_free_guidance=False, max_sequence_length=tokens)
     return prompt_embeds
 
 
-class Adapted:
-    """A scheduler of ours as diffusers calls it."""
+class SchedulerAdapter:
+    """A scheduler of pipeline/schedulers.py with the interface of diffusers.
 
-    order = 1  # timesteps a step, as diffusers counts them for its progress bar
+    Args:
+        scheduler: the scheduler.
+        schedule: sigma_shift and denoising_strength of the prior.
+    """
+
+    order = 1  # timesteps per step, which diffusers needs for its progress bar
 
     def __init__(self, scheduler: ReportingScheduler, schedule: Mapping[str, float]):
         self.scheduler = scheduler
         self.schedule = schedule
 
     def set_timesteps(self, num_inference_steps: int, device: str | torch.device | None = None) -> None:
-        """The chosen steps of the prior's schedule."""
+        """Set the timesteps to the scheduler's steps of the prior's schedule."""
         shift, strength = self.schedule["sigma_shift"], self.schedule["denoising_strength"]
         self.scheduler.set_timesteps(num_inference_steps, shift=shift, denoising_strength=strength)
         self.timesteps = self.scheduler.timesteps.to(device)
@@ -275,38 +292,46 @@ class Adapted:
     def step(
         self, noise_pred: torch.Tensor, timestep: torch.Tensor, latents: torch.Tensor, return_dict: bool
     ) -> tuple[torch.Tensor]:
-        """The latents after the step, [B, C, T, H, W]."""
+        """Take a step and return the latents after it; all are [B, C, T, H, W]."""
         return (self.scheduler.step(noise_pred, timestep, latents),)
 
 
-class Seen:
-    """A forward hook on the network: what it was given and gave in this step, the negative branch second."""
+class CallRecorder:
+    """A forward hook that records the network's inputs and outputs in a step, the negative branch second."""
 
     def __init__(self):
-        self.given: list[dict[str, torch.Tensor]] = []
-        self.gave: list[torch.Tensor] = []
+        self.inputs: list[dict[str, torch.Tensor]] = []
+        self.outputs: list[torch.Tensor] = []  # [B, C, T, H, W]
 
-    def __call__(self, network: torch.nn.Module, args: tuple, given: dict, gave: tuple[torch.Tensor]) -> None:
-        self.given.append(given)
-        self.gave.append(gave[0])
+    def __call__(
+        self, network: torch.nn.Module, args: tuple, inputs: dict, outputs: tuple[torch.Tensor]
+    ) -> None:
+        self.inputs.append(inputs)
+        self.outputs.append(outputs[0])
+
+    def clear(self) -> None:
+        """Forget the calls of the step."""
+        self.inputs.clear()
+        self.outputs.clear()
 
     @property
     def noise_pred_nega(self) -> torch.Tensor | None:
-        """The velocity of the negative branch, [B, C, T, H, W] in float32; None without guidance."""
-        return self.gave[1].float() if len(self.gave) > 1 else None
+        """Return the velocity of the negative branch, [B, C, T, H, W] in float32; None without guidance."""
+        return self.outputs[1].float() if len(self.outputs) > 1 else None
 
     @property
     def branch_distance(self) -> float | None:
-        """Norm of the difference of both branches; None without guidance."""
+        """Return the norm of the branches' difference; None without guidance."""
         nega = self.noise_pred_nega
-        return None if nega is None else float(torch.linalg.vector_norm(self.gave[0].float() - nega))
+        return None if nega is None else float(torch.linalg.vector_norm(self.outputs[0].float() - nega))
 
     @property
     def conditioning(self) -> Conditioning:
-        """What the network sees besides latents, in float32."""
-        contexts = [given["encoder_hidden_states"].float() for given in self.given]
-        y = self.given[0]["hidden_states"][:, self.gave[0].shape[1] :]  # behind the latents
-        clip_feature = self.given[0]["encoder_hidden_states_image"]
+        """Return the network's inputs besides latents and timestep, in float32."""
+        contexts = [each["encoder_hidden_states"].float() for each in self.inputs]
+        # hidden_states has the latents' channels first, then those of y.
+        y = self.inputs[0]["hidden_states"][:, self.outputs[0].shape[1] :]
+        clip_feature = self.inputs[0]["encoder_hidden_states_image"]
         return Conditioning(
             identity={"y": y.float(), "clip_feature": clip_feature.float()},
             context_posi=contexts[0],
@@ -325,39 +350,40 @@ def run(
     on_start: Callable[[torch.Tensor, Conditioning], object] | None = None,
     on_step: StepCallback | None = None,
 ) -> RunResult:
-    """Call the pipeline with a scheduler of ours and a prior's image and settings.
+    """Call the pipeline with a scheduler of pipeline/schedulers.py and a prior's image and settings.
 
     Args:
-        contexts: of prompt and negative prompt.
-        latents: to begin with, [B, C, T, H, W]; None: noise of the prior's seed.
-        on_start: gets the initial latents and the conditioning, on_step each step.
+        contexts: encoded prompt and negative prompt, see `encode`.
+        latents: initial latents, [B, C, T, H, W]; None: noise of the prior's seed.
+        on_start: called with the initial latents and the conditioning.
+        on_step: called with each step.
 
     Raises:
-        RunError: latents became NaN or infinite; names the step.
+        RunError: latents became NaN or infinite; the message names the step.
     """
-    m, seen, clock = prior.metadata, Seen(), Clock()
+    m, recorder, clock = prior.metadata, CallRecorder(), Clock()
     result = RunResult([], torch.empty(0) if latents is None else latents, [], 0, seconds=clock.seconds)
 
     def report(step: Step) -> None:
         check_finite(step)
-        seconds, forwards = clock.add("denoise" if result.steps else "encode"), len(seen.gave)
+        seconds, forwards = clock.add("denoise" if result.steps else "encode"), len(recorder.outputs)
         if on_start is not None and not result.steps:
-            on_start(step.latents_before, seen.conditioning)
+            on_start(step.latents_before, recorder.conditioning)
         if on_step is not None:
-            cost = replace(step, forwards=forwards, seconds=seconds, branch_distance=seen.branch_distance)
-            on_step(replace(cost, noise_pred=step.noise_pred.float()))
+            distance = recorder.branch_distance
+            measured = replace(step, forwards=forwards, seconds=seconds, branch_distance=distance)
+            on_step(replace(measured, noise_pred=step.noise_pred.float()))
         result.steps.append(step.index)
         result.seconds_per_step.append(seconds)
         result.forwards += forwards
         result.latents = step.latents
-        seen.given.clear()
-        seen.gave.clear()
+        recorder.clear()
         clock.add("save")
 
-    scheduler.on_step, scheduler.noise_pred_nega = report, lambda: seen.noise_pred_nega
-    hook = pipe.transformer.register_forward_hook(seen, with_kwargs=True)
+    scheduler.on_step, scheduler.noise_pred_nega = report, lambda: recorder.noise_pred_nega
+    hook = pipe.transformer.register_forward_hook(recorder, with_kwargs=True)
     try:
-        with hooked(pipe, scheduler=Adapted(scheduler, prior.schedule_settings)):
+        with hooked(pipe, scheduler=SchedulerAdapter(scheduler, prior.schedule_settings)):
             result.frames = pipe(
                 image=read_own_image(prior, IMAGE_FILE),
                 prompt_embeds=contexts[0],

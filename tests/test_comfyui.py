@@ -144,7 +144,7 @@ def test_steps_that_comfyui_spaces_otherwise_are_told(run, make_prior, tmp_path)
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (b"no safetensors", ["is no .latent of ComfyUI"]),
+        (b"no safetensors", ["is not a .latent file of ComfyUI"]),
         ({"latent_tensor": torch.zeros(1, 16, 2, 4, 4)}, ["latent_format_version_0"]),
         ({"other": torch.zeros(1)}, ["latent_format_version_0, other, expected latent_tensor"]),
         ({"latent_tensor": torch.zeros(1, 4, 8, 8)}, ["[1, 4, 8, 8]", "[1, 16, frames, height, width]"]),

@@ -82,11 +82,11 @@ class Velocity:
 
     @property
     def text(self) -> torch.Tensor:
-        """Return the influence of the text: what guidance adds to the positive branch, per cfg_scale - 1."""
+        """Return the influence of the text: the term that guidance adds, divided by cfg_scale - 1."""
         return self.posi - self.nega
 
     def with_guidance(self, decay: float) -> torch.Tensor:
-        """Return the velocity with a part (0 ... 1) of what guidance adds to the positive branch."""
+        """Return the velocity with the guidance term scaled by `decay`, 0 ... 1."""
         return self.posi + (self.cfg_scale - 1) * decay * self.text
 
 

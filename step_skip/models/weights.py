@@ -3,8 +3,8 @@
 The models of models/families.py are downloaded from ModelScope by DiffSynth's own ModelConfig; `tiny` is the
 embedded model in data/tiny_wan_i2v: the same classes, small and trained, for the CPU.
 
-`weight_files` and `tokenizer_folder` find the files, `fingerprint_files` identifies them, `LoadOptions` says
-which model is loaded and how.
+`weight_files` and `tokenizer_folder` find the files, `fingerprint_files` identifies them; `LoadOptions` holds
+the choice of a model and of how it is loaded.
 """
 
 from __future__ import annotations

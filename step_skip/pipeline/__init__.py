@@ -1,5 +1,5 @@
-"""One call of DiffSynth's WanVideoPipeline: its settings, and what is put into it for that call.
+"""Call DiffSynth's WanVideoPipeline once, with this package's schedulers, units and model_fn.
 
-Nothing here reads or writes files. torch and diffsynth are imported at module level.
-Imports `models` and what lies below it.
+Nothing here reads or writes files. torch and diffsynth are imported at module level. Of the package this
+folder imports `errors`, `files`, `method` and `models`.
 """

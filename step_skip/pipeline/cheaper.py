@@ -1,17 +1,16 @@
-"""What makes steps cheaper without changing which of them run, and the count of what they cost.
+"""Make steps cheaper without changing which steps run, and count the transformer blocks that a run evaluates.
 
-Skip-Cache: every N-th step runs all of a DiT's blocks, the steps between only the first and the last. From
-one step to the next the deep blocks add nearly the same. So a full step keeps what the blocks between the
-first and the last added, and the steps after it put that in their place (the Skip-Cache of Skip-DiT, arXiv
-2411.17616, in its form without training). Each guidance branch keeps its own. A DiT that has a `skip_branch`
-(Branch) corrects what is put in by it: the trained form.
+Skip-Cache (method/skip_cache.py; Skip-DiT, arXiv 2411.17616): every N-th step runs all of a DiT's blocks, the
+steps between only the first and the last. A full step stores the update of the blocks between, and the steps
+after it add the stored update, separately for each guidance branch. A DiT that has a `skip_branch` (Branch)
+corrects the reused update: the trained form.
 
     with skip_cache(pipe, every=2, model_fn=pipe.model_fn) as model_fn:
-        ...  # steps 0, 2, 4 ... of those that run are full ones
+        ...  # steps 0, 2, 4 ... of those that run are full steps
 
-Nothing of DiffSynth's forward is copied: it loops over `dit.blocks`, which for the length of the `with` is
-[first, Middle, last]. Guidance by step and TeaCache are put around one call of the pipeline in the same way.
-Checked against diffsynth 2.1.12, diffsynth/pipelines/wan_video.py.
+Nothing of DiffSynth's forward is copied: it loops over `dit.blocks`, which is [first, Middle, last] within
+the `with`. `GuidanceByStep` and `SetTeaCacheSteps` wrap one call of the pipeline in the same way. Checked
+against diffsynth 2.1.12, diffsynth/pipelines/wan_video.py.
 """
 
 from __future__ import annotations
@@ -30,17 +29,18 @@ from step_skip.method.skip_cache import Middle, ModelFn, SkipCacheModelFn
 if TYPE_CHECKING:
     from diffsynth.pipelines.wan_video import WanVideoPipeline
 
-# A cfg_scale that keeps both branches' inputs and makes nega + cfg_scale * (posi - nega) what the second
-# call returns: so the pipeline leaves the guidance to the model_fn.
+# A cfg_scale with which the pipeline evaluates both branches and nega + cfg_scale * (posi - nega) equals the
+# result of the second call, so that the model_fn computes the guidance.
 LEFT_TO_MODEL_FN = 0.0
-MIN_BLOCKS = 3  # with fewer there is nothing between the first and the last
+MIN_BLOCKS = 3  # with fewer there is no block between the first and the last
 
 
 class GuidanceByStep:
-    """A model_fn that guides each step by its own scale; a scale of 1 needs no negative branch.
+    """A model_fn with one cfg_scale per step; a scale of 1 evaluates no negative branch.
 
-    The pipeline, called with cfg_scale LEFT_TO_MODEL_FN, asks for the positive branch, then for the negative
-    one; the answer to the second is the guided velocity, by the pipeline's own formula.
+    The pipeline, called with cfg_scale LEFT_TO_MODEL_FN, evaluates the positive branch, then the negative
+    one; the second call returns the guided velocity by the pipeline's own formula,
+    nega + cfg_scale * (posi - nega).
     """
 
     def __init__(self, model_fn: Callable[..., torch.Tensor], cfg_scales: Sequence[float]):
@@ -58,14 +58,14 @@ class GuidanceByStep:
         return noise_pred_nega + cfg_scale * (self.noise_pred_posi - noise_pred_nega)
 
 
-class TellTeaCache(PipelineUnit):
-    """First unit of a run with TeaCache: tells it how often each branch is really evaluated.
+class SetTeaCacheSteps(PipelineUnit):
+    """The first unit of a run with TeaCache, which sets the number of evaluations of each branch.
 
-    DiffSynth's TeaCache computes the first and the last evaluation in full, and takes num_inference_steps
-    for their number.
+    DiffSynth's TeaCache computes the first and the last evaluation in full, and takes num_inference_steps as
+    the number of evaluations.
 
     Args:
-        guided_steps: evaluations of the negative branch; None: as many as steps run.
+        guided_steps: number of evaluations of the negative branch; None: one for each step that runs.
     """
 
     def __init__(self, guided_steps: int | None):
@@ -81,10 +81,10 @@ class TellTeaCache(PipelineUnit):
 
 
 def check_tea_cache_model_id(model_id: str) -> None:
-    """Refuse a model that DiffSynth's TeaCache has no coefficients for.
+    """Check that DiffSynth's TeaCache has coefficients for a model.
 
     Raises:
-        InputError: naming those it has.
+        InputError: it has none; the message lists the models it has coefficients for.
     """
     known = TeaCache(1, 1.0, "Wan2.1-I2V-14B-480P").coefficients_dict
     if model_id not in known:
@@ -95,14 +95,14 @@ def check_tea_cache_model_id(model_id: str) -> None:
 
 
 class BlockCounter:
-    """Counts the transformer blocks that a run evaluates."""
+    """A counter of the transformer blocks that a run evaluates."""
 
     def __init__(self):
         self.evaluations = 0
 
     @contextlib.contextmanager
     def counting(self, pipe: WanVideoPipeline) -> Iterator[None]:
-        """Count for the length of a `with`, by a hook on each block."""
+        """Count within a `with`, by a hook on each block."""
         dits = [dit for dit in (pipe.dit, pipe.dit2) if dit is not None]
         handles = [block.register_forward_pre_hook(self._count) for dit in dits for block in dit.blocks]
         try:
@@ -117,16 +117,16 @@ class BlockCounter:
 
 @contextlib.contextmanager
 def skip_cache(pipe: WanVideoPipeline, *, every: int, model_fn: ModelFn) -> Iterator[ModelFn]:
-    """Replace the middle of the pipeline's DiTs for the length of a `with`, and yield the model_fn to use.
+    """Replace the middle blocks of the pipeline's DiTs within a `with`, and yield the model_fn to use.
 
-    Nothing is kept from one `with` to the next: the first step in it is a full one.
+    No update is kept from one `with` to the next: its first step is a full one.
 
     Args:
-        every: 2 or more; one full step in so many of those that run.
+        every: 2 or more; one step in `every` of those that run is a full step.
         model_fn: the pipeline's, wrapped or not.
 
     Raises:
-        InputError: a DiT has too few blocks.
+        InputError: a DiT has fewer than MIN_BLOCKS blocks.
     """
     dits = [dit for dit in (pipe.dit, pipe.dit2) if dit is not None]
     blocks = {dit: dit.blocks for dit in dits}
@@ -134,7 +134,7 @@ def skip_cache(pipe: WanVideoPipeline, *, every: int, model_fn: ModelFn) -> Iter
         if len(each) < MIN_BLOCKS:
             raise InputError(
                 f"--skip_cache needs a model of {MIN_BLOCKS} blocks or more, and this one has {len(each)}; "
-                "leave it out"
+                "leave --skip_cache out"
             )
     middles = {
         dit: Middle(each[1:-1], every=every, branch=getattr(dit, "skip_branch", None))

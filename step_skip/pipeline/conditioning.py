@@ -1,4 +1,4 @@
-"""What the network sees besides latents has to fit its weights: a prior's tensors may be anybody's."""
+"""Hold a network's conditioning, and check that it fits the weights: a prior's tensors may be untrusted."""
 
 from __future__ import annotations
 
@@ -12,15 +12,16 @@ from step_skip.files.bounds import MAX_TOKENS
 from step_skip.models.families import FAMILIES
 
 IDENTITY_NAMES = sorted({name for family in FAMILIES.values() for name in family.conditioning})
-FUSED = "first_frame_latents"  # of those, the one that is a part of the latents
+FUSED = "first_frame_latents"  # the one of IDENTITY_NAMES that is fused into the latents
 
 
 @dataclass(frozen=True, kw_only=True)
 class Conditioning:
-    """What the network sees besides latents and timestep, in the pipeline's dtype.
+    """The network's inputs besides latents and timestep, in the pipeline's dtype.
 
-    identity: what it sees of the images, by the pipeline's names; families.py has their shapes.
-    context_posi and context_nega: [1, 512, 4096] for Wan. context_nega is None where cfg_scale is 1.
+    identity: tensors computed from the images, by the pipeline's names; models/families.py has their shapes.
+    context_posi, context_nega: encoded prompts, [1, 512, 4096] for Wan. context_nega is None if cfg_scale is
+        1.
     """
 
     identity: Mapping[str, torch.Tensor]
@@ -28,7 +29,7 @@ class Conditioning:
     context_nega: torch.Tensor | None
 
     def to(self, device: str | torch.device) -> Conditioning:
-        """The same tensors on `device`."""
+        """Return the conditioning with its tensors on a device."""
         return Conditioning(
             identity={name: tensor.to(device) for name, tensor in self.identity.items()},
             context_posi=self.context_posi.to(device),
@@ -38,21 +39,21 @@ class Conditioning:
 
 StartCallback = Callable[[torch.Tensor, Conditioning], None]
 TOKENS = f"1 to {MAX_TOKENS}"
-Sizes = tuple[int | str, ...]  # TOKENS stands for any number of them
+Sizes = tuple[int | str, ...]  # a shape, in which TOKENS stands for any allowed number of tokens
 
 
 def check_conditioning(
     conditioning: Mapping[str, torch.Tensor | None], *, dit: torch.nn.Module, latents: torch.Tensor
 ) -> None:
-    """Compare the shapes of what is kept of images and prompts with the latents and a WanModel's weights.
+    """Check that the shapes of a conditioning fit the latents and a WanModel's weights.
 
     Args:
-        conditioning: by the pipeline's names for it, and context_posi and context_nega.
-        dit: whose weights tell the widths; what it has no weight for is not compared.
+        conditioning: tensors by the pipeline's names, context_posi and context_nega included.
+        dit: the network; tensors for which it has no weights are not checked.
         latents: [B, C, T, H, W]
 
     Raises:
-        InputError: the network could not take one, or can't do without one that isn't there.
+        InputError: a tensor doesn't fit, or one that the network needs is missing.
     """
     for name, expected in _expected(dit, latents).items():
         tensor = conditioning.get(name)
@@ -73,15 +74,15 @@ def check_conditioning(
 
 
 def _expected(dit: torch.nn.Module, latents: torch.Tensor) -> dict[str, Sizes]:
-    """The shapes that a network takes, by name."""
-    # "module": DiffSynth's wrapper around weights that are offloaded
+    """Return the shapes of the tensors that a network takes, by name."""
+    # "module" is the attribute of DiffSynth's wrapper around offloaded weights.
     sizes = {name.replace(".module.", "."): weight.shape for name, weight in dit.named_parameters()}
-    batch, channels, frames, *places = latents.shape
-    expected: dict[str, Sizes] = {"first_frame_latents": (batch, channels, 1, *places)}
+    batch, channels, frames, *spatial = latents.shape
+    expected: dict[str, Sizes] = {"first_frame_latents": (batch, channels, 1, *spatial)}
     if (size := sizes.get("patch_embedding.weight")) is not None:
-        expected["y"] = (batch, size[1] - channels, frames, *places)
+        expected["y"] = (batch, size[1] - channels, frames, *spatial)
     if (size := sizes.get("img_emb.proj.0.weight")) is not None:
-        both = sizes.get("img_emb.emb_pos")  # [1, tokens, width] where it takes two images
+        both = sizes.get("img_emb.emb_pos")  # [1, tokens, width], present if the network takes two images
         expected["clip_feature"] = (batch, TOKENS if both is None else both[1], size[0])
     if (size := sizes.get("text_embedding.0.weight")) is not None:
         expected |= dict.fromkeys(("context_posi", "context_nega"), (batch, TOKENS, size[1]))

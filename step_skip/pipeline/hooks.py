@@ -1,4 +1,4 @@
-"""What is put into WanVideoPipeline for the length of one call: units and a model_fn that see and replace.
+"""Observe and replace values within one call of WanVideoPipeline, by units and a model_fn (`hooked`).
 
 Checked against diffsynth 2.1.12, diffsynth/pipelines/wan_video.py.
 """
@@ -19,12 +19,13 @@ from step_skip.pipeline.conditioning import FUSED, IDENTITY_NAMES, Conditioning,
 
 
 class ForwardCounter:
-    """A model_fn that counts the network evaluations of a run, and keeps both branches of the step that runs.
+    """A model_fn that counts the network evaluations of a run and stores both branches of the current step.
 
-    WanVideoPipeline calls it with positive=True and then, where cfg_scale isn't 1, with positive=False.
+    WanVideoPipeline calls it with positive=True and then, unless cfg_scale is 1, with positive=False.
 
     Args:
-        known_nega: the first negative branch, where it is known already: it isn't evaluated. [B, C, T, H, W]
+        known_nega: the negative branch of the first step, [B, C, T, H, W], which is then not evaluated; None:
+            unknown.
     """
 
     def __init__(self, model_fn: Callable[..., torch.Tensor], *, known_nega: torch.Tensor | None = None):
@@ -32,7 +33,7 @@ class ForwardCounter:
         self.known_nega = known_nega
         self.forwards = 0
         self.noise_pred_posi: torch.Tensor | None = None
-        self.noise_pred_nega: torch.Tensor | None = None  # None until it was asked for
+        self.noise_pred_nega: torch.Tensor | None = None  # None until it is evaluated
 
     def __call__(self, **kwargs: Any) -> torch.Tensor:
         if kwargs.get("positive", True):
@@ -45,7 +46,7 @@ class ForwardCounter:
         return self.noise_pred_nega
 
     def evaluate(self, **kwargs: Any) -> torch.Tensor:
-        """One network evaluation; a first frame that is fused into the latents doesn't move."""
+        """Evaluate the network once; a first frame that is fused into the latents gets the velocity 0."""
         self.forwards += 1
         noise_pred = self.model_fn(**kwargs)
         if not kwargs.get("fuse_vae_embedding_in_latents"):
@@ -54,25 +55,25 @@ class ForwardCounter:
 
     @property
     def branch_distance(self) -> float | None:
-        """Norm of the difference of both branches; None where there is only one."""
+        """Return the norm of the branches' difference; None if there is only one branch."""
         if self.noise_pred_posi is None or self.noise_pred_nega is None:
             return None
         return float(torch.linalg.vector_norm(self.noise_pred_posi.float() - self.noise_pred_nega.float()))
 
 
 class ReportStart(PipelineUnit):
-    """Last unit of a full run: hands out the initial latents and the conditioning."""
+    """The last unit of a full run, which reports the initial latents and the conditioning to a callback."""
 
     def __init__(self, on_start: StartCallback):
         super().__init__(take_over=True)
         self.on_start = on_start
 
     def process(self, pipe: WanVideoPipeline, inputs_shared: dict, inputs_posi: dict, inputs_nega: dict):
-        """Report; the inputs go on unchanged."""
+        """Report, and return the inputs unchanged."""
         guided, latents = inputs_shared["cfg_scale"] != 1, inputs_shared["latents"]
-        made = {name: inputs_shared.get(name) for name in IDENTITY_NAMES}
+        found = {name: inputs_shared.get(name) for name in IDENTITY_NAMES}
         conditioning = Conditioning(
-            identity={name: tensor.to(latents.dtype) for name, tensor in made.items() if tensor is not None},
+            identity={name: tensor.to(latents.dtype) for name, tensor in found.items() if tensor is not None},
             context_posi=inputs_posi["context"],
             context_nega=inputs_nega["context"] if guided else None,
         )
@@ -82,7 +83,7 @@ class ReportStart(PipelineUnit):
 
 
 class ReplaceStart(PipelineUnit):
-    """Last unit of a resumed run: puts the prior's latents and conditioning in place."""
+    """The last unit of a resumed run, which replaces latents and conditioning by the prior's."""
 
     def __init__(self, latents: torch.Tensor, conditioning: Conditioning):
         super().__init__(take_over=True)
@@ -90,7 +91,7 @@ class ReplaceStart(PipelineUnit):
         self.conditioning = conditioning
 
     def process(self, pipe: WanVideoPipeline, inputs_shared: dict, inputs_posi: dict, inputs_nega: dict):
-        """Replace; tensors move to the pipeline's device, their dtype stays."""
+        """Replace the inputs; tensors are moved to the pipeline's device and keep their dtype."""
         conditioning = self.conditioning.to(pipe.device)
         inputs_shared["latents"] = self.latents.to(pipe.device)
         inputs_shared.update(conditioning.identity)
@@ -104,24 +105,28 @@ class ReplaceStart(PipelineUnit):
 
 
 class CheckExperts(PipelineUnit):
-    """A unit that refuses steps whose expert is not loaded: the pipeline would take the other one."""
+    """A unit that rejects steps whose expert is not loaded, for which the pipeline would use the other one.
+
+    Args:
+        boundary: switch_DiT_boundary, 0 ... 1; None: there is only one network.
+    """
 
     def __init__(self, boundary: float | None):
         super().__init__(take_over=True)
         self.boundary = boundary
 
     def process(self, pipe: WanVideoPipeline, inputs_shared: dict, inputs_posi: dict, inputs_nega: dict):
-        """Check; the inputs go on unchanged.
+        """Check, and return the inputs unchanged.
 
         Raises:
-            InputError: naming the expert.
+            InputError: an expert is not loaded; the message names it.
         """
         for timestep in pipe.scheduler.timesteps_to_run if self.boundary is not None else ():
             name = expert_of(timestep, self.boundary)
             if getattr(pipe, name) is None:
                 kind = "high" if name == "dit" else "low"
                 raise InputError(
-                    f"timestep {timestep:.0f} needs the {kind}-noise expert, pipe.{name}, and it "
+                    f"timestep {timestep:.0f} needs the {kind}-noise expert, pipe.{name}, which "
                     "isn't loaded; load it, or leave out its steps"
                 )
         return inputs_shared, inputs_posi, inputs_nega
@@ -129,7 +134,7 @@ class CheckExperts(PipelineUnit):
 
 @contextlib.contextmanager
 def hooked(pipe: WanVideoPipeline, **attributes: Any) -> Iterator[None]:
-    """Give the pipeline other attributes (scheduler, units, model_fn) for the length of a `with`."""
+    """Replace attributes of the pipeline (scheduler, units, model_fn) within a `with`."""
     before = {name: getattr(pipe, name) for name in attributes}
     for name, value in attributes.items():
         setattr(pipe, name, value)

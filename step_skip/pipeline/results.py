@@ -1,4 +1,4 @@
-"""What a run made and what it cost."""
+"""Collect the results of a run and their cost: `RunResult` and `Clock`."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ if TYPE_CHECKING:
 
 @dataclass
 class RunResult:
-    """What a run made and what it cost."""
+    """The frames and latents of a run, and its cost."""
 
-    frames: list[Image.Image]  # none where the run was stopped early
-    latents: torch.Tensor  # after its last step, [B, C, T, H, W]
+    frames: list[Image.Image]  # empty if the run was stopped early
+    latents: torch.Tensor  # after the last step, [B, C, T, H, W]
     steps: list[int]  # indices of the steps that ran
     forwards: int  # network evaluations
-    block_evaluations: int = 0  # of transformer blocks; a full forward runs all of them
+    block_evaluations: int = 0  # evaluations of transformer blocks; a full forward evaluates all blocks
     seconds: dict[str, float] = field(default_factory=dict)  # by phase: encode, denoise, ...
     seconds_per_step: list[float] = field(default_factory=list)
     first_look: FirstLook | None = None  # of a differential resume
-    path: list[Step] = field(default_factory=list)  # likewise: its steps, on the CPU
+    path: list[Step] = field(default_factory=list)  # steps of a differential resume, on the CPU
 
     def then(self, later: RunResult) -> RunResult:
-        """This run and what came after it, as one."""
+        """Return the result of this run and a later run that continued it, as one."""
         return RunResult(
             later.frames,
             later.latents if later.steps else self.latents,
@@ -45,7 +45,7 @@ class RunResult:
 
 
 class Clock:
-    """Adds up the seconds of a run by phase."""
+    """A clock that adds up the seconds of a run by phase."""
 
     def __init__(self):
         self.seconds = dict.fromkeys(("load", "encode", "denoise", "decode", "save"), 0.0)
@@ -59,7 +59,7 @@ class Clock:
         return elapsed
 
     def include(self, seconds: Mapping[str, float]) -> None:
-        """Take over what another clock counted since the last call."""
+        """Add the seconds that another clock has counted since the last call."""
         for phase, elapsed in seconds.items():
             self.seconds[phase] = self.seconds.get(phase, 0.0) + elapsed
         self.mark = time.perf_counter()

@@ -1,14 +1,15 @@
-"""Run DiffSynth's WanVideoPipeline from any step, see every step, change none of its source.
+"""Run DiffSynth's WanVideoPipeline from any step and report every step, without changing its source.
 
-`WanVideoPipeline.__call__` reads three plain attributes. Ours are put in their place for one call (hooks.py):
+`WanVideoPipeline.__call__` reads three plain attributes, which are replaced for one call (pipeline/hooks.py):
 
-    scheduler  one of schedule.py
-    units      run_full appends a unit that hands out the conditioning; run_from replaces every unit that
-               would load an encoder by one that puts the prior's latents and conditioning in place
-    model_fn   ForwardCounter: counts network evaluations, sees how far both guidance branches are apart;
-               around it what makes steps cheaper (cheaper.py)
+    scheduler  a scheduler of pipeline/schedulers.py
+    units      run_full appends a unit that reports the conditioning; the other runs replace every unit that
+               would load an encoder by one that sets the prior's latents and conditioning
+    model_fn   ForwardCounter, which counts network evaluations and measures the distance of the guidance
+               branches; pipeline/cheaper.py wraps it
 
-Checked against diffsynth 2.1.12, diffsynth/pipelines/wan_video.py.
+`run_full` runs all steps, `run_from` those after a step, `run_differential` those of a prior's path and
+`run_on_sigmas` custom sigmas. Checked against diffsynth 2.1.12, diffsynth/pipelines/wan_video.py.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from step_skip.pipeline.cheaper import (
     LEFT_TO_MODEL_FN,
     BlockCounter,
     GuidanceByStep,
-    TellTeaCache,
+    SetTeaCacheSteps,
     skip_cache,
 )
 from step_skip.pipeline.conditioning import Conditioning, StartCallback, check_conditioning
@@ -59,13 +60,18 @@ from step_skip.pipeline.settings import TILING, RunSettings
 
 @torch.no_grad()
 def encode_prompt(pipe: WanVideoPipeline, text: str) -> torch.Tensor:
-    """Encode a prompt as the pipeline would: [1, 512, 4096] for Wan2.1, in its dtype."""
+    """Encode a prompt as the pipeline does: [1, 512, 4096] for Wan2.1, in the pipeline's dtype."""
     return WanVideoUnit_PromptEmbedder().process(pipe, prompt=text, positive=True)["context"]
 
 
 @torch.no_grad()
 def encode_image(pipe: WanVideoPipeline, image: Image.Image, *, num_frames: int) -> dict[str, torch.Tensor]:
-    """Encode the input image, already of the video's size, as the pipeline would: y, clip_feature."""
+    """Encode the input image as the pipeline does; return y and clip_feature.
+
+    Args:
+        image: RGB, already of the clip's size.
+        num_frames: number of frames of the clip.
+    """
     size = {"input_image": image, "end_image": None, "height": image.height, "width": image.width}
     clip = WanVideoUnit_ImageEmbedderCLIP().process(pipe, **size)
     vae = WanVideoUnit_ImageEmbedderVAE().process(pipe, **size, num_frames=num_frames, tiled=True, **TILING)
@@ -74,7 +80,7 @@ def encode_image(pipe: WanVideoPipeline, image: Image.Image, *, num_frames: int)
 
 @torch.no_grad()
 def decode(pipe: WanVideoPipeline, latents: torch.Tensor, *, tiled: bool) -> list[Image.Image]:
-    """Decode clean latents [1, C, T, H, W] to frames, between or after runs."""
+    """Decode clean latents, [1, C, T, H, W], to frames; not to be called during a run."""
     pipe.load_models_to_device(["vae"])
     video = pipe.vae.decode(latents.to(pipe.device), device=pipe.device, tiled=tiled, **TILING)
     frames = pipe.vae_output_to_video(video)
@@ -99,12 +105,17 @@ def run_full(
     on_step: StepCallback | None = None,
     progress: bool = True,
 ) -> RunResult:
-    """Run every step, or those up to `stop_after`, which decodes nothing.
+    """Run every step, or those up to `stop_after` without decoding.
 
-    `on_start` gets the initial latents and the conditioning, `on_step` each step.
+    Args:
+        input_image, end_image, input_video: of the clip's size.
+        stop_after: index of the last step that runs; None: all steps run.
+        on_start: called with the initial latents and the conditioning.
+        on_step: called with each step.
+        progress: show a progress bar.
 
     Raises:
-        RunError: latents became NaN or infinite; names the step.
+        RunError: latents became NaN or infinite; the message names the step.
     """
     clock = Clock()
 
@@ -143,15 +154,23 @@ def run_from(
     progress: bool = True,
     pause: Pause | None = None,
 ) -> RunResult:
-    """Run only the steps after `start_step`, from the latents after it; -1: all, from the initial latents.
+    """Run only the steps after `start_step`, from the latents after it.
 
     No unit that would load an encoder runs, so the pipeline needs only its DiT and VAE. After the last step
-    nothing is left to run: the latents are decoded, without DiT, and only then conditioning may be None.
-    Where a later step `stop_after` is given it is the last to run, and nothing is decoded. `known_nega`, the
-    first step's velocity of the negative branch, is not evaluated then.
+    no step remains: the latents are only decoded, without a DiT.
+
+    Args:
+        start_step: index of a step; -1: run all steps, from the initial latents.
+        latents: after that step, [B, C, T, H, W].
+        conditioning: may be None only if `start_step` is the last step.
+        known_nega: the first step's velocity of the negative branch, which is then not evaluated.
+        stop_after: index of the last step that runs, after which nothing is decoded; None: all steps run.
+        on_step: called with each step.
+        progress: show a progress bar.
+        pause: split the run into two calls, see `Pause`.
 
     Raises:
-        RunError: latents became NaN or infinite; names the step.
+        RunError: latents became NaN or infinite; the message names the step.
     """
     if start_step == settings.num_inference_steps - 1:
         clock = Clock()
@@ -159,7 +178,7 @@ def run_from(
         clock.add("decode")
         return RunResult(frames, latents, [], 0, seconds=clock.seconds)
     if conditioning is None:
-        raise ValueError(f"steps after {start_step} are left to run, and they need a conditioning")
+        raise ValueError(f"conditioning is None, and the steps after {start_step} need one")
     return run_scheduler(
         pipe,
         settings,
@@ -184,13 +203,17 @@ def run_differential(
     progress: bool = True,
     pause: Pause | None = None,
 ) -> RunResult:
-    """Run only a path's steps, spent on what the new conditioning changes (DifferentialScheduler).
+    """Run only the steps of a path by differential resume (DifferentialScheduler).
 
-    Where there are several paths the first velocity chooses one. Are they of different lengths, the pipeline
-    is called a second time for what then follows.
+    If there are several paths the first velocity chooses one. If they differ in length, the pipeline is
+    called a second time for the remaining steps.
+
+    Args:
+        paths: the paths to choose from.
+        conditioning, known_nega, on_step, progress, pause: see `run_from`.
 
     Raises:
-        RunError: latents became NaN or infinite; names the step.
+        RunError: latents became NaN or infinite; the message names the step.
     """
     path: list[Step] = []
 
@@ -201,7 +224,7 @@ def run_differential(
 
     trajectory = paths.first
     scheduler = DifferentialScheduler(trajectory, settings.cfg_scale, choose=paths.choose)
-    # Where the paths differ in length, the first call runs one step, by which the path is chosen.
+    # If the paths differ in length the first call runs one step, which chooses the path.
     calls = [Pause(1)] * 2 if paths.differ_in_length else [pause]
     for each in calls:
         result = run_scheduler(
@@ -231,10 +254,15 @@ def run_on_sigmas(
     progress: bool = True,
     pause: Pause | None = None,
 ) -> RunResult:
-    """Run these sigmas, decreasing, from latents at the first of them; the steps are places in them.
+    """Run custom sigmas from latents at the first of them; steps are reported by their index in `sigmas`.
+
+    Args:
+        sigmas: decreasing and above 0, without the closing 0.
+        latents: [B, C, T, H, W].
+        conditioning, on_step, progress, pause: see `run_from`.
 
     Raises:
-        RunError: latents became NaN or infinite; names the step.
+        RunError: latents became NaN or infinite; the message names the step.
     """
     return run_scheduler(
         pipe,
@@ -260,17 +288,17 @@ def run_scheduler(
     progress: bool = True,
     pause: Pause | None = None,
 ) -> RunResult:
-    """Run the steps the scheduler keeps, from these latents, without any unit that would load an encoder.
+    """Run the steps that a scheduler keeps, from given latents, without any unit that would load an encoder.
 
     Raises:
-        InputError: a conditioning that doesn't fit the latents or the weights.
-        RunError: latents became NaN or infinite; names the step.
+        InputError: the conditioning doesn't fit the latents or the weights.
+        RunError: latents became NaN or infinite; the message names the step.
     """
 
     def call(latents: torch.Tensor, settings: RunSettings, scheduler: ReportingScheduler | Part) -> RunResult:
         units = [unit for unit in pipe.units if not unit.onload_model_names]
         units.append(ReplaceStart(latents, conditioning))
-        known = known_nega if pause is None or pause.result is None else None  # of the first step
+        known = known_nega if pause is None or pause.result is None else None  # it belongs to the first step
         return _call(pipe, settings, Clock(), scheduler, units, on_step, progress, known_nega=known)
 
     network = pipe.dit if pipe.dit is not None else pipe.dit2
@@ -282,17 +310,18 @@ def run_scheduler(
 
 @dataclass
 class Pause:
-    """A run in two calls of the pipeline, so that its two experts need never be loaded together.
+    """A run in two calls of the pipeline, so that its two experts are never loaded at the same time.
 
-    The first run with it takes the steps of the first expert and decodes nothing, the second run the rest.
+    The first run with it takes the steps of the first expert and decodes nothing, the second run takes the
+    remaining steps.
 
     Args:
-        place: how many steps the first expert takes.
+        num_steps: number of steps of the first expert.
     """
 
-    place: int
-    scheduler: ReportingScheduler | None = None  # once the first call is made, as the next
-    result: RunResult | None = None
+    num_steps: int
+    scheduler: ReportingScheduler | None = None  # set by the first call
+    result: RunResult | None = None  # set by the first call
 
     def run(
         self,
@@ -301,13 +330,19 @@ class Pause:
         settings: RunSettings,
         scheduler: ReportingScheduler,
     ) -> RunResult:
-        """The next of the two; the second returns the result of both."""
+        """Run the next of the two calls; the second returns the result of both.
+
+        Args:
+            call: runs the pipeline from latents, with settings and a scheduler.
+            latents: of the first call; the second continues with the result of the first.
+            scheduler: of the first call; the second continues with it.
+        """
         before, is_last = self.result, self.result is not None
-        places = slice(self.place, None) if is_last else slice(self.place)
+        indices = slice(self.num_steps, None) if is_last else slice(self.num_steps)
         if isinstance(settings.cfg_scale, tuple):
-            settings = replace(settings, cfg_scale=settings.cfg_scale[places])
+            settings = replace(settings, cfg_scale=settings.cfg_scale[indices])
         self.scheduler = self.scheduler or scheduler
-        part = Part(self.scheduler, places, is_last=is_last)
+        part = Part(self.scheduler, indices, is_last=is_last)
         result = call(latents if before is None else before.latents, settings, part)
         self.result = result if before is None else before.then(result)
         return self.result
@@ -325,12 +360,12 @@ def _call(
     known_nega: torch.Tensor | None = None,
     **inputs: Any,
 ) -> RunResult:
-    """Call the pipeline with this scheduler, these units, counters and what makes the steps cheaper."""
+    """Call the pipeline with a scheduler, units and counters, and with Skip-Cache or TeaCache if chosen."""
     counter, blocks = ForwardCounter(pipe.model_fn, known_nega=known_nega), BlockCounter()
     result = RunResult([], torch.empty(0), [], 0, seconds=clock.seconds)
 
     def report_step(step: Step) -> None:
-        check_finite(step)  # waits for the device, so that the time below is the step's own
+        check_finite(step)  # synchronises with the device, so that the time below is that of the step
         seconds, forwards = clock.add("denoise"), counter.forwards - result.forwards
         result.seconds_per_step.append(seconds)
         result.steps.append(step.index)
@@ -365,7 +400,7 @@ def _cheaper(
     units: list[PipelineUnit],
     model_fn: Callable[..., torch.Tensor],
 ) -> Iterator[tuple[dict[str, Any], list[PipelineUnit], Callable[..., torch.Tensor]]]:
-    """Inputs, units and model_fn of a run, with Skip-Cache, TeaCache and guidance by step if asked for."""
+    """Yield inputs, units and model_fn of a run, with Skip-Cache, TeaCache and guidance by step if chosen."""
     guided_steps = None
     with contextlib.ExitStack() as stack:
         if settings.skip_cache is not None:
@@ -375,13 +410,18 @@ def _cheaper(
             inputs = inputs | {"cfg_scale": LEFT_TO_MODEL_FN}
             guided_steps = sum(scale != 1 for scale in settings.cfg_scale)
         if settings.tea_cache_l1_thresh is not None:
-            units = [TellTeaCache(guided_steps), *units]
+            units = [SetTeaCacheSteps(guided_steps), *units]
         yield inputs, units, model_fn
 
 
 def check_finite(step: Step) -> None:
+    """Check that a step's latents are finite.
+
+    Raises:
+        RunError: they are not; the message names the step.
+    """
     if not torch.isfinite(step.latents).all():
         raise RunError(
-            f"latents became NaN or infinite at step {step.index} (sigma {step.sigma:.3f}); stopped there. "
-            "Try another --dtype, a lower --cfg_scale, or check the weights"
+            f"latents became NaN or infinite at step {step.index} (sigma {step.sigma:.3f}); the run stopped: "
+            "try another --dtype or a lower --cfg_scale, or check the weights"
         )
