@@ -56,6 +56,7 @@ MAX_TOKENS = 4096  # of a prompt or an image; Wan2.1 has 512 and 257
 MAX_LORA_BYTES = 2**33  # a LoRA of rank 256 for a 14B model has a third of it
 MAX_BOXES = 100  # boxes of an .mp4 file; ffmpeg writes four
 MAX_AREA = 2**25  # pixels of a frame that is decoded for a page: 8K
+MAX_DECODE_SECONDS = 120  # of one video; 81 frames of 720 x 1280 take some 3
 MAX_LATENT_BYTES = 2**30  # of a .latent file; 81 frames of 720 x 1280 pixels have 19 MB
 MAX_PREVIEW_BYTES = 2**26
 MAX_POSTER_BYTES = 2**21

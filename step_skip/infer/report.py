@@ -7,18 +7,18 @@ import hashlib
 import json
 import re
 import shlex
-import subprocess
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from step_skip.errors import InputError
-from step_skip.files.bounds import MAX_EMBEDDED_BYTES
-from step_skip.files.reading import remembered_sha256
+from step_skip.files.bounds import MAX_EMBEDDED_BYTES, MAX_REPORT_BYTES
+from step_skip.files.reading import opened, remembered_sha256
 from step_skip.files.tensors import sha256_tensor
 from step_skip.infer.inputs import Source
 from step_skip.infer.plan import Plan, describe_choices, input_files, settings_of
 from step_skip.infer.schema import TO_REPEAT, ClipReport, parse_entries, parse_report, read_report_entries
+from step_skip.media.decoding import running_ffmpeg
 from step_skip.models.compute import OFF
 from step_skip.models.loading import Model
 from step_skip.models.lora import lora_entries, lora_text, loras_of
@@ -244,15 +244,14 @@ def read_comment(path: Path) -> str:
     Raises:
         InputError: no such file.
     """
-    import imageio_ffmpeg
-
     if not path.is_file():
         raise InputError(f"--like {path} is not a file; name a clip's .json or .mp4")
-    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-f", "mp4", "-i", path.absolute()]
-    found = subprocess.run(  # noqa: S603  imageio's own ffmpeg, and no shell
-        [*command, "-f", "ffmetadata", "-"], capture_output=True, stdin=subprocess.DEVNULL
-    )
-    comment = re.search(rb"^comment=((?:[^\\\n]|\\.)*)", found.stdout, flags=re.MULTILINE | re.DOTALL)
+    try:
+        with opened(path, follow=True) as file, running_ffmpeg(file, "mov", ["-f", "ffmetadata"]) as output:
+            found = output.read(MAX_REPORT_BYTES)
+    except InputError as error:
+        raise InputError(f"--like {path} cannot be read ({error}); name a clip's .json or .mp4") from error
+    comment = re.search(rb"^comment=((?:[^\\\n]|\\.)*)", found, flags=re.MULTILINE | re.DOTALL)
     return (
         ""
         if comment is None

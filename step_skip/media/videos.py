@@ -7,20 +7,23 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from step_skip.errors import InputError, RunError
-from step_skip.files.bounds import LIMITS, MAX_AREA, MAX_BOXES, MAX_PIXELS
+from step_skip.files.bounds import LIMITS, MAX_BOXES, MAX_PIXELS
 from step_skip.files.writing import replacing
+from step_skip.media.decoding import decoding
 
 if TYPE_CHECKING:
     import numpy as np
     from PIL.Image import Image
 
 THUMB_HEIGHT = 240  # largest height of a thumbnail, in pixels
+CODEC = "h264"  # the only decoder for clips: `write_video` encodes so
 
 
 def fetch_example(image: Path, *, root: Path) -> Path:
@@ -55,20 +58,23 @@ def read_video(path: Path, *, width: int, height: int, num_frames: int) -> list[
     """
     if not path.is_file():
         raise InputError(f"--input_video {path} is not a file; name a video")
-    from diffsynth.utils.data import VideoData
+    from diffsynth.utils.data import crop_and_resize
+    from PIL import Image
 
+    frames = []
     try:
-        video = VideoData(str(path.absolute()), height=height, width=width)
-        found = len(video)
-        frames = [video[i] for i in range(min(found, num_frames))]
-    except Exception as error:  # imageio and ffmpeg raise errors of many types for a broken file
+        with decoding(path, follow=True) as decoded:
+            for frame in itertools.islice(decoded, num_frames):
+                image = Image.fromarray(frame)
+                same = image.size == (width, height)
+                frames.append(image if same else crop_and_resize(image, height, width))
+    except InputError as error:
         raise InputError(
-            f"--input_video {path} is not a video that can be read ({type(error).__name__}); "
-            "save it again as MP4"
+            f"--input_video {path} is not a video that can be read ({error}); save it again as MP4"
         ) from error
-    if found < num_frames:
+    if len(frames) < num_frames:
         raise InputError(
-            f"--input_video {path} has {found} frames, expected {num_frames}; lower --num_frames"
+            f"--input_video {path} has {len(frames)} frames, expected {num_frames}; lower --num_frames"
         )
     return frames
 
@@ -119,8 +125,8 @@ def video_bytes(size: tuple[int, int, int]) -> int:
 
 
 def is_whole_mp4(path: Path) -> bool:
-    """Return whether a file consists of complete MP4 boxes, among them moov, which ffmpeg writes last."""
-    kinds, offset, size = set(), 0, path.stat().st_size
+    """Return whether a file is a row of whole MP4 boxes: first its type (ftyp), later its index (moov)."""
+    kinds, offset, size = [], 0, path.stat().st_size
     with path.open("rb") as file:
         for _ in range(MAX_BOXES):
             if offset >= size:
@@ -129,8 +135,8 @@ def is_whole_mp4(path: Path) -> bool:
             head = file.read(16)  # length in 32 bits, kind and, if the length is 1, the length in 64 bits
             length = int.from_bytes(head[:4], "big")
             offset += max(8, int.from_bytes(head[8:], "big") if length == 1 else length)
-            kinds.add(head[4:8])
-    return offset == size and b"moov" in kinds
+            kinds.append(head[4:8])
+    return offset == size and kinds[:1] == [b"ftyp"] and b"moov" in kinds
 
 
 def read_thumbs(path: Path, *, num_frames: int | None) -> list[Image]:
@@ -151,13 +157,14 @@ def read_thumbs(path: Path, *, num_frames: int | None) -> list[Image]:
     most = num_frames or LIMITS["num_frames"][1]
     thumbs, found = {}, 0
     try:
-        expected = num_frames or sum(1 for _ in _decoded(path, most=most))
+        expected = num_frames or _count_frames(path, most=most)
         wanted = [1, (expected + 1) // 2, expected]
-        for found, frame in enumerate(_decoded(path, most=most), 1):
-            if found in wanted:
-                thumbs[found] = thumb(frame)
-    except Exception as error:  # imageio and ffmpeg raise errors of many types for a broken file
-        raise InputError(f"{path.name} is damaged: it cannot be decoded; make it again") from error
+        with decoding(path, codecs=CODEC) as frames:
+            for found, frame in enumerate(_first_frames(frames, most=most), 1):
+                if found in wanted:
+                    thumbs[found] = thumb(frame)
+    except InputError as error:
+        raise InputError(f"{path.name} is damaged: it cannot be decoded ({error})") from error
     if not 0 < found == expected <= most:
         shown = f"over {most}" if found > most else found
         raise InputError(
@@ -167,17 +174,17 @@ def read_thumbs(path: Path, *, num_frames: int | None) -> list[Image]:
     return [thumbs[number] for number in wanted]
 
 
-def _decoded(path: Path, *, most: int) -> Iterator[np.ndarray]:
-    """Yield the frames of a video, [H, W, 3] uint8: at most `most` + 1 frames and MAX_PIXELS pixels."""
-    import imageio
+def _count_frames(path: Path, *, most: int) -> int:
+    with decoding(path, codecs=CODEC) as frames:
+        return sum(1 for _ in _first_frames(frames, most=most))
 
-    input_params = ["-max_pixels", str(MAX_AREA)]
-    reader: Any = imageio.get_reader(path.absolute(), format="FFMPEG", input_params=input_params)
-    with reader:
-        for number, frame in enumerate(reader):
-            if number > most or number * frame.shape[0] * frame.shape[1] > MAX_PIXELS:
-                return
-            yield frame
+
+def _first_frames(frames: Iterator[np.ndarray], *, most: int) -> Iterator[np.ndarray]:
+    """Yield the first frames, [H, W, 3] uint8, one more than `most`, or as many as MAX_PIXELS."""
+    for number, frame in enumerate(frames):
+        if number > most or number * frame.shape[0] * frame.shape[1] > MAX_PIXELS:
+            return
+        yield frame
 
 
 def thumb(frame: Any) -> Image:
