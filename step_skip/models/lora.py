@@ -217,7 +217,9 @@ def find_recorded_loras(described: object) -> tuple[Lora, ...]:
                 f"{hint}"
             )
         if not lora.path.is_file():
-            raise InputError(f"the prior was made with the LoRA {lora.path}, which does not exist; {hint}")
+            raise InputError(
+                f"the prior was made with the LoRA {lora.path}, and there is no such file; {hint}"
+            )
         if _lora_sha256(lora.path) != sha256:
             raise InputError(f"the prior was made with another {lora.path} than is there now; {hint}")
     return tuple(lora for lora, _, _ in loras)

@@ -275,7 +275,7 @@ def test_a_priors_lora_that_is_gone_or_another_is_refused(prior_copy, infer, lor
     lora_file.write_bytes(lora_file.read_bytes()[:-4] + b"else")
     refused(lambda: infer(prior_copy), "another", "--lora")
     lora_file.unlink()
-    refused(lambda: infer(prior_copy), "not there", "--lora without a file")
+    refused(lambda: infer(prior_copy), "no such file", "--lora without a file")
     edit_metadata(prior_copy, lora="some")
     refused(lambda: infer(prior_copy), "as a LoRA")
 
@@ -298,12 +298,12 @@ def test_a_recorded_path_that_is_no_lora_is_never_opened(
     edit_metadata(prior_copy, lora=[recorded])
     monkeypatch.chdir(path.parent)
     signal.alarm(100)
-    words = {"other name": "no .safetensors", "relative": "no .safetensors", "sparse": "too large"}
-    refused(lambda: infer(prior_copy), words.get(kind, "not there"))
+    words = {"other name": "a .safetensors file", "relative": "a .safetensors file", "sparse": "too large"}
+    refused(lambda: infer(prior_copy), words.get(kind, "no such file"))
     (prior_copy / "step_0009.pt").unlink()  # something left to do
     refused(
         lambda: run("generate_prior", "--resume", prior_copy, "--model_dir", model_dir),
-        words.get(kind, "not there"),
+        words.get(kind, "no such file"),
     )
     path.rmdir() if kind == "folder" else path.unlink()
     assert infer(prior_copy, "--dry_run").code == 0
