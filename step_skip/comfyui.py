@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 from step_skip.errors import InputError
 from step_skip.files.bounds import MAX_LATENT_BYTES
 from step_skip.files.reading import read_file
+from step_skip.files.tensors import load_safetensors
 from step_skip.files.writing import check_free, replacing, write_json
 from step_skip.pipeline.settings import check_distinct
 from step_skip.prior.files import check_files, load_latents
@@ -171,10 +172,9 @@ def read_latent(path: Path) -> torch.Tensor:
         InputError: it is not a .latent file of Wan2.1's VAE.
     """
     import torch
-    from safetensors.torch import load
 
     try:
-        tensors = load(read_file(path, most=MAX_LATENT_BYTES))
+        tensors = load_safetensors(read_file(path, most=MAX_LATENT_BYTES))
     except InputError:
         raise
     except Exception as error:  # safetensors raises errors of several types for other files

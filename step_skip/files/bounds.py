@@ -44,11 +44,13 @@ def short(value: object) -> str:
 
 
 MAX_HEADER_BYTES = 2**24  # of a safetensors file; headers of a 14B model and of its LoRAs have some 100 KB
+MAX_SMALL_HEADER_BYTES = 2**22  # of one with a few tensors; it may hold a prompt, or a workflow of ComfyUI
 MAX_METADATA_BYTES = 16 * 2**20
 MAX_REPORT_BYTES = 2**20  # of a clip's JSON; one has some 5 KB
 MAX_METADATA_DEPTH = 10  # objects in objects; so nothing that walks through them can overflow
 
-MAX_PICKLE_BYTES = 2**16
+MAX_DIRECTORY_BYTES = 2**14  # of a .pt file; one has some 500
+MAX_PICKLE_BYTES = 2**12  # in a .pt file; one has some 200
 MAX_TENSOR_BYTES = 2**30  # the latents of the largest clip within LIMITS take half of it
 MAX_CONTEXT_BYTES = 2**26  # a Wan2.1 context has 8 MiB
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from step_skip.errors import InputError
 from step_skip.files.bounds import MAX_CONTEXT_BYTES
 from step_skip.files.reading import read_file
-from step_skip.files.tensors import dtype_name, sha256_tensor
+from step_skip.files.tensors import dtype_name, load_safetensors, sha256_tensor
 from step_skip.files.writing import folder_inside, replacing
 from step_skip.prior.prior import Prior, context_file
 
@@ -99,14 +99,13 @@ def load_context(prior: Prior, text: str, folder: Path | None = None) -> torch.T
     The file may come from an untrusted source. So its size is bounded, and it must have the shape and dtype
     of the prior's own prompt, before its values are read.
     """
-    import safetensors.torch
     import torch
 
     if text_encoder_of(prior) is None or not is_context_kept(prior, text, folder):
         return None
     try:
         content = read_file(kept_context_path(prior, text, folder), most=MAX_CONTEXT_BYTES)
-        context = safetensors.torch.load(content)["context"]
+        context = load_safetensors(content)["context"]
     except Exception:  # whatever safetensors and torch raise for what is none
         return None
     own = prior.metadata.shapes.get(context_file(prior.texts[0]))  # every text is padded to it
