@@ -101,7 +101,7 @@ def test_drafts_and_older_priors_are_verified_too(make_prior, older_prior, verif
 
 def test_verify_stands_alone(prior, run, refused):
     command = ("infer_from_prior", "--verify", "--prior_dir", prior, "--prompt", PROMPT)
-    refused(lambda: run(*command), "--verify only looks at priors", "--prompt")
+    refused(lambda: run(*command), "--verify only checks priors", "--prompt")
 
 
 def test_verify_looks_at_every_prior(prior, prior_copy, run, tmp_path):
