@@ -184,7 +184,12 @@ run_script(main)
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_stuck_ffmpeg_ends_with_its_reader(film, stuck, number):
-    reader = subprocess.Popen([sys.executable, "-c", READER, film], cwd=ROOT, stderr=subprocess.DEVNULL)
+    reader = subprocess.Popen(
+        [sys.executable, "-c", READER, film],
+        cwd=ROOT,
+        stderr=subprocess.DEVNULL,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a job in the background ignores it
+    )
     wait_for(stuck.exists)
     reader.send_signal(number)
     assert reader.wait(timeout=60) == 128 + number

@@ -441,7 +441,7 @@ def test_what_a_run_records_is_found_again_or_refused(make_lora):
     with pytest.raises(InputError, match="another .* than is there now"):
         recorded(described)
     path.unlink()
-    with pytest.raises(InputError, match="no such file"):
+    with pytest.raises(InputError, match="does not exist"):
         recorded(described)
     with pytest.raises(InputError, match="as a LoRA"):
         read_recorded_loras([{"path": 3}])

@@ -422,9 +422,9 @@ def test_made_again_it_decodes_no_video(page, results, monkeypatch):
     page()
     before = (results / "index.html").read_text()
     read = []
-    decoded = videos._decoded
+    decoding = videos.decoding
     monkeypatch.setattr(
-        videos, "_decoded", lambda path, **most: read.append(path.name) or decoded(path, **most)
+        videos, "decoding", lambda path, **how: read.append(path.name) or decoding(path, **how)
     )
     monkeypatch.setattr(page_clips, "read_prior", lambda directory: read.append(directory))
     page()
